@@ -5,45 +5,97 @@ Installed as ``fused_siglip.kernels``. Importing this package imports neither tr
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 # fp16 holds dL/dz of an easy negative (4.5e-5 at b = -10) only as a subnormal. Panels in fp16 are
-# written times this power of two, and the two products divide by it: exact, and g <= 1 cannot overflow.
+# written times this power of two, and the two products divide by it: exact, and |g| <= 1 cannot
+# overflow.
 GRAD_SCALE = {torch.float16: 2.0**15}
+
+BACKENDS = ("torch", "triton")
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class Positives(NamedTuple):
-    """Which pairs of one panel are positive. Without ids and diagonal: none."""
+    """Which pairs of one panel are positive. Without ids and without diagonal: none."""
 
     diagonal: int | None = None  # local pair (i, i + diagonal) is positive
-    image_ids: Tensor | None = None  # (m,) int64; pair (i, j) is positive where the ids are equal,
+    image_ids: Tensor | None = None  # (m,) int64; pair (i, j) is positive where the ids are equal
     text_ids: Tensor | None = None  # (n,) int64; and takes no part where either is negative
 
 
 class Panel(Protocol):
     """What a backend does with one panel: product, scale and bias, log-sigmoid, dL/dz."""
 
-    tile: tuple[int, int]  # smallest panel the backend works on: panel sides are multiples of it
+    tile: tuple[int, int]  # panel sides are multiples of it (the last panel may be smaller)
 
     @staticmethod
-    def workspace_bytes(rows: int, cols: int, dtype: torch.dtype, write_g: bool) -> int:
-        """Bytes the constructor allocates for panels up to (rows, cols) with operands of ``dtype``."""
+    def workspace_bytes(
+        rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
+    ) -> int:
+        """Bytes the constructor allocates; the arguments are the constructor's."""
 
     def __init__(
-        self, rows: int, cols: int, dtype: torch.dtype, device: torch.device, write_g: bool
+        self,
+        rows: int,
+        cols: int,
+        dtype: torch.dtype,  # of the operands x, y and g
+        device: torch.device,
+        write_g: bool,
+        scalar_grads: bool,
     ): ...
 
     def __call__(
         self,
         x: Tensor,  # (m, D) image features, m <= rows, any strides
-        y: Tensor,  # (n, D) text features, n <= cols, any strides, dtype and device of x
+        y: Tensor,  # (n, D) text features, n <= cols, any strides
         logit_scale: Tensor,  # () in the accumulation dtype
         logit_bias: Tensor,  # () likewise
         positives: Positives,
-        sums: Tensor,  # (3,) accumulation dtype, overwritten: sums of softplus(u), g*s, g
-        scalar_grads: bool,  # False: sums[1:] may be left as they are
-    ) -> Tensor | None:  # (m, n) g in x's dtype times GRAD_SCALE (a view of the workspace), or None
+        sums: Tensor,  # (3,) accumulation dtype, overwritten: sums of softplus(u), g*s and g;
+        # without scalar_grads only the first
+    ) -> Tensor | None:  # (m, n) g times GRAD_SCALE in dtype, a view of the workspace; or None
         ...
+
+
+def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton backend cannot run on this device and dtype, or None where it can."""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed (pip install triton)"
+    if dtype == torch.float64:
+        return "it has no float64 (use backend='torch')"
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA or ROCm device, not {device_type} (or TRITON_INTERPRET=1 to debug)"
+    return None
+
+
+def resolve_backend(name: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs: ``name``, or for None Triton on a GPU where it can, else torch.
+
+    Raises ValueError where Triton was asked for by name and cannot run.
+    """
+    if name is None:
+        usable = device_type == "cuda" and triton_obstacle(device_type, dtype) is None
+        return "triton" if usable else "torch"
+    if name == "triton":
+        obstacle = triton_obstacle(device_type, dtype)
+        if obstacle is not None:
+            raise ValueError(f"backend='triton' cannot run here: {obstacle}")
+    return name
+
+
+def panel_class(name: str) -> type[Panel]:
+    """The class behind a backend's name; triton is imported only when it is asked for."""
+    if name == "triton":
+        from .panel_triton import TritonPanel
+
+        return TritonPanel
+    from .panel_torch import TorchPanel
+
+    return TorchPanel

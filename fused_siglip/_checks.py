@@ -1,0 +1,142 @@
+"""All argument errors of the public functions: raised before any work, naming the argument."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor
+
+from .kernels import BACKENDS, resolve_backend
+
+FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum")
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def _choices(names: tuple[str, ...]) -> str:
+    return " or ".join(repr(name) for name in names)
+
+
+def _check_tensor(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {_kind(value)}: expected {expected}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor")
+    if value.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, which holds no values")
+
+
+def check_features(image_features: Tensor, text_features: Tensor) -> torch.dtype:
+    """Check both feature tensors against each other; return the dtype of the products' operands.
+
+    Under autocast that is autocast's dtype, as for torch.matmul (which leaves float64 alone).
+    """
+    for name, value in (("image_features", image_features), ("text_features", text_features)):
+        _check_tensor(name, value, "a tensor of shape (batch, D)")
+        if value.dim() != 2:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (batch, D)")
+        if value.dtype not in FEATURE_DTYPES:
+            raise TypeError(
+                f"{name} has dtype {value.dtype}: expected float32, bfloat16, float16 or float64"
+            )
+    if image_features.device != text_features.device:
+        raise ValueError(
+            f"text_features is on {text_features.device} and image_features on "
+            f"{image_features.device}: expected one device"
+        )
+    if image_features.shape[1] != text_features.shape[1]:
+        raise ValueError(
+            f"text_features has D = {text_features.shape[1]} and image_features D = "
+            f"{image_features.shape[1]}: expected the same"
+        )
+    dtypes = {image_features.dtype, text_features.dtype}
+    device_type = image_features.device.type
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(device_type)
+    if len(dtypes) > 1:
+        raise TypeError(
+            f"text_features has dtype {text_features.dtype} and image_features "
+            f"{image_features.dtype}: expected the same (or autocast, which casts both)"
+        )
+    return image_features.dtype
+
+
+def check_scalar(name: str, value: float | Tensor, device: torch.device) -> None:
+    """Check logit_scale or logit_bias: a number, or a floating tensor of one element."""
+    if isinstance(value, Tensor):
+        _check_tensor(name, value, "a number or a tensor of one element")
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} has dtype {value.dtype}: expected a floating dtype")
+        if value.dim() > 1 or value.numel() != 1:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}: expected one element, () or (1,)"
+            )
+        if value.device != device:
+            raise ValueError(f"{name} is on {value.device}: expected {device}, as the features")
+    elif not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {_kind(value)}: expected a number or a tensor of one element")
+
+
+def check_pairing(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    negative_only: bool,
+) -> None:
+    """Check that positives are defined: the diagonal, ids for both towers, or none at all."""
+    if not isinstance(negative_only, bool):
+        raise TypeError(f"negative_only is a {_kind(negative_only)}: expected a bool")
+    if (image_ids is None) != (text_ids is None):
+        given, missing = ("image_ids", "text_ids")[:: 1 if text_ids is None else -1]
+        raise ValueError(f"{given} was given without {missing}: expected both or neither")
+    if image_ids is None:
+        m, n = image_features.shape[0], text_features.shape[0]
+        if m != n and not negative_only:
+            raise ValueError(
+                f"text_features has {n} rows and image_features {m}: expected the same number, "
+                "or image_ids and text_ids, or negative_only=True"
+            )
+        return
+    for name, ids, features in (
+        ("image_ids", image_ids, image_features),
+        ("text_ids", text_ids, text_features),
+    ):
+        rows = features.shape[0]
+        _check_tensor(name, ids, f"an integer tensor of shape ({rows},)")
+        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+            raise TypeError(f"{name} has dtype {ids.dtype}: expected an integer dtype")
+        if ids.shape != (rows,):
+            raise ValueError(
+                f"{name} has shape {tuple(ids.shape)}: expected ({rows},), one id a row"
+            )
+        if ids.device != features.device:
+            raise ValueError(
+                f"{name} is on {ids.device}: expected {features.device}, as the features"
+            )
+
+
+def check_options(
+    reduction: str,
+    workspace_bytes: int | None,
+    backend: str | None,
+    device_type: str,
+    dtype: torch.dtype,
+) -> str:
+    """Check the options that choose how the loss is computed; return the backend that will."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}: expected {_choices(REDUCTIONS)}")
+    if workspace_bytes is not None:
+        if not isinstance(workspace_bytes, int) or isinstance(workspace_bytes, bool):
+            raise TypeError(
+                f"workspace_bytes is a {_kind(workspace_bytes)}: expected a number of bytes (int)"
+            )
+        if workspace_bytes <= 0:
+            raise ValueError(f"workspace_bytes is {workspace_bytes}: expected more than 0")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}: expected None, {_choices(BACKENDS)}")
+    return resolve_backend(backend, device_type, dtype)

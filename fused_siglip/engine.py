@@ -1,0 +1,116 @@
+"""The sweep over panels: the loss and every gradient that is needed, in one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kernels import GRAD_SCALE, Positives, panel_class
+from .plan import plan_panels
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients a sweep computes. A gradient that nobody needs costs nothing."""
+
+    image: bool  # dX: 2*M*N*D FLOPs
+    text: bool  # dY: 2*M*N*D FLOPs
+    scalars: bool  # dt and db
+
+
+def sweep(
+    x: Tensor,  # (M, D) image features
+    y: Tensor,  # (N, D) text features
+    logit_scale: Tensor,  # () accumulation dtype
+    logit_bias: Tensor,  # () likewise
+    image_ids: Tensor | None,  # (M,) int64
+    text_ids: Tensor | None,  # (N,) int64
+    diagonal: bool,
+    needs: Needs,
+    workspace_bytes: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum the loss over all pairs, and its derivatives in s = X Y^T and in t and b.
+
+    Returns, all in fp32 (float64 for float64 features), with g = dL/dz:
+
+    - sums (3,): sum softplus(u), sum g*s = dL/dt, sum g = dL/db; the last two are 0 unless needed
+    - g Y (M, D), which is dL/dX / t; without elements unless needed
+    - g^T X (N, D), which is dL/dY / t; likewise
+
+    The factor t is left to the caller, who has an upstream scalar to multiply by anyway.
+    Panels are visited and summed in a fixed order: the same inputs give the same bits.
+    """
+    m, d = x.shape
+    n = y.shape[0]
+    plan = plan_panels(
+        m,
+        n,
+        d,
+        x.dtype,
+        x.device.type,
+        backend,
+        need_image_grad=needs.image,
+        need_text_grad=needs.text,
+        need_scalar_grads=needs.scalars,
+        copies_operands=image_ids is not None,
+        workspace_bytes=workspace_bytes,
+    )
+    acc = {"dtype": plan.accumulate_dtype, "device": x.device}
+    grad_x = torch.empty((m, d) if needs.image else 0, **acc)
+    grad_y = torch.empty((n, d) if needs.text else 0, **acc)
+    if m == 0 or n == 0:
+        return torch.zeros(3, **acc), grad_x.zero_(), grad_y.zero_()
+
+    panel = panel_class(backend)(
+        plan.rows,
+        plan.cols,
+        plan.operand_dtype,
+        x.device,
+        needs.image or needs.text,
+        needs.scalars,
+    )
+    row_starts, col_starts = range(0, m, plan.rows), range(0, n, plan.cols)
+    sums = torch.zeros(len(row_starts), len(col_starts), 3, **acc)
+    alpha = 1.0 / GRAD_SCALE.get(plan.operand_dtype, 1.0)
+
+    for a, i in enumerate(row_starts):
+        rows = slice(i, min(i + plan.rows, m))
+        x_rows, x_ids = _operand(x, image_ids, rows, plan.operand_dtype)
+        for b, j in enumerate(col_starts):
+            cols = slice(j, min(j + plan.cols, n))
+            y_cols, y_ids = _operand(y, text_ids, cols, plan.operand_dtype)
+            positives = Positives(i - j if diagonal else None, x_ids, y_ids)
+            g = panel(x_rows, y_cols, logit_scale, logit_bias, positives, sums[a, b])
+            if needs.image:
+                _add_product(grad_x[rows], g, y_cols, alpha, fresh=j == 0)
+            if needs.text:
+                _add_product(grad_y[cols], g.T, x_rows, alpha, fresh=i == 0)
+    return sums.sum((0, 1)), grad_x, grad_y
+
+
+def _operand(
+    features: Tensor, ids: Tensor | None, part: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """A panel's rows (or columns) as they enter the products, and their ids.
+
+    Padded features are blanked: they may hold anything, and 0 * NaN would reach the gradients.
+    """
+    chunk = features[part].to(dtype)
+    if ids is None:
+        return chunk, None
+    ids = ids[part]
+    return torch.where(ids[:, None] < 0, 0, chunk), ids
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:
+    """out = alpha * a @ b, added to what is there unless ``fresh``; accumulated in out's dtype."""
+    beta = 0 if fresh else 1
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    elif out.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    else:  # Triton's interpreter, on CPU tensors: what tensor cores do with half operands
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)

@@ -1,0 +1,114 @@
+"""The public function: what goes in, what is checked, what comes back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .autograd import SigLipFunction
+from .engine import Needs
+
+
+def siglip_loss(
+    image_features: Tensor,  # (M, D)
+    text_features: Tensor,  # (N, D)
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    image_ids: Tensor | None = None,  # (M,)
+    text_ids: Tensor | None = None,  # (N,)
+    negative_only: bool = False,
+    reduction: str = "mean",
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:  # ()
+    r"""Sigmoid contrastive loss of image and text features, without the matrix of logits.
+
+    .. math:: L = -\frac{1}{R} \sum_{i,j} \log\sigma(l_{ij} (t \, x_i \cdot y_j + b))
+
+    with :math:`l_{ij} = 1` for a positive pair and -1 for a negative one, summed over texts and
+    averaged over images (algorithm 1 of `arXiv 2303.15343 <https://arxiv.org/abs/2303.15343>`_).
+    One sweep over bounded panels of the pair matrix computes the loss and every gradient that is
+    needed; backward only multiplies by the upstream gradient.
+
+    Args:
+        image_features: (M, D), normally L2-normalised; float32, bfloat16, float16, or float64
+            (torch backend). Any strides.
+        text_features: (N, D), of the same dtype and device. Under autocast both are cast as
+            ``torch.matmul`` casts its operands, so float32 and bfloat16 may meet there.
+        logit_scale: t, already exponentiated: a number or a tensor of one element, () or (1,).
+        logit_bias: b, likewise; None means 0.
+        image_ids: (M,) integers. With ids, every pair with ``image_ids[i] == text_ids[j]`` is
+            positive, and M may differ from N; without, pair (i, i) is, and M must equal N. A row
+            with a negative id is padding: it takes no part, whatever its features hold.
+        text_ids: (N,) integers, likewise. Both or neither.
+        negative_only: no pair is positive (a block of another device's texts).
+        reduction: "mean" divides by M, the number of images (without padding); "sum" does not.
+        workspace_bytes: upper bound of the panel workspace; None lets the planner choose.
+        backend: "torch" (any device), "triton" (CUDA, ROCm), or None: triton on a GPU where it is
+            installed, otherwise torch.
+
+    Returns:
+        The loss: a float32 scalar (float64 for float64 features), 0 for an empty batch. Logits and
+        sums are float32 (float64) throughout; float32 products follow
+        ``torch.get_float32_matmul_precision()``. Gradients arrive in the dtype and shape of their
+        inputs, accumulated in float32 (float64). NaN and Inf pass through as in torch.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype, or features of two dtypes outside
+            autocast.
+        ValueError: shapes, devices or sizes that do not fit each other, an unknown option, a
+            workspace too small for one tile, or a backend that cannot run here.
+        RuntimeError: on double backward, which is not supported.
+    """
+    dtype = _checks.check_features(image_features, text_features)
+    device = image_features.device
+    _checks.check_scalar("logit_scale", logit_scale, device)
+    if logit_bias is None:
+        logit_bias = 0.0
+    _checks.check_scalar("logit_bias", logit_bias, device)
+    _checks.check_pairing(image_features, text_features, image_ids, text_ids, negative_only)
+    backend = _checks.check_options(reduction, workspace_bytes, backend, device.type, dtype)
+
+    scale = _as_tensor(logit_scale, dtype, device)
+    bias = _as_tensor(logit_bias, dtype, device)
+    grad = torch.is_grad_enabled()
+    needs = Needs(
+        image=grad and image_features.requires_grad,
+        text=grad and text_features.requires_grad,
+        scalars=grad and (scale.requires_grad or bias.requires_grad),
+    )
+    if image_ids is not None:
+        image_ids, text_ids = image_ids.long(), text_ids.long()
+        if negative_only:
+            image_ids, text_ids = _never_equal(image_ids, text_ids)
+    total = SigLipFunction.apply(
+        image_features,
+        text_features,
+        scale,
+        bias,
+        image_ids,
+        text_ids,
+        image_ids is None and not negative_only,
+        dtype,
+        needs,
+        workspace_bytes,
+        backend,
+    )
+    if reduction == "sum":
+        return total / 1
+    if image_ids is None:
+        return total / max(image_features.shape[0], 1)
+    return total / (image_ids >= 0).sum().clamp(min=1)
+
+
+def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+
+def _never_equal(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids that keep the padding and make no pair positive."""
+    return image_ids.clamp(-1, 0), torch.where(text_ids < 0, -1, 1)

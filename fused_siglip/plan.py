@@ -1,0 +1,97 @@
+"""How the pair matrix is cut into panels, and what memory that takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .kernels import panel_class
+
+# Without a caller's bound. A CPU panel of 2048 x 2048 stays in the last-level cache; a GPU panel
+# wants to be large enough to fill the chip in all three products.
+_DEFAULT_WORKSPACE = {"cpu": 64 << 20}
+_DEFAULT_WORKSPACE_GPU = 256 << 20
+
+
+@dataclass(frozen=True)
+class PanelPlan:
+    """The panels of one sweep over an (M, N) pair matrix of D-dimensional features.
+
+    ``rows`` x ``cols`` is the panel's shape (the last ones may be smaller), ``operand_dtype`` what
+    enters the three products, ``accumulate_dtype`` what they and the sums accumulate in.
+    ``workspace_bytes`` is the backend's panel workspace, ``peak_bytes`` all that the sweep
+    allocates: workspace, operand copies and the gradient accumulators it returns.
+    """
+
+    rows: int
+    cols: int
+    operand_dtype: torch.dtype
+    accumulate_dtype: torch.dtype
+    workspace_bytes: int
+    peak_bytes: int
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def plan_panels(
+    m: int,
+    n: int,
+    d: int,
+    dtype: torch.dtype,
+    device_type: str,
+    backend: str,
+    *,
+    need_image_grad: bool = True,
+    need_text_grad: bool = True,
+    need_scalar_grads: bool = True,
+    copies_operands: bool = False,
+    workspace_bytes: int | None = None,
+) -> PanelPlan:
+    """Choose the panels: a pure function of its arguments; asks no device anything.
+
+    Panels are as square as the budget allows, since every panel reads and writes its rows of dX and
+    its columns of dY once: that traffic is proportional to 1/rows + 1/cols. Sides are then evened
+    out so that the last panel is not a sliver.
+
+    ``copies_operands`` says that the sweep copies rows before use (padding must be blanked out).
+
+    Raises ValueError when ``workspace_bytes`` cannot hold one tile.
+    """
+    panel = panel_class(backend)
+    accumulate_dtype = torch.promote_types(dtype, torch.float32)
+    # Tensor cores take half operands and accumulate in fp32; elsewhere torch can only do that by
+    # converting the operands, a panel's rows and columns at a time.
+    operand_dtype = dtype if backend == "triton" or device_type == "cuda" else accumulate_dtype
+    write_g = need_image_grad or need_text_grad
+
+    def workspace(rows: int, cols: int) -> int:
+        return panel.workspace_bytes(rows, cols, operand_dtype, write_g, need_scalar_grads)
+
+    budget = workspace_bytes
+    if budget is None:
+        budget = _DEFAULT_WORKSPACE.get(device_type, _DEFAULT_WORKSPACE_GPU)
+    tile_m, tile_n = min(panel.tile[0], max(m, 1)), min(panel.tile[1], max(n, 1))
+    tile_bytes = workspace(tile_m, tile_n)
+    if budget < tile_bytes:
+        raise ValueError(
+            f"workspace_bytes={budget} cannot hold one {tile_m} x {tile_n} tile of the {backend} "
+            f"backend: expected at least {tile_bytes}"
+        )
+
+    tiles = budget // tile_bytes
+    tiles_m, tiles_n = max(_ceil_div(m, tile_m), 1), max(_ceil_div(n, tile_n), 1)
+    rows = min(tiles_m, max(math.isqrt(tiles), tiles // tiles_n))
+    cols = min(tiles_n, tiles // rows)
+    rows = _ceil_div(tiles_m, _ceil_div(tiles_m, rows)) * tile_m
+    cols = _ceil_div(tiles_n, _ceil_div(tiles_n, cols)) * tile_n
+    rows, cols = min(rows, m), min(cols, n)
+
+    used = workspace(rows, cols)
+    peak = used + (need_image_grad * m + need_text_grad * n) * d * accumulate_dtype.itemsize
+    if copies_operands or operand_dtype != dtype:
+        peak += (rows + cols) * d * operand_dtype.itemsize
+    return PanelPlan(rows, cols, operand_dtype, accumulate_dtype, used, peak)

@@ -1,0 +1,36 @@
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "fused_siglip/__init__.py").read_text(), re.MULTILINE
+).group(1)
+
+EXTRAS = {
+    "test": ["pytest", "pytest-benchmark", "numpy", "hypothesis", "build"],
+    "bench": ["numpy", "tqdm", "matplotlib"],
+    "demo": ["numpy", "tqdm", "matplotlib", "scikit-learn"],
+    "triton": ["triton>=3.6"],
+}
+EXTRAS["dev"] = sorted({name for extra in EXTRAS.values() for name in extra} | {"ruff"})
+
+setup(
+    name="fused-siglip",
+    version=VERSION,
+    description="Sigmoid contrastive loss (SigLIP): exact gradients in one sweep, no logit matrix",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["fused_siglip", "fused_siglip.kernels"],
+    package_dir={"fused_siglip.kernels": "kernels"},
+    install_requires=["torch>=2.8"],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
