@@ -83,11 +83,10 @@ class SigLipFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:  # ()
         acc = torch.promote_types(dtype, torch.float32)
-        scale = logit_scale.to(acc).reshape(())
         sums, grad_x, grad_y = sweep_op(
             x.to(dtype),
             y.to(dtype),
-            scale,
+            logit_scale.to(acc).reshape(()),
             logit_bias.to(acc).reshape(()),
             image_ids,
             text_ids,
@@ -98,15 +97,15 @@ class SigLipFunction(torch.autograd.Function):
             workspace_bytes,
             backend,
         )
-        ctx.save_for_backward(sums, grad_x, grad_y, scale)
+        ctx.save_for_backward(sums, grad_x, grad_y, logit_scale)
         ctx.needs = needs
         ctx.like = [(t.shape, t.dtype) for t in (x, y, logit_scale, logit_bias)]
         return sums[0]
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # ()
-        sums, grad_x, grad_y, scale = ctx.saved_tensors
-        factor = upstream * scale
+        sums, grad_x, grad_y, logit_scale = ctx.saved_tensors
+        factor = upstream * logit_scale.to(sums.dtype).reshape(())
         (_, x_dtype), (_, y_dtype), *scalars_like = ctx.like
         grads = [
             _multiply(grad_x, factor, x_dtype) if ctx.needs.image else None,

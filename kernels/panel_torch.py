@@ -86,7 +86,8 @@ class TorchPanel:
         g = u.sigmoid_()
         self._negate_positives(g, positives)
         if self.scalar_grads:
-            torch.dot(s.view(-1), g.view(-1), out=sums[1])
+            # not torch.dot: BLAS adds a million terms one after the other, torch.sum pairwise
+            torch.sum(torch.mul(s, g, out=terms), (0, 1), out=sums[1])
             torch.sum(g, (0, 1), out=sums[2])
         if not self.write_g:
             return None

@@ -1,0 +1,43 @@
+# Every target makes its own virtual environment and installs what it needs.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
+OPEN_CLIP = open_clip_torch==3.3.0
+VENV = .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test test-newest-triton bench lint clean
+
+demo: $(VENV)/ready
+	$(RUN) -m examples.digits
+
+test: $(VENV)/ready
+	$(RUN) -m pytest
+	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
+
+# The kernels again, on the newest release of triton.
+test-newest-triton: TRITON = triton
+test-newest-triton: VENV = .venv-newest
+test-newest-triton:
+	$(MAKE) VENV=$(VENV) TRITON=$(TRITON) $(VENV)/ready
+	$(RUN) -m pytest tests/test_triton_compiled.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
+
+bench: $(VENV)/ready
+	$(RUN) -m benchmarks.bench_loss
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf .venv .venv-newest build dist *.egg-info
+
+# torch first and pinned: any other package would bring its own choice. open_clip without its
+# dependencies: the tests load its loss, which needs torch alone.
+$(VENV)/ready: setup.py Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TRITON) -e .[dev]
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OPEN_CLIP)
+	touch $@

@@ -1,0 +1,22 @@
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request) -> str:
+    """Each portable backend: triton on a GPU, or in its interpreter (TRITON_INTERPRET=1)."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if not (HAS_GPU or INTERPRETED):
+            pytest.skip("the Triton backend needs a GPU or TRITON_INTERPRET=1")
+    return request.param
+
+
+@pytest.fixture
+def device(backend) -> str:
+    return "cuda" if HAS_GPU and not INTERPRETED else "cpu"

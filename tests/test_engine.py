@@ -1,0 +1,69 @@
+"""The plan and the sweep: panel shapes, the products that are done, the memory that is taken."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_siglip.engine import Needs, sweep
+from fused_siglip.kernels import panel_class
+from fused_siglip.plan import plan_panels
+
+SIZES = [(1, 1), (64, 64), (65, 1), (1000, 1000), (2100, 2100), (8192, 8192), (32768, 100)]
+BUDGETS = [None, 1 << 20, 100 << 20]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_plan_keeps_the_budget_and_covers_with_even_panels(dtype, device_type, size, budget):
+    m, n = size
+    plan = plan_panels(m, n, 768, dtype, device_type, "torch", workspace_bytes=budget)
+    tile_m, tile_n = panel_class("torch").tile
+    assert 1 <= plan.rows <= m and 1 <= plan.cols <= n
+    assert plan.workspace_bytes <= (budget or 1 << 30)
+    for side, total, tile in ((plan.rows, m, tile_m), (plan.cols, n, tile_n)):
+        assert side == total or side % tile == 0
+        panels = -(-total // side)
+        # no sliver at the end: every panel but the last could not be smaller by a tile
+        assert panels == 1 or (side - tile) * panels < total
+
+
+def test_plan_shrinks_when_less_is_needed_and_predicts_only_what_it_holds():
+    options = dict(m=4096, n=4096, d=512, dtype=torch.float32, device_type="cpu", backend="torch")
+    full = plan_panels(**options)
+    frozen = plan_panels(**options, need_image_grad=False)
+    assert full.peak_bytes - frozen.peak_bytes == 4096 * 512 * 4
+    forward = plan_panels(
+        **options, need_image_grad=False, need_text_grad=False, need_scalar_grads=False
+    )
+    assert forward.peak_bytes == forward.workspace_bytes
+
+
+def test_peak_memory_does_not_grow_with_the_square_of_the_batch():
+    """Workspace alone: the accumulators are the gradients themselves."""
+    extra = {b: plan_panels(b, b, 768, torch.float32, "cpu", "torch").workspace_bytes
+             for b in (8192, 32768, 1 << 20)}  # fmt: skip
+    assert max(extra.values()) <= 64 << 20
+
+
+PRODUCTS = {
+    "all": (Needs(True, True, True), 3),
+    "image tower frozen": (Needs(False, True, True), 2),
+    "text tower frozen": (Needs(True, False, True), 2),
+    "both frozen": (Needs(False, False, True), 1),
+    "no_grad": (Needs(False, False, False), 1),
+}
+
+
+@pytest.mark.parametrize("needs,products", PRODUCTS.values(), ids=PRODUCTS)
+@pytest.mark.parametrize("workspace", [1 << 16, 1 << 25])
+def test_only_the_products_that_are_needed(needs, products, workspace):
+    m, n, d = 300, 200, 48
+    x, y, t, b = torch.randn(m, d), torch.randn(n, d), torch.tensor(10.0), torch.tensor(-10.0)
+    with FlopCounterMode(display=False) as counter:
+        sums, grad_x, grad_y = sweep(x, y, t, b, None, None, False, needs, workspace, "torch")
+    assert counter.get_total_flops() == products * 2 * m * n * d
+    assert grad_x.shape == ((m, d) if needs.image else (0,))
+    assert grad_y.shape == ((n, d) if needs.text else (0,))
+    assert torch.all(sums[1:] != 0) if needs.scalars else torch.all(sums[1:] == 0)
