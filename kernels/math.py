@@ -25,7 +25,8 @@ def log1p_unit(e):
 @triton.jit
 def softplus_sigmoid(u):
     """softplus(u) and sigmoid(u), its derivative, from one exponential; u fp32 of any shape."""
-    e = tl.exp(-tl.abs(u))  # in [0, 1]; NaN for NaN, which carries it through both results
+    e = tl.exp2(-tl.abs(u) * 1.4426950408889634)  # in [0, 1]; NaN for NaN, which carries it through both results
     softplus = tl.maximum(u, 0.0) + log1p_unit(e)
-    sigmoid = tl.where(u >= 0, 1.0, e) / (1.0 + e)
+    r = tl.rsqrt(1.0 + e)
+    sigmoid = tl.where(u >= 0, 1.0, e) * (r * r)
     return softplus, sigmoid

@@ -1,37 +1,62 @@
+"""Panel kernel in Triton: CUDA (compute capability 8.0 up), ROCm, and the Triton interpreter."""
+
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import GRAD_SCALE, Positives
+from .configs import TILE, panel_config
 from .math import softplus_sigmoid
+
+INTERPRETED = triton.knobs.runtime.interpret  # read once: it decides what @triton.jit makes below
 
 
 @triton.jit
 def _grouped_tile(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column of tile ``pid``: column by column inside bands of GROUP_M rows of tiles."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
+    """Row and column of tile ``pid``: down the columns of bands GROUP_M tiles high, so that the
+    programs running at one time share few blocks of x and y, and these stay in L2."""
     band = GROUP_M * tl.cdiv(N, BLOCK_N)
     first = pid // band * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP_M)
     return first + pid % band % height, pid % band // height
 
 
 @triton.jit
 def _similarity(
-    x_ptr, y_ptr, rows, cols, M, N, D, stride_xm, stride_xd, stride_yn, stride_yd,
-    INPUT_PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):
+    x_ptr,  # (M, D)
+    y_ptr,  # (N, D)
+    row0,
+    col0,
+    M,
+    N,
+    D,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    INPUT_PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # (BLOCK_M, BLOCK_N) fp32
+    # Past the last row the last row is read again: loads need no mask, the epilogue drops the pairs.
+    rows = tl.minimum(row0 + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+    cols = tl.minimum(col0 + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
-    x_rows = tl.minimum(rows, M - 1).to(tl.int64)
-    y_rows = tl.minimum(cols, N - 1).to(tl.int64)
-    x_ptrs = x_ptr + x_rows[:, None] * stride_xm + d[None, :] * stride_xd
-    y_ptrs = y_ptr + y_rows[None, :] * stride_yn + d[:, None] * stride_yd
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + d[None, :] * stride_xd
+    y_ptrs = y_ptr + cols[None, :] * stride_yn + d[:, None] * stride_yd
     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for d0 in range(0, D, BLOCK_D):
+    for start in range(0, D, BLOCK_D):
         if EVEN_D:
             x = tl.load(x_ptrs)
             y = tl.load(y_ptrs)
         else:
-            x = tl.load(x_ptrs, mask=d[None, :] < D - d0, other=0.0)
-            y = tl.load(y_ptrs, mask=d[:, None] < D - d0, other=0.0)
+            x = tl.load(x_ptrs, mask=d[None, :] < D - start, other=0.0)
+            y = tl.load(y_ptrs, mask=d[:, None] < D - start, other=0.0)
         s = tl.dot(x, y, s, input_precision=INPUT_PRECISION)
         x_ptrs += BLOCK_D * stride_xd
         y_ptrs += BLOCK_D * stride_yd
@@ -39,72 +64,150 @@ def _similarity(
 
 
 @triton.jit
-def _epilogue(
-    s, loss, gs_sum, g_sum, col0, rows, row_keys, row_valid, g_ptr, scale, bias, text_ids_ptr, mixed, N, stride_gm,
-    SCALAR_GRADS: tl.constexpr, GRAD_SCALE: tl.constexpr, SPLIT: tl.constexpr,
-):
-    BLOCK_M: tl.constexpr = s.shape[0]
-    WIDTH: tl.constexpr = s.shape[1]
-    if SPLIT > 1:
-        HALF: tl.constexpr = WIDTH // 2
-        left, right = tl.split(tl.permute(tl.reshape(s, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        loss, gs_sum, g_sum = _epilogue(left, loss, gs_sum, g_sum, col0, rows, row_keys, row_valid, g_ptr, scale, bias, text_ids_ptr, mixed, N, stride_gm, SCALAR_GRADS, GRAD_SCALE, SPLIT // 2)
-        return _epilogue(right, loss, gs_sum, g_sum, col0 + HALF, rows, row_keys, row_valid, g_ptr, scale, bias, text_ids_ptr, mixed, N, stride_gm, SCALAR_GRADS, GRAD_SCALE, SPLIT // 2)
+def _column_parts(s, PARTS: tl.constexpr):
+    """``s`` cut into PARTS column blocks, left to right, without leaving registers."""
+    if PARTS == 1:
+        return (s,)
     else:
-        cols = col0 + tl.arange(0, WIDTH)
-        if text_ids_ptr is None:
-            col_keys = cols
-            col_valid = cols < N
-        else:
-            col_keys = tl.load(text_ids_ptr + cols, mask=cols < N, other=-1)
-            col_valid = col_keys >= 0
-        u = s * scale + bias
-        if mixed:
-            valid = row_valid[:, None] & col_valid[None, :]
-            s = tl.where(valid, s, 0.0)
-            u = tl.where(row_keys[:, None] == col_keys[None, :], -u, u)
-            u = tl.where(valid, u, float("-inf"))
-        softplus, g = softplus_sigmoid(u)
-        if mixed:
-            g = tl.where(row_keys[:, None] == col_keys[None, :], -g, g)
-        loss += tl.sum(softplus, 1)
-        if SCALAR_GRADS:
-            gs_sum += tl.sum(g * s, 1)
-            g_sum += tl.sum(g, 1)
-        if g_ptr is not None:
-            tl.store(g_ptr + rows.to(tl.int64)[:, None] * stride_gm + cols[None, :], (g * GRAD_SCALE).to(g_ptr.dtype.element_ty))
-        return loss, gs_sum, g_sum
+        halves = tl.reshape(s, (s.shape[0], 2, s.shape[1] // 2))
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        return _column_parts(left, PARTS // 2) + _column_parts(right, PARTS // 2)
+
+
+@triton.jit
+def _pair_masks(
+    row0,
+    col0,
+    M,
+    N,
+    diagonal,
+    image_ids_ptr,  # (M,) or None
+    text_ids_ptr,  # (N,) or None
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Which pairs of a block are positive and which take part at all; (BLOCK_M, BLOCK_N) each."""
+    rows = row0 + tl.arange(0, BLOCK_M)
+    cols = col0 + tl.arange(0, BLOCK_N)
+    if image_ids_ptr is None:
+        positive = (rows + diagonal)[:, None] == cols[None, :]
+        valid = (rows < M)[:, None] & (cols < N)[None, :]
+    else:
+        image_ids = tl.load(image_ids_ptr + rows, mask=rows < M, other=-1)
+        text_ids = tl.load(text_ids_ptr + cols, mask=cols < N, other=-1)
+        positive = image_ids[:, None] == text_ids[None, :]
+        valid = (image_ids >= 0)[:, None] & (text_ids >= 0)[None, :]
+    return positive, valid
+
+
+@triton.jit
+def _sum_in_threads(t):
+    """(m, n) to (m, 8): in the layouts tensor cores leave, one thread holds what is added here."""
+    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // 8, 8)), 1)
+
+
+@triton.jit
+def _epilogue(
+    s,  # (m, n) similarities of one column part
+    positive,  # (m, n) or None: no pair is positive
+    valid,  # (m, n) or None: every pair takes part
+    scale,
+    bias,
+    sums,  # 3 x (m, 8): running sums of softplus(u), g*s, g
+    g_ptrs,  # (m, n) or None
+    SCALAR_GRADS: tl.constexpr,
+    GRAD_SCALE: tl.constexpr,
+):
+    loss, gs_sum, g_sum = sums
+    u = s * scale + bias
+    if positive is not None:
+        u = tl.where(valid, tl.where(positive, -u, u), float("-inf"))
+        s = tl.where(valid, s, 0.0)  # a padded row may hold NaN
+    softplus, g = softplus_sigmoid(u)
+    if positive is not None:
+        g = tl.where(positive, -g, g)
+    loss += _sum_in_threads(softplus)
+    if SCALAR_GRADS:
+        gs_sum += _sum_in_threads(g * s)
+        g_sum += _sum_in_threads(g)
+    if g_ptrs is not None:
+        tl.store(g_ptrs, (g * GRAD_SCALE).to(g_ptrs.dtype.element_ty))
+    return loss, gs_sum, g_sum
 
 
 @triton.jit(do_not_specialize=["M", "N", "diagonal"])
 def panel_kernel(
-    x_ptr, y_ptr, g_ptr, partials_ptr, logit_scale_ptr, logit_bias_ptr, image_ids_ptr, text_ids_ptr,
-    M, N, D, diagonal, stride_xm, stride_xd, stride_yn, stride_yd, stride_gm,
-    SCALAR_GRADS: tl.constexpr, GRAD_SCALE: tl.constexpr, INPUT_PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr, SPLIT: tl.constexpr,
+    x_ptr,  # (M, D)
+    y_ptr,  # (N, D)
+    g_ptr,  # (M, N) rounded up to whole tiles, or None
+    partials_ptr,  # (3, tiles) fp32: sums of softplus(u), g*s, g over each tile
+    logit_scale_ptr,  # () fp32
+    logit_bias_ptr,  # () fp32
+    image_ids_ptr,  # (M,) int64 or None
+    text_ids_ptr,  # (N,) int64 or None
+    M,
+    N,
+    D,
+    diagonal,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    stride_gm,
+    SCALAR_GRADS: tl.constexpr,
+    GRAD_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     tile_m, tile_n = _grouped_tile(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row0 = tile_m * BLOCK_M
-    col0 = tile_n * BLOCK_N
-    rows = row0 + tl.arange(0, BLOCK_M)
-    cols = col0 + tl.arange(0, BLOCK_N)
-    s = _similarity(x_ptr, y_ptr, rows, cols, M, N, D, stride_xm, stride_xd, stride_yn, stride_yd, INPUT_PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D)
+    tile = _similarity(
+        x_ptr, y_ptr, row0, tile_n * BLOCK_N, M, N, D, stride_xm, stride_xd, stride_yn, stride_yd,
+        INPUT_PRECISION, EVEN_D, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     scale = tl.load(logit_scale_ptr)
     bias = tl.load(logit_bias_ptr)
-    if image_ids_ptr is None:
-        row_keys = rows + diagonal
-        row_valid = rows < M
-        edge = (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N)
-        mixed = edge | ((row0 + diagonal < col0 + BLOCK_N) & (col0 < row0 + diagonal + BLOCK_M))
-    else:
-        row_keys = tl.load(image_ids_ptr + rows, mask=rows < M, other=-1)
-        row_valid = row_keys >= 0
-        mixed = True
-    zero = tl.zeros((BLOCK_M,), tl.float32)
-    loss, gs_sum, g_sum = _epilogue(s, zero, zero, zero, col0, rows, row_keys, row_valid, g_ptr, scale, bias, text_ids_ptr, mixed, N, stride_gm, SCALAR_GRADS, GRAD_SCALE, SPLIT)
+
+    # The epilogue takes the tile a few columns at a time: taken whole, its temporaries do not fit
+    # the registers beside the accumulator. The branch in each part keeps the compiler from mixing
+    # the parts again.
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    parts = _column_parts(tile, PARTS)
+    zero = tl.zeros((BLOCK_M, 8), tl.float32)
+    sums = (zero, zero, zero)
+    for part in tl.static_range(PARTS):
+        col0 = tile_n * BLOCK_N + part * WIDTH
+        g_ptrs = None
+        if g_ptr is not None:
+            rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+            g_ptrs = g_ptr + rows[:, None] * stride_gm + (col0 + tl.arange(0, WIDTH))[None, :]
+        if image_ids_ptr is None:
+            # Only where the part meets the diagonal or the edge are there pairs to tell apart.
+            mixed = (row0 + diagonal < col0 + WIDTH) & (col0 < row0 + diagonal + BLOCK_M)
+            mixed |= (row0 + BLOCK_M > M) | (col0 + WIDTH > N)
+        else:
+            mixed = col0 < N
+        if mixed:
+            positive, valid = _pair_masks(
+                row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
+            )
+            sums = _epilogue(
+                parts[part], positive, valid, scale, bias, sums, g_ptrs, SCALAR_GRADS, GRAD_SCALE
+            )
+        elif image_ids_ptr is None:
+            sums = _epilogue(
+                parts[part], None, None, scale, bias, sums, g_ptrs, SCALAR_GRADS, GRAD_SCALE
+            )
+
+    loss, gs_sum, g_sum = sums
     tiles = tl.num_programs(0)
-    tl.store(partials_ptr + pid, tl.sum(loss, 0))
+    tl.store(partials_ptr + pid, tl.sum(loss))
     if SCALAR_GRADS:
-        tl.store(partials_ptr + tiles + pid, tl.sum(gs_sum, 0))
-        tl.store(partials_ptr + 2 * tiles + pid, tl.sum(g_sum, 0))
+        tl.store(partials_ptr + tiles + pid, tl.sum(gs_sum))
+        tl.store(partials_ptr + 2 * tiles + pid, tl.sum(g_sum))

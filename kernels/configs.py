@@ -1,0 +1,2 @@
+TILE = (128, 128)
+panel_config = None
