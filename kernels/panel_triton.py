@@ -286,6 +286,8 @@ class TritonPanel:
         sums: Tensor,  # (3,)
     ) -> Tensor | None:  # (m, n)
         (m, d), n = x.shape, y.shape[0]
+        if INTERPRETED and x.dtype == torch.bfloat16:  # whose tl.dot multiplies the bits of bf16
+            x, y = x.float(), y.float()
         precision = "ieee"
         if self.target != "hip" and torch.get_float32_matmul_precision() != "highest":
             precision = "tf32"

@@ -27,6 +27,14 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 T, B = 10.0, -10.0
 
+# What storing g may cost, relative. Triton's interpreter cuts fp32 to bf16 where devices round.
+STORE_ERROR = dict(UNIT_ROUNDOFF)
+if INTERPRETED:
+    STORE_ERROR[torch.bfloat16] *= 2
+
+# NumPy, under the interpreter, warns of the NaN and Inf some tests feed in.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 
 def features(m, n, d, dtype, seed=0):
     """Normalised rows, x_i close to y_i."""
@@ -75,13 +83,13 @@ def check(x, y, t=T, b=B, positives=Positives()):  # noqa: B008
     """Against float64. The logits are the source of error: eager fp32 has them rounded as we do.
 
     g and each term of the sums may deviate by 4 times what eager fp32 deviates at most, plus 4
-    roundings of fp32 in the functions and, for g, one of the operand dtype. A sum may deviate by
+    roundings of fp32 in the functions and, for g, what storing it costs. A sum may deviate by
     that for every term, all in one direction, plus the roundings of adding up.
     """
     sums, g = run(x, y, t, b, positives)
     exact = formula(x, y, t, b, positives, torch.float64)
     eager = formula(x, y, t, b, positives, torch.float32)
-    eps, eps_out = UNIT_ROUNDOFF[torch.float32], UNIT_ROUNDOFF[x.dtype]
+    eps = UNIT_ROUNDOFF[torch.float32]
     for actual, e, f in zip(sums.double(), exact, eager, strict=True):
         deviation = (f.double() - e).abs().sum()
         slack = 4 * deviation + 32 * eps * e.abs().sum()
@@ -90,7 +98,7 @@ def check(x, y, t=T, b=B, positives=Positives()):  # noqa: B008
     # format has bound that from below.
     deviation = ((eager[2].double() - exact[2]).abs() / exact[2].abs().clamp(min=1e-300)).max()
     tiny = torch.finfo(x.dtype).tiny
-    slack = (4 * deviation + 8 * eps + eps_out) * exact[2].abs() + tiny / GRAD_SCALE.get(x.dtype, 1)
+    slack = (4 * deviation + 8 * eps + STORE_ERROR[x.dtype]) * exact[2].abs() + tiny / GRAD_SCALE.get(x.dtype, 1)
     assert ((g - exact[2]).abs() <= slack).all()
 
 
