@@ -14,10 +14,10 @@ TILE = (128, 128)
 class PanelConfig:
     """How the panel kernel is compiled and launched.
 
-    parts and fold follow the layout in which the tensor cores leave the accumulator. parts cuts a
-    tile into blocks of 128 / parts columns that end on a register boundary of every thread; the
-    sums run over fold columns, those between which a thread moves on to its next registers. Other
-    values are correct too, but then threads exchange data in every part.
+    parts and fold follow the layout in which the tensor cores leave the accumulator: every thread
+    holds columns of each part, and columns that fold together belong to one thread. Other values
+    are correct too, but then threads exchange data in every part. What the compilers make of each
+    config is printed by benchmarks/compiled.py and held by tests/test_triton_compiled.py.
     """
 
     block_d: int  # features a step of the product takes
@@ -53,17 +53,18 @@ class PanelConfig:
         return options
 
 
-# warps own 16 x 8 blocks, 4 of them side by side. 4 x 16 KiB: fits the 99 KiB of consumer chips
+# Four warps side by side take 8 columns each. 64 KiB at most: consumer chips have 99.
 _MMA = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=4, fold=32)
 _MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=32)
 # A thread holds 2 of every 8 columns of its rows. 128 registers and 96 KiB: two programs share a
 # multiprocessor, one's epilogue runs under the other's product.
 _WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=8, maxnreg=128)
 _WGMMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=8, fold=8)
-# A thread reads back a row of tensor memory.
-_TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=4)
-_TCGEN05_TF32 = PanelConfig(block_d=32, num_warps=4, num_stages=3, parts=8, fold=4)
-_FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=4, fold=32)
+# A thread reads a whole row back from tensor memory.
+_TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=2)
+_TCGEN05_TF32 = PanelConfig(block_d=32, num_warps=4, num_stages=3, parts=8, fold=2)
+# Products in full fp32 run outside the tensor cores and dwarf the epilogue: no spills is enough.
+_FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=8, fold=8)
 _MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=32)
 
 

@@ -1,4 +1,4 @@
-"""TritonPanel against a float64 oracle, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1)."""
+"""TritonPanel against a float64 oracle, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from itertools import product
 import pytest
 import torch
 from conftest import HAS_GPU, INTERPRETED
-from helpers import UNIT_ROUNDOFF
 
 from fused_siglip.kernels import GRAD_SCALE, Positives
+from helpers import UNIT_ROUNDOFF
 
 triton = pytest.importorskip("triton")
 if not (HAS_GPU or INTERPRETED):
@@ -98,7 +98,9 @@ def check(x, y, t=T, b=B, positives=Positives()):  # noqa: B008
     # format has bound that from below.
     deviation = ((eager[2].double() - exact[2]).abs() / exact[2].abs().clamp(min=1e-300)).max()
     tiny = torch.finfo(x.dtype).tiny
-    slack = (4 * deviation + 8 * eps + STORE_ERROR[x.dtype]) * exact[2].abs() + tiny / GRAD_SCALE.get(x.dtype, 1)
+    slack = (4 * deviation + 8 * eps + STORE_ERROR[x.dtype]) * exact[
+        2
+    ].abs() + tiny / GRAD_SCALE.get(x.dtype, 1)
     assert ((g - exact[2]).abs() <= slack).all()
 
 
