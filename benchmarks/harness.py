@@ -112,44 +112,56 @@ def measure(
     """
     shapes = {(c.batch_size, c.dim, c.dtype, c.device) for c in cases}
     if len(shapes) != 1:
-        raise ValueError(f"the cases are of {len(shapes)} shapes: expected one")
-    ((size, dim, dtype, device),) = shapes
-    skipped = {case: _obstacle(case) for case in cases}
+        raise ValueError(f"the cases have {len(shapes)} different shapes: expected one")
+    ((size, dim, dtype_name, device),) = shapes
+    dtype = getattr(torch, dtype_name)
+    skipped = {case: obstacle(case) for case in cases}
     runnable = [case for case in cases if skipped[case] is None]
 
+    peaks: dict[Case, int] = {}
+    seconds: dict[str, list[float]] = {}
     steps = memory * len(runnable) + (1 + repeats if repeats else 0)
-    bar = tqdm(total=steps, desc=f"B = {size}, {dtype}", leave=False, disable=not progress)
-    with bar:
-        peaks = {}
+    description = f"B = {size}, {dtype_name}"
+    with tqdm(total=steps, desc=description, leave=False, disable=not progress) as bar:
         for case in runnable if memory else ():
             peaks[case] = peak_extra_bytes(case)
             bar.update()
-        seconds = {}
         if repeats and runnable:
             inputs = runnable[0].inputs()
-            functions = {case: case.step(inputs) for case in runnable}
-            if size * size * getattr(torch, dtype).itemsize < available_bytes(device):
-                for products in sorted({case.products for case in runnable}):
-                    functions[products] = floor(
-                        size, size, dim, getattr(torch, dtype), device, products
-                    )
+            functions = {_label(case): case.step(inputs) for case in runnable}
+            if size * size * dtype.itemsize < available_bytes(device):
+                for n in {case.products for case in runnable}:
+                    functions[_floor_label(n)] = floor(size, size, dim, dtype, device, n)
             seconds = interleaved(functions, repeats, device=device, on_round=bar.update)
 
     rows = []
     for case in cases:
-        times, floor_times = seconds.get(case), seconds.get(case.products)
-        row = asdict(case) | {
-            "repeats": repeats,
-            "seconds": median(times) if times else None,
-            "seconds_p10": quantile(times, 0.1) if times else None,
-            "seconds_p90": quantile(times, 0.9) if times else None,
-            "floor_seconds": median(floor_times) if floor_times else None,
-            "ratio_to_floor": median(times) / median(floor_times) if floor_times else None,
-            "peak_extra_bytes": peaks.get(case),
-            "skipped": skipped[case],
-        }
-        rows.append(row)
+        times = seconds.get(_label(case))
+        floor_times = seconds.get(_floor_label(case.products)) if times else None
+        rows.append(
+            {
+                "kind": "cost",
+                **asdict(case),
+                "products": case.products,
+                "repeats": repeats,
+                "seconds": median(times) if times else None,
+                "seconds_p10": quantile(times, 0.1) if times else None,
+                "seconds_p90": quantile(times, 0.9) if times else None,
+                "floor_seconds": median(floor_times) if floor_times else None,
+                "ratio_to_floor": median(times) / median(floor_times) if floor_times else None,
+                "peak_extra_bytes": peaks.get(case),
+                "skipped": skipped[case],
+            }
+        )
     return rows
+
+
+def _label(case: Case) -> str:
+    return f"{case.loss} {case.mode}"
+
+
+def _floor_label(products: int) -> str:
+    return f"floor {products}"
 
 
 def compare_sizes(
@@ -169,7 +181,8 @@ def compare_sizes(
     return rows
 
 
-def _obstacle(case: Case) -> str | None:
+def obstacle(case: Case) -> str | None:
+    """Why a case cannot be measured here, or None where it can."""
     contestant = LOSSES[case.loss]
     reason = contestant.obstacle(torch.device(case.device).type)
     if reason is not None:

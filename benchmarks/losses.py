@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -51,10 +52,19 @@ def compiled_loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
     return _compiled_eager()(x, y, t, b)
 
 
-def open_clip_loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
-    from open_clip.loss import SigLipLoss
+@functools.cache
+def _open_clip() -> Loss:
+    # its loss module alone: that needs only torch, the whole package torchvision and more
+    package = importlib.util.find_spec("open_clip")
+    path = Path(package.origin).with_name("loss.py")
+    spec = importlib.util.spec_from_file_location("open_clip_loss", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SigLipLoss()
 
-    return SigLipLoss()(x, y, t, b)
+
+def open_clip_loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
+    return _open_clip()(x, y, t, b)
 
 
 def siglip_kernel_loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
