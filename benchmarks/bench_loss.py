@@ -40,7 +40,7 @@ class Plan:
 
 PLANS = {
     "cpu": Plan(
-        batch_sizes=(1024, 2048, 4096, 8192),
+        batch_sizes=(1024, 4096, 8192),
         dtypes=("float32",),
         memory_sizes=(32768,),
         accuracy_sizes=(1024, 2048),
