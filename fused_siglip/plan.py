@@ -11,7 +11,7 @@ from .kernels import panel_class
 
 # Without a caller's bound. A CPU panel of 2048 x 2048 stays in the last-level cache; a GPU panel
 # wants to be large enough to fill the chip in all three products.
-_DEFAULT_WORKSPACE = {"cpu": 64 << 20}
+_DEFAULT_WORKSPACE = {"cpu": 52 << 20}
 _DEFAULT_WORKSPACE_GPU = 256 << 20
 
 
