@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import GRAD_SCALE, Positives, panel_class
+from .kernels import GRAD_SCALE, Positives, multiplies_half_into_fp32, panel_class
 from .plan import plan_panels
 
 
@@ -112,9 +112,7 @@ def _operand(
 def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:
     """out = alpha * a @ b, added to what is there unless ``fresh``; accumulated in out's dtype."""
     beta = 0 if fresh else 1
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    elif out.is_cuda:
+    if a.dtype != out.dtype and multiplies_half_into_fp32(out.device.type):
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-    else:  # Triton's interpreter, on CPU tensors: what tensor cores do with half operands
+    else:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
