@@ -74,8 +74,11 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Split:
-    images: Tensor  # (N, 1, 8, 8) float32 in [0, 1]
+    images: Tensor  # (N, 1, 8, 8) in [0, 1]
     digits: Tensor  # (N,) int64
+
+    def to(self, device: str, dtype: torch.dtype) -> Split:
+        return Split(self.images.to(device, dtype), self.digits.to(device))
 
 
 def load_splits(seed: int) -> tuple[Split, Split]:

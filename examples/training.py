@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,23 +10,23 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from fused_siglip import siglip_loss
+from fused_siglip.reference import eager_siglip_loss
+
 from .captions import LANGUAGES, Split, Tokenizer, test_prompts, training_captions
 
+LOSSES = {"fused": siglip_loss, "eager": eager_siglip_loss}
 EMBED_DIM = 64  # D, shared by both towers
+HIDDEN = 512  # of the image tower
 BATCH_SIZE = 512
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 
 
 class TwoTowers(nn.Module):
     def __init__(self, vocabulary: int):
         super().__init__()
         self.image = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),  # 8 x 8 to 4 x 4
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(64 * 4 * 4, EMBED_DIM),
+            nn.Flatten(), nn.Linear(8 * 8, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, EMBED_DIM)
         )
         self.text = nn.Sequential(
             nn.EmbeddingBag(vocabulary, EMBED_DIM, mode="mean", padding_idx=0),
@@ -46,47 +45,53 @@ class TwoTowers(nn.Module):
 
 @dataclass(frozen=True)
 class Run:
+    loss: str
+    dtype: str
     losses: list[float]  # one a step
     accuracy: dict[str, float]  # zero-shot on the test images, by language of the prompts
 
 
 def train(
-    name: str,
-    loss_function: Callable[..., Tensor],
-    train_split: Split,
-    test_split: Split,
+    loss: str,
+    dtype: torch.dtype,
+    splits: tuple[Split, Split],
     steps: int,
     seed: int,
+    device: str,
 ) -> Run:
-    """Train from ``seed``: weights, batches and captions depend on nothing else."""
+    """Train from ``seed``: first weights, batches and captions depend on nothing else."""
     torch.manual_seed(seed)
+    train_split, test_split = (split.to(device, dtype) for split in splits)
     captions = training_captions()
     tokenizer = Tokenizer([caption for group in captions for caption in group])
     tokens = tokenizer([caption for group in captions for caption in group])
     tokens = tokens.view(len(captions), -1, tokens.shape[1])  # (digit, caption, word)
-    model = TwoTowers(len(tokenizer))
+    tokens = tokens.to(device)
+    model = TwoTowers(len(tokenizer)).to(device, dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
 
     losses = []
-    for _ in tqdm(range(steps), desc=f"training with the {name} loss", unit="step"):
-        batch = torch.randperm(len(train_split.digits))[:BATCH_SIZE]
+    dtype_name = str(dtype).removeprefix("torch.")
+    for _ in tqdm(range(steps), desc=f"train, {loss} {dtype_name}", unit="step", leave=False):
+        # drawn on the CPU: the same on every device
+        batch = torch.randperm(len(train_split.digits))[:BATCH_SIZE].to(device)
+        choice = torch.randint(tokens.shape[1], (BATCH_SIZE,)).to(device)
         digits = train_split.digits[batch]
-        which = torch.randint(tokens.shape[1], (BATCH_SIZE,))
         # Many captions of a batch mean the same digit: each is a positive of every such image.
-        loss = loss_function(
+        value = LOSSES[loss](
             model.encode_images(train_split.images[batch]),
-            model.encode_texts(tokens[digits, which]),
+            model.encode_texts(tokens[digits, choice]),
             model.log_scale.exp(),
             model.bias,
             image_ids=digits,
             text_ids=digits,
         )
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(value.item())
 
-    return Run(losses, zero_shot_accuracy(model, tokenizer, test_split))
+    return Run(loss, dtype_name, losses, zero_shot_accuracy(model, tokenizer, test_split))
 
 
 @torch.no_grad()
@@ -95,7 +100,7 @@ def zero_shot_accuracy(model: TwoTowers, tokenizer: Tokenizer, split: Split) -> 
     images = model.encode_images(split.images)  # (N, D)
     accuracy = {}
     for language in LANGUAGES:
-        prompts = model.encode_texts(tokenizer(test_prompts(language)))  # (10, D)
+        prompts = model.encode_texts(tokenizer(test_prompts(language)).to(images.device))
         predicted = (images @ prompts.T).argmax(dim=1)
         accuracy[language] = (predicted == split.digits).float().mean().item()
     return accuracy
