@@ -80,7 +80,7 @@ def plot_training(runs: list[Run], path: Path) -> None:
 
     for run, color in ((eager, ORANGE), (fused, BLUE)):
         bottom.plot(steps, differences(run, exact), color=color, linewidth=1)
-    bottom.set(yscale="log", xlabel="step", ylabel="relative")
+    bottom.set(yscale="log", xlabel="step", ylabel="rel. difference")
     bottom.set_title("Difference of each from the eager loss in fp64: rounding")
     figure.savefig(path)
     plt.close(figure)
@@ -100,8 +100,8 @@ def cost_table(rows: list[dict]) -> str:
     line = "{:>6} {:>9} {:>12} {:>9} {:>9} {:>13} {:>9} {:>12} {:>9}".format
     lines = [
         f"loss and gradients, D = {rows[0]['dim']}, {rows[0]['dtype']} "
-        "(floor: three plain matmuls, which no exact loss can do without)",
-        f"{'':6} {'time, ms':^56}{'peak extra memory, MiB':^33}",
+        "(floor: the three plain matmuls that any exact loss needs)",
+        f"{'':6} {'time, ms':^56} {'peak extra memory, MiB':>32}",
         line("batch", *labels, "floor", "fused/floor", *labels),
     ]
     notes = []
