@@ -74,10 +74,10 @@ def quantile(values: Iterable[float], q: float) -> float:
     return torch.tensor(list(values), dtype=torch.float64).quantile(q).item()
 
 
-def floor(
-    m: int, n: int, d: int, dtype: torch.dtype, device: str, products: int = 3
-) -> Callable[[], None]:
-    """The plain matmuls no exact method can do without, outputs preallocated.
+def floors(
+    m: int, n: int, d: int, dtype: torch.dtype, device: str
+) -> dict[int, Callable[[], None]]:
+    """By their number, the plain products no exact method can do without; outputs preallocated.
 
     3: X Y^T, G^T X, G Y; 2 (image tower frozen): without G Y; 1 (forward only): X Y^T. G is what
     X Y^T wrote: the same dtype and shape, and one matrix less to hold.
@@ -86,14 +86,14 @@ def floor(
     dx, dy = torch.empty_like(x), torch.empty_like(y)
     g = torch.empty(m, n, dtype=dtype, device=device)
 
-    def run() -> None:
+    def run(products: int) -> None:
         torch.mm(x, y.T, out=g)
         if products >= 2:
             torch.mm(g.T, x, out=dy)
         if products >= 3:
             torch.mm(g, y, out=dx)
 
-    return run
+    return {products: functools.partial(run, products) for products in (1, 2, 3)}
 
 
 def measure(
@@ -118,20 +118,29 @@ def measure(
     skipped = {case: obstacle(case) for case in cases}
     runnable = [case for case in cases if skipped[case] is None]
 
+    floor = {}
+    if repeats and size * size * dtype.itemsize < available_bytes(device):
+        floor = floors(size, size, dim, dtype, device)
+
+    # on CUDA this is also how a case is found not to fit
+    probed = runnable if memory or torch.device(device).type == "cuda" else []
     peaks: dict[Case, int] = {}
     seconds: dict[str, list[float]] = {}
-    steps = memory * len(runnable) + (1 + repeats if repeats else 0)
+    steps = len(probed) + (1 + repeats if repeats else 0)
     description = f"B = {size}, {dtype_name}"
     with tqdm(total=steps, desc=description, leave=False, disable=not progress) as bar:
-        for case in runnable if memory else ():
-            peaks[case] = peak_extra_bytes(case)
+        for case in probed:
+            try:
+                peaks[case] = peak_extra_bytes(case)
+            except (MemoryError, torch.OutOfMemoryError):
+                skipped[case] = "out of memory"
             bar.update()
+        runnable = [case for case in runnable if skipped[case] is None]
         if repeats and runnable:
             inputs = runnable[0].inputs()
             functions = {_label(case): case.step(inputs) for case in runnable}
-            if size * size * dtype.itemsize < available_bytes(device):
-                for n in {case.products for case in runnable}:
-                    functions[_floor_label(n)] = floor(size, size, dim, dtype, device, n)
+            needed = {case.products for case in runnable}
+            functions |= {_floor_label(n): run for n, run in floor.items() if n in needed}
             seconds = interleaved(functions, repeats, device=device, on_round=bar.update)
 
     rows = []
@@ -185,9 +194,11 @@ def obstacle(case: Case) -> str | None:
     """Why a case cannot be measured here, or None where it can."""
     contestant = LOSSES[case.loss]
     reason = contestant.obstacle(torch.device(case.device).type)
-    if reason is not None:
+    # on CUDA one may try and fail; a CPU out of memory ends processes, and not only this one
+    if reason is not None or torch.device(case.device).type == "cuda":
         return reason
-    need = contestant.pair_matrices * case.batch_size**2 * 4
+    itemsize = getattr(torch, case.dtype).itemsize
+    need = contestant.pair_matrices * case.batch_size**2 * itemsize
     have = available_bytes(case.device)
     if need > have:
         return f"would need about {need / 2**30:.0f} GiB, {have / 2**30:.0f} GiB are free"

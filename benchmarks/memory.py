@@ -11,6 +11,7 @@ import ctypes
 import gc
 import json
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +38,8 @@ def peak_extra_bytes(case: Case) -> int:
         return _measure(case)
     command = [sys.executable, "-m", f"{__package__}.memory", json.dumps(asdict(case))]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if child.returncode == -signal.SIGKILL:
+        raise MemoryError(f"{case} was killed, most likely for want of memory")
     if child.returncode != 0:
         raise RuntimeError(f"{case} failed with code {child.returncode}:\n{child.stderr[-2000:]}")
     return int(child.stdout.split()[-1])
