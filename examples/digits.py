@@ -42,7 +42,7 @@ class Plan:
     repeats: dict[int, int]  # batch size: how often each loss is timed
 
 
-FULL = Plan(steps=300, dim=512, repeats={1024: 10, 2048: 5, 4096: 3, 8192: 2, 16384: 1})
+FULL = Plan(steps=300, dim=512, repeats={1024: 20, 2048: 10, 4096: 5, 8192: 3, 16384: 2})
 QUICK = Plan(steps=100, dim=64, repeats={256: 2, 512: 2})
 
 
