@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Collection
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .kernels import BACKENDS, resolve_backend
@@ -140,3 +142,56 @@ def check_options(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: expected None, {_choices(BACKENDS)}")
     return resolve_backend(backend, device_type, dtype)
+
+
+def _check_dist_impl(dist_impl: str | None, known: Collection[str]) -> None:
+    if dist_impl is not None and dist_impl not in known:
+        raise ValueError(f"dist_impl is {dist_impl!r}: expected None, {_choices(tuple(known))}")
+
+
+def check_group(
+    group: dist.ProcessGroup | None, dist_impl: str | None, known: Collection[str]
+) -> dist.ProcessGroup | None:
+    """Check group and dist_impl; return the group of the global batch, None for one process."""
+    _check_dist_impl(dist_impl, known)
+    if group is None and dist_impl is None:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "group and dist_impl need torch.distributed: expected init_process_group before the "
+            "loss"
+        )
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group is a {_kind(group)}: expected a torch.distributed.ProcessGroup this rank is in"
+        )
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def check_world(rank: int, world_size: int, dist_impl: str | None, known: Collection[str]) -> None:
+    """Check the constructor of SigLipLoss."""
+    _check_dist_impl(dist_impl, known)
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}: expected at least 1")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}: expected 0 to {world_size - 1} (world_size - 1)")
+
+
+def check_membership(
+    group: dist.ProcessGroup | None, rank: int, world_size: int
+) -> dist.ProcessGroup:
+    """Hold the rank and world_size a module was made with against its process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f"world_size is {world_size} without torch.distributed: expected init_process_group "
+            "before the loss, or world_size=1"
+        )
+    group = dist.group.WORLD if group is None else group
+    actual = (dist.get_rank(group), dist.get_world_size(group))
+    if actual != (rank, world_size):
+        raise ValueError(
+            f"rank and world_size are {rank} and {world_size}: expected {actual[0]} and "
+            f"{actual[1]}, as in the process group"
+        )
+    return group

@@ -5,42 +5,68 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import distributed
 from .engine import Needs, sweep
 
-
 # An operator, so that torch.compile takes the sweep as one node instead of breaking its graph.
-@torch.library.custom_op("fused_siglip::sweep", mutates_args=())
-def sweep_op(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    diagonal: bool,
-    need_image_grad: bool,
-    need_text_grad: bool,
-    need_scalar_grads: bool,
-    workspace_bytes: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+# Besides the sums and the two gradients of sweep() it returns, with a group, the number of images
+# of the global batch per rank: the loss's divisor. What is not needed has no elements.
+torch.library.define(
+    "fused_siglip::sweep",
+    "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, "
+    "Tensor? text_ids, bool diagonal, bool need_image_grad, bool need_text_grad, "
+    "bool need_scalar_grads, int? workspace_bytes, str backend, str? group_name, str? dist_impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("fused_siglip::sweep", "default")
+def _sweep(
+    x,
+    y,
+    logit_scale,
+    logit_bias,
+    image_ids,
+    text_ids,
+    diagonal,
+    need_image_grad,
+    need_text_grad,
+    need_scalar_grads,
+    workspace_bytes,
+    backend,
+    group_name,
+    dist_impl,
+):
+    needs = Needs(need_image_grad, need_text_grad, need_scalar_grads)
+    options = {"workspace_bytes": workspace_bytes, "backend": backend}
+    inputs = (x, y, logit_scale, logit_bias, image_ids, text_ids)
     # the dtypes are settled: autocast must not round the products inside once more
     with torch.autocast(x.device.type, enabled=False):
-        return sweep(
-            x,
-            y,
-            logit_scale,
-            logit_bias,
-            image_ids,
-            text_ids,
-            diagonal,
-            Needs(need_image_grad, need_text_grad, need_scalar_grads),
-            workspace_bytes,
-            backend,
+        if group_name is not None:
+            return distributed.global_sweep(
+                *inputs, diagonal, needs, group_name, dist_impl, **options
+            )
+        acc = logit_scale.dtype
+        grad_x = x.new_empty(x.shape, dtype=acc) if needs.image else None
+        grad_y = y.new_empty(y.shape, dtype=acc) if needs.text else None
+        sums = sweep(
+            *inputs,
+            0 if diagonal else None,
+            grad_x,
+            grad_y,
+            scalar_grads=needs.scalars,
+            **options,
+        )
+        nothing = [x.new_empty(0, dtype=acc) for _ in range(3)]
+        return (
+            sums,
+            nothing[0] if grad_x is None else grad_x,
+            nothing[1] if grad_y is None else grad_y,
+            nothing[2],
         )
 
 
-@sweep_op.register_fake
+@torch.library.register_fake("fused_siglip::sweep")
 def _(
     x,
     y,
@@ -54,18 +80,24 @@ def _(
     need_scalar_grads,
     workspace_bytes,
     backend,
+    group_name,
+    dist_impl,
 ):
-    acc = torch.promote_types(x.dtype, torch.float32)
+    acc = logit_scale.dtype
     return (
         x.new_empty(3, dtype=acc),
         x.new_empty(x.shape if need_image_grad else 0, dtype=acc),
         y.new_empty(y.shape if need_text_grad else 0, dtype=acc),
+        x.new_empty(0 if group_name is None else (), dtype=acc),
     )
 
 
 class SigLipFunction(torch.autograd.Function):
-    """Sum of the loss over all pairs. The gradients are computed with it, in the forward pass;
-    backward multiplies them by the upstream scalar."""
+    """Sum of the loss over all pairs, and its divisor in the global batch (empty on one device).
+
+    The gradients are computed with it, in the forward pass; backward multiplies them by the
+    upstream scalar.
+    """
 
     @staticmethod
     def forward(
@@ -81,9 +113,11 @@ class SigLipFunction(torch.autograd.Function):
         needs: Needs,
         workspace_bytes: int | None,
         backend: str,
-    ) -> Tensor:  # ()
+        group_name: str | None,
+        dist_impl: str | None,
+    ) -> tuple[Tensor, Tensor]:  # (), () or (0,)
         acc = torch.promote_types(dtype, torch.float32)
-        sums, grad_x, grad_y = sweep_op(
+        sums, grad_x, grad_y, images_per_rank = torch.ops.fused_siglip.sweep(
             x.to(dtype),
             y.to(dtype),
             logit_scale.to(acc).reshape(()),
@@ -96,14 +130,17 @@ class SigLipFunction(torch.autograd.Function):
             needs.scalars,
             workspace_bytes,
             backend,
+            group_name,
+            dist_impl,
         )
         ctx.save_for_backward(sums, grad_x, grad_y, logit_scale)
         ctx.needs = needs
         ctx.like = [(t.shape, t.dtype) for t in (x, y, logit_scale, logit_bias)]
-        return sums[0]
+        ctx.mark_non_differentiable(images_per_rank)
+        return sums[0], images_per_rank
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):  # ()
+    def backward(ctx, upstream: Tensor, _):  # ()
         sums, grad_x, grad_y, logit_scale = ctx.saved_tensors
         factor = upstream * logit_scale.to(sums.dtype).reshape(())
         (_, x_dtype), (_, y_dtype), *scalars_like = ctx.like
@@ -116,7 +153,7 @@ class SigLipFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             trap = torch.empty(0, requires_grad=True)
             grads = [g if g is None else _NoDoubleBackward.apply(g, trap) for g in grads]
-        return (*grads, *[None] * 7)
+        return (*grads, *[None] * 9)
 
 
 class _NoDoubleBackward(torch.autograd.Function):

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import GRAD_SCALE, Positives, panel_class
+from .kernels import GRAD_SCALE, Positives, multiplies_half_into_fp32, panel_class
 from .plan import plan_panels
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients a sweep computes. A gradient that nobody needs costs nothing."""
+    """Which gradients are computed. One that nobody needs costs nothing."""
 
     image: bool  # dX: 2*M*N*D FLOPs
     text: bool  # dY: 2*M*N*D FLOPs
@@ -27,20 +27,24 @@ def sweep(
     logit_bias: Tensor,  # () likewise
     image_ids: Tensor | None,  # (M,) int64
     text_ids: Tensor | None,  # (N,) int64
-    diagonal: bool,
-    needs: Needs,
+    diagonal: int | None,
+    grad_x: Tensor | None,  # (M, D) accumulation dtype
+    grad_y: Tensor | None,  # (N, D) likewise
+    *,
+    scalar_grads: bool,
     workspace_bytes: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum the loss over all pairs, and its derivatives in s = X Y^T and in t and b.
+    add_to_grad_x: bool = False,
+) -> Tensor:  # (3,)
+    """Sum the loss over all pairs, and its derivatives in s = X Y^T, t and b.
 
-    Returns, all in fp32 (float64 for float64 features), with g = dL/dz:
+    With g = dL/dz, writes g Y (which is dL/dX / t) to ``grad_x``, or adds it to what is there, and
+    writes g^T X (dL/dY / t) to ``grad_y``; None where nobody needs it. Returns the sums of
+    softplus(u), g*s = dL/dt and g = dL/db, the last two 0 without ``scalar_grads``. Everything
+    accumulates in fp32 (float64 for float64 features). The factor t is left to the caller, who has
+    an upstream scalar to multiply by anyway.
 
-    - sums (3,): sum softplus(u), sum g*s = dL/dt, sum g = dL/db; the last two are 0 unless needed
-    - g Y (M, D), which is dL/dX / t; without elements unless needed
-    - g^T X (N, D), which is dL/dY / t; likewise
-
-    The factor t is left to the caller, who has an upstream scalar to multiply by anyway.
+    Without ids, pair (i, i + diagonal) is positive; None: no pair is.
     Panels are visited and summed in a fixed order: the same inputs give the same bits.
     """
     m, d = x.shape
@@ -52,28 +56,27 @@ def sweep(
         x.dtype,
         x.device.type,
         backend,
-        need_image_grad=needs.image,
-        need_text_grad=needs.text,
-        need_scalar_grads=needs.scalars,
+        need_image_grad=grad_x is not None,
+        need_text_grad=grad_y is not None,
+        need_scalar_grads=scalar_grads,
         copies_operands=image_ids is not None,
         workspace_bytes=workspace_bytes,
     )
-    acc = {"dtype": plan.accumulate_dtype, "device": x.device}
-    grad_x = torch.empty((m, d) if needs.image else 0, **acc)
-    grad_y = torch.empty((n, d) if needs.text else 0, **acc)
     if m == 0 or n == 0:
-        return torch.zeros(3, **acc), grad_x.zero_(), grad_y.zero_()
+        if grad_x is not None and not add_to_grad_x:
+            grad_x.zero_()
+        if grad_y is not None:
+            grad_y.zero_()
+        return torch.zeros(3, dtype=plan.accumulate_dtype, device=x.device)
 
+    write_g = grad_x is not None or grad_y is not None
     panel = panel_class(backend)(
-        plan.rows,
-        plan.cols,
-        plan.operand_dtype,
-        x.device,
-        needs.image or needs.text,
-        needs.scalars,
+        plan.rows, plan.cols, plan.operand_dtype, x.device, write_g, scalar_grads
     )
     row_starts, col_starts = range(0, m, plan.rows), range(0, n, plan.cols)
-    sums = torch.zeros(len(row_starts), len(col_starts), 3, **acc)
+    sums = torch.zeros(
+        len(row_starts), len(col_starts), 3, dtype=plan.accumulate_dtype, device=x.device
+    )
     alpha = 1.0 / GRAD_SCALE.get(plan.operand_dtype, 1.0)
 
     for a, i in enumerate(row_starts):
@@ -82,13 +85,14 @@ def sweep(
         for b, j in enumerate(col_starts):
             cols = slice(j, min(j + plan.cols, n))
             y_cols, y_ids = _operand(y, text_ids, cols, plan.operand_dtype)
-            positives = Positives(i - j if diagonal else None, x_ids, y_ids)
+            in_panel = None if diagonal is None else diagonal + i - j
+            positives = Positives(in_panel, x_ids, y_ids)
             g = panel(x_rows, y_cols, logit_scale, logit_bias, positives, sums[a, b])
-            if needs.image:
-                _add_product(grad_x[rows], g, y_cols, alpha, fresh=j == 0)
-            if needs.text:
+            if grad_x is not None:
+                _add_product(grad_x[rows], g, y_cols, alpha, fresh=j == 0 and not add_to_grad_x)
+            if grad_y is not None:
                 _add_product(grad_y[cols], g.T, x_rows, alpha, fresh=i == 0)
-    return sums.sum((0, 1)), grad_x, grad_y
+    return sums.sum((0, 1))
 
 
 def _operand(
@@ -108,9 +112,7 @@ def _operand(
 def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:
     """out = alpha * a @ b, added to what is there unless ``fresh``; accumulated in out's dtype."""
     beta = 0 if fresh else 1
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    elif out.is_cuda:
+    if a.dtype != out.dtype and multiplies_half_into_fp32(out.device.type):
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-    else:  # Triton's interpreter, on CPU tensors: what tensor cores do with half operands
+    else:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks
+from . import _checks, distributed
 from .autograd import SigLipFunction
 from .engine import Needs
 
@@ -20,6 +21,8 @@ def siglip_loss(
     text_ids: Tensor | None = None,  # (N,)
     negative_only: bool = False,
     reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    dist_impl: str | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor:  # ()
@@ -45,6 +48,14 @@ def siglip_loss(
         text_ids: (N,) integers, likewise. Both or neither.
         negative_only: no pair is positive (a block of another device's texts).
         reduction: "mean" divides by M, the number of images (without padding); "sum" does not.
+        group: compute the loss of the global batch of this process group. Every rank calls with its
+            own rows (their number may differ, also 0), and the mean of the returned losses over the
+            ranks is the loss of the global batch: with DDP's averaging, gradients are exact. The
+            upstream gradient must be the same on every rank.
+        dist_impl: "ring" (texts and their gradients travel; memory does not grow with the number of
+            ranks), "gather" (texts are collected; fewest launches), or None: gather while that
+            stays small, otherwise the ring. open_clip's "bidir", "shift" and "reduce" are accepted
+            for the same numbers. Without ``group`` it means the default group.
         workspace_bytes: upper bound of the panel workspace; None lets the planner choose.
         backend: "torch" (any device), "triton" (CUDA, ROCm), or None: triton on a GPU where it is
             installed, otherwise torch.
@@ -60,16 +71,23 @@ def siglip_loss(
             autocast.
         ValueError: shapes, devices or sizes that do not fit each other, an unknown option, a
             workspace too small for one tile, or a backend that cannot run here.
-        RuntimeError: on double backward, which is not supported.
+            On every rank, also when the arguments of another rank are refused or do not agree.
+        RuntimeError: on double backward, which is not supported; when a rank of the group is lost.
     """
-    dtype = _checks.check_features(image_features, text_features)
-    device = image_features.device
-    _checks.check_scalar("logit_scale", logit_scale, device)
-    if logit_bias is None:
-        logit_bias = 0.0
-    _checks.check_scalar("logit_bias", logit_bias, device)
-    _checks.check_pairing(image_features, text_features, image_ids, text_ids, negative_only)
-    backend = _checks.check_options(reduction, workspace_bytes, backend, device.type, dtype)
+    group = _checks.check_group(group, dist_impl, distributed.DIST_IMPLS)
+    try:
+        dtype = _checks.check_features(image_features, text_features)
+        device = image_features.device
+        _checks.check_scalar("logit_scale", logit_scale, device)
+        if logit_bias is None:
+            logit_bias = 0.0
+        _checks.check_scalar("logit_bias", logit_bias, device)
+        _checks.check_pairing(image_features, text_features, image_ids, text_ids, negative_only)
+        backend = _checks.check_options(reduction, workspace_bytes, backend, device.type, dtype)
+    except (TypeError, ValueError):
+        if group is not None:
+            distributed.report_bad_arguments(group)
+        raise
 
     scale = _as_tensor(logit_scale, dtype, device)
     bias = _as_tensor(logit_bias, dtype, device)
@@ -83,7 +101,7 @@ def siglip_loss(
         image_ids, text_ids = image_ids.long(), text_ids.long()
         if negative_only:
             image_ids, text_ids = _never_equal(image_ids, text_ids)
-    total = SigLipFunction.apply(
+    total, images_per_rank = SigLipFunction.apply(
         image_features,
         text_features,
         scale,
@@ -95,9 +113,13 @@ def siglip_loss(
         needs,
         workspace_bytes,
         backend,
+        None if group is None else group.group_name,
+        dist_impl,
     )
     if reduction == "sum":
-        return total / 1
+        return total * (1 if group is None else dist.get_world_size(group))
+    if group is not None:
+        return total / images_per_rank
     if image_ids is None:
         return total / max(image_features.shape[0], 1)
     return total / (image_ids >= 0).sum().clamp(min=1)

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import _checks
+from .distributed import DIST_IMPLS
 from .functional import siglip_loss
-
-DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
 class SigLipLoss(nn.Module):
     """Drop-in for ``open_clip.loss.SigLipLoss``: the same constructor, call and values.
 
     Values and gradients equal open_clip's within rounding, with two differences that are the point
-    of this package: memory does not grow with the square of the batch, and the loss is float32
-    whatever the features' dtype. See :func:`fused_siglip.siglip_loss` for dtypes and errors.
+    of this package: memory grows neither with the square of the batch nor with the number of ranks,
+    and the loss is float32 whatever the features' dtype. Dtypes, errors and what the distributed
+    loss asks for are those of :func:`fused_siglip.siglip_loss`.
 
     Args:
         cache_labels: accepted, without effect (open_clip's class does not use it either).
-        rank: this process among ``world_size``.
-        world_size: number of processes that share the batch. Only 1 in this release.
-        dist_impl: one of open_clip's names, "bidir", "shift", "reduce", "gather", or None.
+        rank: this process's rank in the group.
+        world_size: number of ranks that share the global batch; 1 for the local batch alone.
+        dist_impl: "ring", "gather", or one of open_clip's "bidir", "shift", "reduce"; None chooses.
         chunk_size: accepted, without effect: panels are always bounded (``workspace_bytes`` of
             :func:`siglip_loss` sets the bound).
+        group: the process group; None for the default group.
 
     Raises:
-        ValueError: an unknown dist_impl, or a rank outside the world.
-        NotImplementedError: world_size above 1.
+        ValueError: an unknown dist_impl, a rank outside the world; in ``forward``, a rank or
+            world_size that the process group does not confirm.
     """
 
     def __init__(
@@ -36,21 +39,17 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         chunk_size: int = 0,
+        *,
+        group: dist.ProcessGroup | None = None,
     ):
         super().__init__()
-        if dist_impl is not None and dist_impl not in DIST_IMPLS:
-            raise ValueError(f"dist_impl is {dist_impl!r}: expected None or one of {DIST_IMPLS}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}: expected 0 to {world_size - 1} (world_size - 1)")
-        if world_size > 1:
-            raise NotImplementedError(
-                f"world_size is {world_size}: this release computes the loss of one process's batch"
-            )
+        _checks.check_world(rank, world_size, dist_impl, DIST_IMPLS)
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.dist_impl = dist_impl
         self.chunk_size = chunk_size
+        self.group = group
 
     def forward(
         self,
@@ -61,5 +60,9 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` the dict ``{"contrastive_loss": loss}``."""
-        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias)
+        options = {}
+        if self.world_size > 1:
+            group = _checks.check_membership(self.group, self.rank, self.world_size)
+            options = {"group": group, "dist_impl": self.dist_impl}
+        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **options)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernels import panel_class
+from .kernels import multiplies_half_into_fp32, panel_class
 
 # Without a caller's bound. A CPU panel of 2048 x 2048 stays in the last-level cache; a GPU panel
 # wants to be large enough to fill the chip in all three products.
-_DEFAULT_WORKSPACE = {"cpu": 64 << 20}
+_DEFAULT_WORKSPACE = {"cpu": 52 << 20}
 _DEFAULT_WORKSPACE_GPU = 256 << 20
 
 
@@ -63,9 +63,10 @@ def plan_panels(
     """
     panel = panel_class(backend)
     accumulate_dtype = torch.promote_types(dtype, torch.float32)
-    # Tensor cores take half operands and accumulate in fp32; elsewhere torch can only do that by
-    # converting the operands, a panel's rows and columns at a time.
-    operand_dtype = dtype if backend == "triton" or device_type == "cuda" else accumulate_dtype
+    # Where the library products cannot take half operands and accumulate in fp32, a panel's rows
+    # and columns are converted when it is their turn.
+    half_products = multiplies_half_into_fp32(device_type)
+    operand_dtype = dtype if backend == "triton" or half_products else accumulate_dtype
     write_g = need_image_grad or need_text_grad
 
     def workspace(rows: int, cols: int) -> int:
@@ -94,4 +95,6 @@ def plan_panels(
     peak = used + (need_image_grad * m + need_text_grad * n) * d * accumulate_dtype.itemsize
     if copies_operands or operand_dtype != dtype:
         peak += (rows + cols) * d * operand_dtype.itemsize
+    if operand_dtype != accumulate_dtype and not half_products:  # Triton's g and operands on ROCm
+        peak += write_g * (rows * cols + max(rows, cols) * d) * accumulate_dtype.itemsize
     return PanelPlan(rows, cols, operand_dtype, accumulate_dtype, used, peak)

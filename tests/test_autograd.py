@@ -253,8 +253,21 @@ def test_inductor_compiles_the_step():
 @pytest.mark.parametrize("ids", [False, True])
 def test_operator_is_registered_soundly(ids):
     inputs = make_inputs(20, 20, 8, ids=ids, requires_grad=(False,) * 4)
+    inputs.image_features = inputs.image_features.T.contiguous().T
     image_ids, text_ids = inputs.ids.get("image_ids"), inputs.ids.get("text_ids")
-    arguments = (*inputs.tensors(), image_ids, text_ids, not ids, True, ids, True, None, "torch")
+    arguments = (
+        *inputs.tensors(),
+        image_ids,
+        text_ids,
+        not ids,
+        True,
+        ids,
+        True,
+        None,
+        "torch",
+        None,
+        None,
+    )
     torch.library.opcheck(torch.ops.fused_siglip.sweep.default, arguments)
 
 

@@ -100,13 +100,24 @@ def test_triton_asked_for_where_it_is_not_installed(monkeypatch):
 @pytest.mark.parametrize(
     "arguments,exception,words",
     [
-        ({"dist_impl": "alltoall"}, ValueError, "dist_impl is 'alltoall': expected None or one of"),
+        (
+            {"dist_impl": "alltoall"},
+            ValueError,
+            "dist_impl is 'alltoall': expected None, 'ring' or",
+        ),
         ({"rank": 1}, ValueError, "rank is 1: expected 0 to 0"),
         ({"rank": -1}, ValueError, "rank is -1"),
-        ({"world_size": 2}, NotImplementedError, "world_size is 2"),
+        ({"world_size": 0}, ValueError, "world_size is 0: expected at least 1"),
     ],
 )
 def test_bad_constructor_call(arguments, exception, words):
     with pytest.raises(exception) as caught:
         SigLipLoss(**arguments)
     assert words in str(caught.value)
+
+
+def test_distributed_asked_for_without_a_process_group():
+    with pytest.raises(ValueError, match="expected init_process_group before the loss"):
+        siglip_loss(X, X, 1.0, dist_impl="ring")
+    with pytest.raises(ValueError, match="world_size is 2 without"):
+        SigLipLoss(rank=1, world_size=2)(X, X, 1.0, 0.0)

@@ -1,0 +1,347 @@
+"""The loss of the global batch: ring and gather loops over the sweep.
+
+Rank r holds X_r and Y_r. It computes its rows of the global pair matrix, all texts against its own
+images, and gets back what the other ranks' rows contribute to dL/dY_r.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._checks import FEATURE_DTYPES
+from .engine import Needs, sweep
+
+logger = logging.getLogger("fused_siglip")
+
+# What each name runs. open_clip's four give the same numbers by other exchanges: those that pass
+# features on from neighbour to neighbour mean the ring, those that collect them mean gather.
+DIST_IMPLS = {
+    "ring": "ring",
+    "gather": "gather",
+    "bidir": "ring",
+    "shift": "ring",
+    "reduce": "gather",
+}
+
+# Left to choose, the gathered texts and their gradients may take this much: a constant, whatever
+# the world size.
+_GATHER_BUDGET = 256 << 20
+
+
+class _Terms(NamedTuple):
+    """What ranks tell each other before the first large exchange."""
+
+    valid: int  # 0: this rank's arguments were refused, and it has raised
+    dim: int
+    dtype: int  # index into FEATURE_DTYPES
+    has_ids: int
+    diagonal: int
+    dist_impl: int  # index into DIST_IMPLS, -1 for None
+    rows: int  # texts on this rank
+    images: int  # images on this rank, without padding
+    need_text_grad: int
+
+
+# The fields all ranks must agree on, in the words of the public function.
+_AGREED = {"dim": "D", "dtype": "dtype", "has_ids": "ids", "diagonal": "negative_only",
+           "dist_impl": "dist_impl"}  # fmt: skip
+
+
+# torch 2.13 renamed the collectives over one tensor and warns of the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def resolve_group(group_name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(group_name)
+
+
+@contextlib.contextmanager
+def _contact(group: dist.ProcessGroup, what: str) -> Iterator[None]:
+    """Say what failed where a collective ends in an error of its transport."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"siglip_loss: rank {dist.get_rank(group)} of {dist.get_world_size(group)} lost "
+            f"contact in the {what}: another rank failed, left the group or is late"
+        ) from error
+
+
+def _exchange(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
+    """Every rank's terms. On the CPU where the group can, so that no GPU waits for it."""
+    on_cpu = "gloo" in dist.get_backend(group)
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    mine = torch.tensor(terms, dtype=torch.int64, device=device)
+    all_terms = mine.new_empty(dist.get_world_size(group) * len(terms))
+    with _contact(group, "exchange of sizes"):
+        _all_gather(all_terms, mine, group=group)
+    return [_Terms(*row) for row in all_terms.view(-1, len(terms)).tolist()]
+
+
+def report_bad_arguments(group: dist.ProcessGroup) -> None:
+    """Tell the others that this rank is about to raise, so that they raise too and do not wait."""
+    _exchange(_Terms(0, *[0] * (len(_Terms._fields) - 1)), group)
+
+
+def _agree(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
+    """Exchange terms and hold them against each other: the same ValueError on every rank."""
+    everyone = _exchange(terms, group)
+    refused = [rank for rank, t in enumerate(everyone) if not t.valid]
+    if refused:
+        raise ValueError(
+            f"siglip_loss was called with bad arguments on rank {refused[0]} of the group, which "
+            "has the details: expected a good call on every rank"
+        )
+    for field, name in _AGREED.items():
+        values = [getattr(t, field) for t in everyone]
+        if len(set(values)) > 1:
+            if field == "dtype":
+                values = [FEATURE_DTYPES[v] for v in values]
+            elif field == "dist_impl":
+                values = [None if v < 0 else list(DIST_IMPLS)[v] for v in values]
+            other = next(rank for rank, v in enumerate(values) if v != values[0])
+            raise ValueError(
+                f"ranks disagree on {name}: {values[0]} on rank 0 and {values[other]} on rank "
+                f"{other} of the group: expected the same on every rank"
+            )
+    return everyone
+
+
+def choose_impl(rows: int, dim: int, itemsize: int, world_size: int, need_text_grad: bool) -> str:
+    """ "gather" while the gathered texts (and their fp32 gradients) stay small, else "ring"."""
+    gathered = world_size * rows * dim * (itemsize + (4 if need_text_grad else 0))
+    return "gather" if gathered <= _GATHER_BUDGET else "ring"
+
+
+def global_sweep(
+    x: Tensor,  # (M, D)
+    y: Tensor,  # (N, D)
+    logit_scale: Tensor,  # ()
+    logit_bias: Tensor,  # ()
+    image_ids: Tensor | None,  # (M,)
+    text_ids: Tensor | None,  # (N,)
+    diagonal: bool,
+    needs: Needs,
+    group_name: str,
+    dist_impl: str | None,
+    *,
+    workspace_bytes: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """This rank's sums and gradients in the global batch, and its images per rank.
+
+    As :func:`fused_siglip.engine.sweep`, with the texts of all ranks as columns; the gradient of
+    this rank's texts holds the contributions of all ranks. What is not needed has no elements.
+    """
+    group = resolve_group(group_name)
+    world_size = dist.get_world_size(group)
+    everyone = _agree(
+        _Terms(
+            valid=1,
+            dim=x.shape[1],
+            dtype=FEATURE_DTYPES.index(x.dtype),
+            has_ids=image_ids is not None,
+            diagonal=diagonal,
+            dist_impl=-1 if dist_impl is None else list(DIST_IMPLS).index(dist_impl),
+            rows=y.shape[0],
+            images=x.shape[0] if image_ids is None else int((image_ids >= 0).sum()),
+            need_text_grad=needs.text,
+        ),
+        group,
+    )
+    rows = [t.rows for t in everyone]
+    need_text_grad = any(t.need_text_grad for t in everyone)
+    impl = DIST_IMPLS.get(dist_impl) or choose_impl(
+        max(rows), x.shape[1], x.element_size(), world_size, need_text_grad
+    )
+    logger.debug("dist_impl=%s: %s over %d ranks, texts %s", dist_impl, impl, world_size, rows)
+
+    acc = logit_scale.dtype
+    grad_x = x.new_empty(x.shape, dtype=acc) if needs.image else None
+
+    def sweep_texts(
+        texts: Tensor,
+        ids: Tensor | None,
+        diagonal_here: int | None,
+        grad_texts: Tensor | None,
+        first: bool,
+    ) -> Tensor:
+        return sweep(
+            x,
+            texts,
+            logit_scale,
+            logit_bias,
+            image_ids,
+            ids,
+            diagonal_here if diagonal else None,
+            grad_x,
+            grad_texts,
+            scalar_grads=needs.scalars,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+            add_to_grad_x=not first,
+        )
+
+    run = _ring if impl == "ring" else _gather
+    sums, grad_y = run(sweep_texts, y, text_ids, rows, acc, need_text_grad, group)
+
+    nothing = [x.new_empty(0, dtype=acc) for _ in range(2)]
+    images = sum(t.images for t in everyone)
+    return (
+        sums,
+        nothing[0] if grad_x is None else grad_x,
+        grad_y if needs.text else nothing[1],
+        torch.full((), max(images, 1) / world_size, dtype=acc, device=x.device),
+    )
+
+
+_TEXTS, _IDS, _GRADS = range(3)  # the channels between two neighbours
+
+
+class _Ring:
+    """Exchanges with the two neighbours: send to the right, receive from the left."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.right = dist.get_global_rank(group, (self.rank + 1) % self.size)
+        self.left = dist.get_global_rank(group, (self.rank - 1) % self.size)
+        self.pending: list[dist.P2POp] = []
+        self.works: list[dist.Work] = []
+
+    def exchange(self, channel: int, out: Tensor, into: Tensor) -> None:
+        """Queue a send and a receipt; all ranks queue their channels in the same order."""
+        for op, tensor, peer in ((dist.isend, out, self.right), (dist.irecv, into, self.left)):
+            if tensor.numel() > 0:
+                self.pending.append(dist.P2POp(op, tensor, peer, self.group, channel))
+
+    def start(self) -> None:
+        with _contact(self.group, "ring exchange"):
+            self.works = dist.batch_isend_irecv(self.pending) if self.pending else []
+        self.pending = []
+
+    def wait(self) -> None:
+        with _contact(self.group, "ring exchange"):
+            for work in self.works:
+                work.wait()
+        self.works = []
+
+
+def _ring(
+    sweep_texts,
+    y: Tensor,  # (N, D)
+    text_ids: Tensor | None,  # (N,)
+    rows: list[int],
+    acc: torch.dtype,
+    need_grad: bool,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor | None]:
+    """Texts travel round the ring and their gradients one step behind them, on their own channel.
+
+    While a chunk is swept, the next one arrives, and so does what the ranks before this one have
+    added to the gradient of the present one. After as many steps as there are ranks every gradient
+    is back at its owner. Memory: two chunks of texts and three of gradients, whatever the size.
+    """
+    ring = _Ring(group)
+    capacity, d = max(rows), y.shape[1]
+    texts = [y.new_empty(capacity, d) for _ in range(2)]
+    ids = [text_ids.new_empty(capacity) for _ in range(2)] if text_ids is not None else None
+    grads = [y.new_empty(capacity, d, dtype=acc) for _ in range(3 if need_grad else 0)]
+    texts[0][: rows[ring.rank]].copy_(y)
+    if ids:
+        ids[0][: rows[ring.rank]].copy_(text_ids)
+
+    total = None
+    leaving = None  # the finished gradient of the chunk that moved on in the last step
+    for step in range(ring.size):
+        owner = (ring.rank - step) % ring.size
+        here, there = step % 2, 1 - step % 2
+        n, n_next = rows[owner], rows[(owner - 1) % ring.size]
+        # three gradients rotate: one leaves, one arrives, one is computed
+        if need_grad:
+            computed, arriving = grads[step % 3][:n], grads[(step + 1) % 3][:n]
+        else:
+            computed = arriving = None
+        if step + 1 < ring.size:
+            ring.exchange(_TEXTS, texts[here][:n], texts[there][:n_next])
+            if ids:
+                ring.exchange(_IDS, ids[here][:n], ids[there][:n_next])
+        if need_grad and step > 0:
+            ring.exchange(_GRADS, leaving, arriving)
+        ring.start()
+        part = sweep_texts(
+            texts[here][:n],
+            ids[here][:n] if ids else None,
+            0 if step == 0 else None,
+            computed,
+            step == 0,
+        )
+        total = part if total is None else total + part
+        ring.wait()
+        if need_grad:
+            leaving = computed if step == 0 else computed.add_(arriving)
+    if not need_grad:
+        return total, None
+    grad_y = y.new_empty(y.shape, dtype=acc)
+    ring.exchange(_GRADS, leaving, grad_y)
+    ring.start()
+    ring.wait()
+    return total, grad_y
+
+
+def _gather(
+    sweep_texts,
+    y: Tensor,  # (N, D)
+    text_ids: Tensor | None,  # (N,)
+    rows: list[int],
+    acc: torch.dtype,
+    need_grad: bool,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor | None]:
+    """All texts are gathered, swept at once, and their gradients summed back to their owners."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    capacity, d = max(rows), y.shape[1]
+
+    def gathered(local: Tensor) -> Tensor:
+        # collectives want equal blocks: shorter ones are sent with rows that nobody reads
+        block = local.new_zeros(capacity, *local.shape[1:])
+        block[: len(local)].copy_(local)
+        out = local.new_empty(size * capacity, *local.shape[1:])
+        with _contact(group, "gathering of the texts"):
+            _all_gather(out, block, group=group)
+        return out
+
+    texts = gathered(y)
+    ids = None if text_ids is None else gathered(text_ids)
+    grads = y.new_zeros(size * capacity, d, dtype=acc) if need_grad else None
+    if min(rows) == capacity:  # one sweep over all columns
+        blocks = [(slice(0, size * capacity), rank * capacity)]
+    else:  # a sweep a rank, over the rows that hold something
+        blocks = [
+            (slice(r * capacity, r * capacity + n), 0 if r == rank else None)
+            for r, n in enumerate(rows)
+        ]
+    total = sum(
+        sweep_texts(
+            texts[block],
+            None if ids is None else ids[block],
+            diagonal_here,
+            None if grads is None else grads[block],
+            block.start == 0,
+        )
+        for block, diagonal_here in blocks
+    )
+    if not need_grad:
+        return total, None
+    grad_y = y.new_empty(capacity, d, dtype=acc)
+    with _contact(group, "summing of the texts' gradients"):
+        _reduce_scatter(grad_y, grads, group=group)
+    return total, grad_y[: rows[rank]]
