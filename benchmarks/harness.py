@@ -1,0 +1,269 @@
+"""Timing against the floor, rows of results, and where they were taken."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .cases import Case
+from .losses import LOSSES
+from .memory import ROOT, peak_extra_bytes
+
+RESULTS = Path(__file__).resolve().parent / "results"
+USABLE_MEMORY = 0.8  # of what is available now; the rest is everybody else's
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    device: str = "cpu",
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of every call, ``repeats`` each. Round robin, so that drift hits all alike."""
+    seconds_of = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warmup + repeats):
+        for name, function in functions.items():
+            elapsed = seconds_of(function)
+            if turn >= warmup:
+                seconds[name].append(elapsed)
+        on_round()
+    return seconds
+
+
+def _cpu_seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(function: Callable[[], object]) -> float:
+    _l2_flusher().zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+@functools.cache
+def _l2_flusher() -> torch.Tensor:
+    size = 2 * torch.cuda.get_device_properties().L2_cache_size
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+median = statistics.median
+
+
+def quantile(values: Iterable[float], q: float) -> float:
+    return torch.tensor(list(values), dtype=torch.float64).quantile(q).item()
+
+
+def floors(
+    m: int, n: int, d: int, dtype: torch.dtype, device: str
+) -> dict[int, Callable[[], None]]:
+    """By their number, the plain products no exact method can do without; outputs preallocated.
+
+    3: X Y^T, G^T X, G Y; 2 (image tower frozen): without G Y; 1 (forward only): X Y^T. G is what
+    X Y^T wrote: the same dtype and shape, and one matrix less to hold.
+    """
+    x, y = (torch.randn(rows, d, dtype=dtype, device=device) for rows in (m, n))
+    dx, dy = torch.empty_like(x), torch.empty_like(y)
+    g = torch.empty(m, n, dtype=dtype, device=device)
+
+    def run(products: int) -> None:
+        torch.mm(x, y.T, out=g)
+        if products >= 2:
+            torch.mm(g.T, x, out=dy)
+        if products >= 3:
+            torch.mm(g, y, out=dx)
+
+    return {products: functools.partial(run, products) for products in (1, 2, 3)}
+
+
+def measure(
+    cases: list[Case], repeats: int, *, memory: bool = True, progress: bool = True
+) -> list[dict]:
+    """One row a case: its time, the time of the floor in the same rounds, its peak extra memory.
+
+    The cases share batch size, dim, dtype and device. A row is the case's fields and
+
+    - seconds, seconds_p10, seconds_p90: median and quantiles of ``repeats`` calls
+    - floor_seconds: median of as many plain products as the case needs; ratio_to_floor: r
+    - peak_extra_bytes: see memory.py
+    - skipped: why nothing was measured, or None
+
+    What was not measured is None; ``repeats`` 0 leaves out all times.
+    """
+    shapes = {(c.batch_size, c.dim, c.dtype, c.device) for c in cases}
+    if len(shapes) != 1:
+        raise ValueError(f"the cases have {len(shapes)} different shapes: expected one")
+    ((size, dim, dtype_name, device),) = shapes
+    dtype = getattr(torch, dtype_name)
+    skipped = {case: obstacle(case) for case in cases}
+    runnable = [case for case in cases if skipped[case] is None]
+
+    floor = {}
+    if repeats and size * size * dtype.itemsize < available_bytes(device):
+        floor = floors(size, size, dim, dtype, device)
+
+    # on CUDA this is also how a case is found not to fit
+    probed = runnable if memory or torch.device(device).type == "cuda" else []
+    peaks: dict[Case, int] = {}
+    seconds: dict[str, list[float]] = {}
+    steps = len(probed) + (1 + repeats if repeats else 0)
+    description = f"B = {size}, {dtype_name}"
+    with tqdm(total=steps, desc=description, leave=False, disable=not progress) as bar:
+        for case in probed:
+            try:
+                peaks[case] = peak_extra_bytes(case)
+            except (MemoryError, torch.OutOfMemoryError):
+                skipped[case] = "out of memory"
+            bar.update()
+        runnable = [case for case in runnable if skipped[case] is None]
+        if repeats and runnable:
+            inputs = runnable[0].inputs()
+            functions = {_label(case): case.step(inputs) for case in runnable}
+            needed = {case.products for case in runnable}
+            functions |= {_floor_label(n): run for n, run in floor.items() if n in needed}
+            seconds = interleaved(functions, repeats, device=device, on_round=bar.update)
+
+    rows = []
+    for case in cases:
+        times = seconds.get(_label(case))
+        floor_times = seconds.get(_floor_label(case.products)) if times else None
+        rows.append(
+            {
+                "kind": "cost",
+                **asdict(case),
+                "products": case.products,
+                "repeats": repeats,
+                "seconds": median(times) if times else None,
+                "seconds_p10": quantile(times, 0.1) if times else None,
+                "seconds_p90": quantile(times, 0.9) if times else None,
+                "floor_seconds": median(floor_times) if floor_times else None,
+                "ratio_to_floor": median(times) / median(floor_times) if floor_times else None,
+                "peak_extra_bytes": peaks.get(case),
+                "skipped": skipped[case],
+            }
+        )
+    return rows
+
+
+def _label(case: Case) -> str:
+    return f"{case.loss} {case.mode}"
+
+
+def _floor_label(products: int) -> str:
+    return f"floor {products}"
+
+
+def compare_sizes(
+    batch_sizes: Iterable[int],
+    dim: int,
+    dtype: str,
+    device: str,
+    contestants: Iterable[str],
+    repeats: int,
+    progress: bool = True,
+) -> list[dict]:
+    """Time and peak extra memory of each contestant at each size: the rows of :func:`measure`."""
+    rows = []
+    for size in batch_sizes:
+        cases = [Case(name, size, dim, dtype, device) for name in contestants]
+        rows += measure(cases, repeats, progress=progress)
+    return rows
+
+
+def obstacle(case: Case) -> str | None:
+    """Why a case cannot be measured here, or None where it can."""
+    contestant = LOSSES[case.loss]
+    reason = contestant.obstacle(torch.device(case.device).type)
+    # on CUDA one may try and fail; a CPU out of memory ends processes, and not only this one
+    if reason is not None or torch.device(case.device).type == "cuda":
+        return reason
+    itemsize = getattr(torch, case.dtype).itemsize
+    need = contestant.pair_matrices * case.batch_size**2 * itemsize
+    have = available_bytes(case.device)
+    if need > have:
+        return f"would need about {need / 2**30:.0f} GiB, {have / 2**30:.0f} GiB are free"
+    return None
+
+
+def available_bytes(device: str) -> int:
+    """Memory that a measurement may fill."""
+    if torch.device(device).type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        match = re.search(r"MemAvailable:\s+(\d+)", _read("/proc/meminfo"))
+        free = int(match[1]) << 10 if match else 8 << 30
+    return int(free * USABLE_MEMORY)
+
+
+def environment(device: str = "cpu") -> dict:
+    """Where and when: what a reader needs to judge a number, and nothing that names the machine."""
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    else:
+        match = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
+        name = match[1].strip() if match else platform.machine()
+        capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": name,
+        "capability": capability,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_results(name: str, environment: dict, rows: list[dict], path: Path | None = None) -> Path:
+    """Write {environment, rows} to ``path``, by default results/<date>-<device>-<name>.json."""
+    if path is None:
+        device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+        path = RESULTS / f"{environment['date'][:10]}-{device}-{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
