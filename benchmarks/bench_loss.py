@@ -34,7 +34,7 @@ class Plan:
     accuracy_sizes: Sequence[int]
     accuracy_dtypes: Sequence[str]
     dims: Sequence[int] = (768,)
-    repeats: int = 7
+    repeats: int = 5
     left_out: Sequence[str] = ()  # contestants
 
 

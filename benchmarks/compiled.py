@@ -1,0 +1,177 @@
+"""What the compilers make of the Triton panel kernel, for GPUs that need not be present.
+
+    python -m benchmarks.compiled            # every shipped configuration, one row each
+
+Not in interpreter mode (TRITON_INTERPRET), which replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_siglip.kernels import GRAD_SCALE
+from fused_siglip.kernels.configs import PanelConfig, panel_config
+from fused_siglip.kernels.panel_triton import panel_kernel
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# dtype and, for fp32, how it is multiplied
+OPERANDS = (
+    (torch.bfloat16, "ieee"),
+    (torch.float16, "ieee"),
+    (torch.float32, "tf32"),
+    (torch.float32, "ieee"),
+)
+# shared memory in bytes: of a multiprocessor, and the most one program may take
+SHARED = {"sm_80": (167936, 166912), "sm_90": (233472, 232448), "sm_100": (233472, 232448)}
+SHARED["gfx942"] = (65536, 65536)
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled kernel."""
+
+    config: PanelConfig
+    registers: int  # a thread (AMD: vector registers)
+    stack_bytes: int  # a thread
+    spills: int  # instructions that load or store the stack (AMD: spilled registers)
+    shared_bytes: int  # a program
+    tensor_core: str  # the matrix instruction, "" for none
+    async_copies: int  # instructions from global to shared memory
+    special: int  # special-function instructions
+    instructions: int
+    occupancy: int | None  # programs a multiprocessor holds (CUDA)
+
+
+def compile_panel(
+    target: str,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    ids: bool = False,
+    write_g: bool = True,
+    scalar_grads: bool = True,
+    d: int = 768,
+) -> Compiled:
+    """Compile the shipped configuration as a launch on contiguous (.., d) features does."""
+    hip = target.startswith("gfx")
+    arch = target if hip else int(target.removeprefix("sm_"))
+    config = panel_config("hip" if hip else divmod(arch, 10), dtype, precision)
+    constants = {
+        "stride_xd": 1,
+        "stride_yd": 1,
+        "D": d,
+        "SCALAR_GRADS": scalar_grads,
+        "GRAD_SCALE": GRAD_SCALE.get(dtype, 1.0),
+        "INPUT_PRECISION": precision,
+        **config.constants(),
+    }
+    if not write_g:
+        constants |= {"g_ptr": None, "stride_gm": 0}
+    if not ids:
+        constants |= {"image_ids_ptr": None, "text_ids_ptr": None}
+    pointers = dict.fromkeys(("x_ptr", "y_ptr", "g_ptr"), "*" + _TYPES[dtype])
+    pointers |= dict.fromkeys(("image_ids_ptr", "text_ids_ptr"), "*i64")
+    names = panel_kernel.arg_names
+    signature, attributes = {}, {}
+    for i, name in enumerate(names):
+        pointer = name.endswith("_ptr")
+        kind = pointers.get(name, "*fp32" if pointer else "i32")
+        signature[name] = "constexpr" if name in constants else kind
+        # what the launcher sees: torch's pointers are aligned, and so is every row
+        if name not in constants and (pointer or (name.startswith("stride") and d % 16 == 0)):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(panel_kernel, signature, constants, attributes)
+    gpu = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", arch, 32)
+    kernel = triton.compile(source, target=gpu, options=config.options())
+    inspect = _inspect_amd if hip else _inspect_cuda
+    return inspect(kernel, config, target)
+
+
+def _inspect_cuda(kernel, config: PanelConfig, target: str) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage, sass = (
+            subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.M)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    shared = kernel.metadata.shared
+    threads = 32 * config.num_warps
+    matrix = ("HGMMA", "UTCHMMA", "HMMA")
+    return Compiled(
+        config,
+        registers=registers,
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        spills=sum(op in ("LDL", "STL") for op in opcodes),
+        shared_bytes=shared,
+        tensor_core=next((op for op in matrix if op in opcodes), ""),
+        async_copies=opcodes.count("LDGSTS"),
+        special=opcodes.count("MUFU"),
+        instructions=len(opcodes),
+        # registers come in eights, and the system takes 1 KiB of shared memory a program
+        occupancy=min(
+            65536 // (threads * -(-registers // 8) * 8), SHARED[target][0] // (shared + 1024)
+        ),
+    )
+
+
+def _inspect_amd(kernel, config: PanelConfig, target: str) -> Compiled:
+    text = kernel.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    opcodes = re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", text, re.M)
+    return Compiled(
+        config,
+        registers=field("vgpr_count"),
+        stack_bytes=field("private_segment_fixed_size"),
+        spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
+        shared_bytes=kernel.metadata.shared,
+        tensor_core=next((op for op in opcodes if op.startswith("v_mfma")), ""),
+        async_copies=sum(op.endswith("_lds") for op in opcodes),
+        special=sum(op.startswith(("v_exp_f32", "v_rsq_f32")) for op in opcodes),
+        instructions=len(opcodes),
+        occupancy=None,
+    )
+
+
+def shipped() -> list[tuple[str, torch.dtype, str]]:
+    """Target, dtype and precision of everything the backend may launch."""
+    everything = [(t, *operand) for t, operand in product(TARGETS, OPERANDS)]
+    return [row for row in everything if row[::2] != ("gfx942", "tf32")]
+
+
+def main() -> None:
+    print(f"triton {triton.__version__}, D = 768, g and all sums written")
+    print(
+        "target  dtype precision positives | registers stack spills shared "
+        "| matrix copies special instructions occupancy"
+    )
+    for (target, dtype, precision), ids in product(shipped(), (False, True)):
+        c = compile_panel(target, dtype, precision, ids=ids)
+        print(
+            f"{target:7} {_TYPES[dtype]:5} {precision:9} {'ids' if ids else 'diagonal':9} | "
+            f"{c.registers:9} {c.stack_bytes:5} {c.spills:6} {c.shared_bytes:6} | "
+            f"{c.tensor_core or '-'} {c.async_copies} {c.special} {c.instructions} "
+            f"{c.occupancy or '-'}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

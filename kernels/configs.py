@@ -1,0 +1,86 @@
+"""Fixed launch configurations of the Triton panel kernel: no autotuning, no device query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Every config computes tiles of this size, so that the workspace does not depend on the device.
+TILE = (128, 128)
+
+
+@dataclass(frozen=True)
+class PanelConfig:
+    """How the panel kernel is compiled and launched.
+
+    parts and fold follow the layout in which the tensor cores leave the accumulator: every thread
+    holds columns of each part, and columns that fold together belong to one thread. Other values
+    are correct too, but then threads exchange data in every part. What the compilers make of each
+    config is printed by benchmarks/compiled.py and held by tests/test_triton_compiled.py.
+    """
+
+    block_d: int  # features a step of the product takes
+    num_warps: int
+    num_stages: int  # steps in flight from global to shared memory
+    parts: int  # column parts of the epilogue
+    fold: int  # columns of the running sums
+    maxnreg: int | None = None  # CUDA: registers a thread, to hold two programs on a multiprocessor
+    group_m: int = 8  # tile rows that share a band of y in L2
+
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time constants."""
+        return {
+            "BLOCK_M": TILE[0],
+            "BLOCK_N": TILE[1],
+            "BLOCK_D": self.block_d,
+            "GROUP_M": self.group_m,
+            "PARTS": self.parts,
+            "FOLD": self.fold,
+        }
+
+    def options(self) -> dict[str, int | bool]:
+        """The compiler's options."""
+        # Fused multiply-add is asked for by name: Triton is about to change its default, and the
+        # polynomial of the epilogue costs twice as much without.
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+        if self.maxnreg is not None:
+            options["maxnreg"] = self.maxnreg
+        return options
+
+
+# Four warps side by side take 8 columns each. 64 KiB at most: consumer chips have 99.
+_MMA = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=4, fold=32)
+_MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=32)
+# A thread holds 2 of every 8 columns of its rows. 128 registers and 96 KiB: two programs share a
+# multiprocessor, one's epilogue runs under the other's product.
+_WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=8, maxnreg=128)
+_WGMMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=8, fold=8)
+# A thread reads a whole row back from tensor memory.
+_TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=2)
+_TCGEN05_TF32 = PanelConfig(block_d=32, num_warps=4, num_stages=3, parts=8, fold=2)
+# Products in full fp32 run outside the tensor cores and dwarf the epilogue: no spills is enough.
+_FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=8, fold=8)
+_MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=32)
+
+
+def panel_config(target: tuple[int, int] | str, dtype: torch.dtype, precision: str) -> PanelConfig:
+    """The configuration for a device and operands.
+
+    target: CUDA compute capability, or "hip". dtype: of the operands. precision: "ieee" or "tf32",
+    how fp32 operands are multiplied (no meaning for the other dtypes).
+    """
+    if dtype == torch.float32 and precision == "ieee":
+        return _FMA
+    if target == "hip":
+        return _MFMA
+    tf32 = dtype == torch.float32
+    if target[0] == 9:
+        return _WGMMA_TF32 if tf32 else _WGMMA
+    if target[0] == 10:
+        return _TCGEN05_TF32 if tf32 else _TCGEN05
+    return _MMA_TF32 if tf32 else _MMA

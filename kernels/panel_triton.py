@@ -1,0 +1,322 @@
+"""Panel kernel in Triton: CUDA (compute capability 8.0 up), ROCm, and the Triton interpreter."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import GRAD_SCALE, Positives
+from .configs import TILE, panel_config
+from .math import softplus_sigmoid
+
+
+@triton.jit
+def _grouped_tile(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of tile ``pid``: down the columns of bands GROUP_M tiles high, so that the
+    programs running at one time share few blocks of x and y, and these stay in L2."""
+    band = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first = pid // band * GROUP_M
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP_M)
+    return first + pid % band % height, pid % band // height
+
+
+@triton.jit
+def _similarity(
+    x_ptr,  # (M, D)
+    y_ptr,  # (N, D)
+    row0,
+    col0,
+    M,
+    N,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # (BLOCK_M, BLOCK_N) fp32
+    # Past the end the last row is read again: no mask on the loads, the epilogue drops the pairs.
+    rows = tl.minimum(row0 + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+    cols = tl.minimum(col0 + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + d[None, :] * stride_xd
+    y_ptrs = y_ptr + cols[None, :] * stride_yn + d[:, None] * stride_yd
+    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        if D % BLOCK_D == 0:
+            x = tl.load(x_ptrs)
+            y = tl.load(y_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=d[None, :] < D - start, other=0.0)
+            y = tl.load(y_ptrs, mask=d[:, None] < D - start, other=0.0)
+        s = tl.dot(x, y, s, input_precision=INPUT_PRECISION)
+        x_ptrs += BLOCK_D * stride_xd
+        y_ptrs += BLOCK_D * stride_yd
+    return s
+
+
+@triton.jit
+def _column_parts(s, PARTS: tl.constexpr):
+    """``s`` cut into PARTS column blocks, left to right, without leaving registers."""
+    if PARTS == 1:
+        return (s,)
+    else:
+        halves = tl.reshape(s, (s.shape[0], 2, s.shape[1] // 2))
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        return _column_parts(left, PARTS // 2) + _column_parts(right, PARTS // 2)
+
+
+@triton.jit
+def _pair_masks(
+    row0,
+    col0,
+    M,
+    N,
+    diagonal,
+    image_ids_ptr,  # (M,) or None
+    text_ids_ptr,  # (N,) or None
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Which pairs of a block are positive and which take part at all; (BLOCK_M, BLOCK_N) each."""
+    rows = row0 + tl.arange(0, BLOCK_M)
+    cols = col0 + tl.arange(0, BLOCK_N)
+    if image_ids_ptr is None:
+        positive = (rows + diagonal)[:, None] == cols[None, :]
+        valid = (rows < M)[:, None] & (cols < N)[None, :]
+    else:
+        image_ids = tl.load(image_ids_ptr + rows, mask=rows < M, other=-1)
+        text_ids = tl.load(text_ids_ptr + cols, mask=cols < N, other=-1)
+        positive = image_ids[:, None] == text_ids[None, :]
+        valid = (image_ids >= 0)[:, None] & (text_ids >= 0)[None, :]
+    return positive, valid
+
+
+@triton.jit
+def _fold_columns(t, WIDTH: tl.constexpr):
+    """(m, n) to (m, WIDTH): with the WIDTH of the config no other thread's values are added."""
+    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // WIDTH, WIDTH)), 1)
+
+
+@triton.jit
+def _epilogue(
+    s,  # (m, n) similarities of one column part
+    positive,  # (m, n) or None: no pair is positive
+    valid,  # (m, n) or None: every pair takes part
+    scale,
+    bias,
+    sums,  # 3 x (m, FOLD): running sums of softplus(u), g*s, g
+    g_ptrs,  # (m, n) or None
+    SCALAR_GRADS: tl.constexpr,
+    GRAD_SCALE: tl.constexpr,
+):
+    loss, gs_sum, g_sum = sums
+    u = s * scale + bias
+    if positive is not None:
+        u = tl.where(valid, tl.where(positive, -u, u), float("-inf"))
+        s = tl.where(valid, s, 0.0)  # a padded row may hold NaN
+    softplus, g = softplus_sigmoid(u)
+    if positive is not None:
+        g = tl.where(positive, -g, g)
+    loss += _fold_columns(softplus, loss.shape[1])
+    if SCALAR_GRADS:
+        gs_sum += _fold_columns(g * s, loss.shape[1])
+        g_sum += _fold_columns(g, loss.shape[1])
+    if g_ptrs is not None:
+        tl.store(g_ptrs, (g * GRAD_SCALE).to(g_ptrs.dtype.element_ty))
+    return loss, gs_sum, g_sum
+
+
+@triton.jit(do_not_specialize=["M", "N", "diagonal"])
+def panel_kernel(
+    x_ptr,  # (M, D)
+    y_ptr,  # (N, D)
+    g_ptr,  # (M, N) rounded up to whole tiles, or None
+    partials_ptr,  # (1 or 3, tiles) fp32: a tile's sums of softplus(u), g*s, g
+    logit_scale_ptr,  # () fp32
+    logit_bias_ptr,  # () fp32
+    image_ids_ptr,  # (M,) int64 or None
+    text_ids_ptr,  # (N,) int64 or None
+    M,
+    N,
+    diagonal,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    stride_gm,
+    D: tl.constexpr,
+    SCALAR_GRADS: tl.constexpr,
+    GRAD_SCALE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tile_m, tile_n = _grouped_tile(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row0 = tile_m * BLOCK_M
+    tile = _similarity(
+        x_ptr, y_ptr, row0, tile_n * BLOCK_N, M, N, stride_xm, stride_xd, stride_yn, stride_yd,
+        D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    scale = tl.load(logit_scale_ptr)
+    bias = tl.load(logit_bias_ptr)
+
+    # The epilogue takes the tile a few columns at a time: taken whole, its temporaries do not fit
+    # the registers beside the accumulator. The branch in each part keeps the compiler from mixing
+    # the parts again.
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    parts = _column_parts(tile, PARTS)
+    zero = tl.zeros((BLOCK_M, FOLD), tl.float32)
+    sums = (zero, zero, zero)
+    for part in tl.static_range(PARTS):
+        col0 = tile_n * BLOCK_N + part * WIDTH
+        g_ptrs = None
+        if g_ptr is not None:
+            rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+            g_ptrs = g_ptr + rows[:, None] * stride_gm + (col0 + tl.arange(0, WIDTH))[None, :]
+        if image_ids_ptr is None:
+            # Only where the part meets the diagonal or the edge are there pairs to tell apart.
+            mixed = (row0 + diagonal < col0 + WIDTH) & (col0 < row0 + diagonal + BLOCK_M)
+            mixed |= (row0 + BLOCK_M > M) | (col0 + WIDTH > N)
+        else:
+            mixed = col0 < N
+        if mixed:
+            positive, valid = _pair_masks(
+                row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
+            )
+            sums = _epilogue(
+                parts[part], positive, valid, scale, bias, sums, g_ptrs, SCALAR_GRADS, GRAD_SCALE
+            )
+        elif image_ids_ptr is None:
+            sums = _epilogue(
+                parts[part], None, None, scale, bias, sums, g_ptrs, SCALAR_GRADS, GRAD_SCALE
+            )
+
+    loss, gs_sum, g_sum = sums
+    tiles = tl.num_programs(0)
+    tl.store(partials_ptr + pid, tl.sum(loss))
+    if SCALAR_GRADS:
+        tl.store(partials_ptr + tiles + pid, tl.sum(gs_sum))
+        tl.store(partials_ptr + 2 * tiles + pid, tl.sum(g_sum))
+
+
+INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
+
+
+class TritonPanel:
+    """A :class:`fused_siglip.kernels.Panel` in one fused kernel.
+
+    The logits are fp32 and never leave the registers; what is written is g and three sums a tile.
+    """
+
+    tile = TILE
+
+    @staticmethod
+    def _tiles(rows: int, cols: int) -> tuple[int, int]:
+        return triton.cdiv(rows, TILE[0]), triton.cdiv(cols, TILE[1])
+
+    @staticmethod
+    def workspace_bytes(
+        rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
+    ) -> int:
+        tiles = math.prod(TritonPanel._tiles(rows, cols))
+        g = tiles * TILE[0] * TILE[1] * dtype.itemsize if write_g else 0
+        return g + tiles * (3 if scalar_grads else 1) * torch.float32.itemsize
+
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        write_g: bool,
+        scalar_grads: bool,
+    ):
+        device = torch.device(device)
+        if device.type != "cuda" and not INTERPRETED:
+            raise ValueError(
+                f"the Triton backend needs a CUDA or ROCm device, got {device} (it runs on the CPU "
+                "only in Triton's interpreter: set TRITON_INTERPRET=1 before starting Python)"
+            )
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"the Triton backend takes float32, bfloat16 or float16 operands, got {dtype}"
+            )
+        if INTERPRETED:
+            self.target = (8, 0)
+        elif torch.version.hip:
+            self.target = "hip"
+        else:
+            self.target = torch.cuda.get_device_capability(device)
+            if self.target < (8, 0):
+                major, minor = self.target
+                raise ValueError(
+                    "the Triton backend needs CUDA compute capability 8.0 or newer, "
+                    f"got {major}.{minor}"
+                )
+        tiles_m, tiles_n = self._tiles(rows, cols)
+        self.sums = 3 if scalar_grads else 1
+        self.partials = torch.empty(
+            self.sums * tiles_m * tiles_n, dtype=torch.float32, device=device
+        )
+        # Whole tiles, so that the kernel stores without a mask and rows stay aligned.
+        shape = (tiles_m * TILE[0], tiles_n * TILE[1])
+        self.g = torch.empty(shape, dtype=dtype, device=device) if write_g else None
+        self.grad_scale = GRAD_SCALE.get(dtype, 1.0)
+
+    def __call__(
+        self,
+        x: Tensor,  # (m, D)
+        y: Tensor,  # (n, D)
+        logit_scale: Tensor,  # ()
+        logit_bias: Tensor,  # ()
+        positives: Positives,
+        sums: Tensor,  # (3,)
+    ) -> Tensor | None:  # (m, n)
+        (m, d), n = x.shape, y.shape[0]
+        if INTERPRETED and x.dtype == torch.bfloat16:  # whose tl.dot multiplies the bits of bf16
+            x, y = x.float(), y.float()
+        precision = "ieee"
+        if self.target != "hip" and torch.get_float32_matmul_precision() != "highest":
+            precision = "tf32"
+        config = panel_config(self.target, x.dtype, precision)
+        tiles = math.prod(self._tiles(m, n))
+        partials = self.partials[: self.sums * tiles].view(self.sums, tiles)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            panel_kernel[(tiles,)](
+                x,
+                y,
+                self.g,
+                partials,
+                logit_scale,
+                logit_bias,
+                positives.image_ids,
+                positives.text_ids,
+                m,
+                n,
+                # no pair is (i, i + n): without a diagonal, the same kernel never meets it
+                n if positives.diagonal is None else positives.diagonal,
+                *x.stride(),
+                *y.stride(),
+                0 if self.g is None else self.g.stride(0),
+                D=d,
+                SCALAR_GRADS=self.sums == 3,
+                GRAD_SCALE=self.grad_scale,
+                INPUT_PRECISION=precision,
+                **config.constants(),
+                **config.options(),
+            )
+            torch.sum(partials, 1, out=sums[: self.sums])
+        return None if self.g is None else self.g[:m, :n]
