@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernels import panel_class
+from ..kernels import panel_class
 
 # Without a caller's bound. A CPU panel of 2048 x 2048 stays in the last-level cache; a GPU panel
 # wants to be large enough to fill the chip in all three products.
