@@ -7,6 +7,7 @@ and draws docs/distributed_memory.png; README.md here says how each number is me
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from .traffic import counted
 OPEN_CLIP_SENDS = {"bidir": 2, "shift": 2, "reduce": 4, "gather": 2}
 MODES = [("fused", "ring"), ("fused", "gather"), *(("open_clip", i) for i in OPEN_CLIP_SENDS)]
 WARM_UP_BATCH = 64
+LIMIT = 1800.0  # seconds a launch may take
 DTYPE = torch.float32
 
 Step = Callable[[], tuple[Tensor, ...]]
@@ -38,6 +40,8 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 def make_step(whose: str, impl: str, rank: int, world_size: int, rows: int, dim: int) -> Step:
     """A function that computes this rank's loss and gradients."""
+    # open_clip calls what torch has new names for
+    warnings.filterwarnings("ignore", "torch.distributed.nn.functional", FutureWarning)
     package = fused_siglip if whose == "fused" else open_clip_loss_module()
     loss = package.SigLipLoss(rank=rank, world_size=world_size, dist_impl=impl)
     generator = torch.Generator().manual_seed(rank)
@@ -131,7 +135,7 @@ def measure(world_sizes: Sequence[int], rows: int, dim: int, repeats: int) -> It
         for world_size in world_sizes:
             shape = {"world_size": world_size, "local_batch": rows, "dim": dim}
             bar.set_description(f"W = {world_size}")
-            times = returned(launch(times_and_traffic, world_size, rows, dim, repeats))
+            times = returned(launch(times_and_traffic, world_size, rows, dim, repeats, limit=LIMIT))
             bar.update()
             found = []
             for mode in MODES:
