@@ -7,6 +7,7 @@ and draws docs/distributed_memory.png; README.md here says how each number is me
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.quick:
         args.world_sizes, args.local_batch, args.dim, args.repeats = [1, 2, 3], 128, 64, 2
 
-    where = environment() | {"threads": 1}  # of each rank
+    where = environment() | {"threads": 1, "cores": os.cpu_count()}  # of a rank, of all
     print(", ".join(f"{key} {value}" for key, value in where.items() if key != "commit"))
     rows: list[dict] = []
     for new in measure(args.world_sizes, args.local_batch, args.dim, args.repeats):
