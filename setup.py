@@ -25,7 +25,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["fused_siglip", "fused_siglip.kernels"],
+    packages=["fused_siglip", "fused_siglip.kernels", "fused_siglip.plan"],
     package_dir={"fused_siglip.kernels": "kernels"},
     install_requires=["torch>=2.10"],
     extras_require=EXTRAS,

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -56,18 +57,18 @@ def compiled_loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
 
 
 @functools.cache
-def _open_clip() -> Loss:
+def open_clip_loss_module() -> ModuleType:
     # its loss module alone: that needs only torch, the whole package torchvision and more
     package = importlib.util.find_spec("open_clip")
     path = Path(package.origin).with_name("loss.py")
     spec = importlib.util.spec_from_file_location("open_clip_loss", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.SigLipLoss()
+    return module
 
 
 def open_clip_loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
-    return _open_clip()(x, y, t, b)
+    return open_clip_loss_module().SigLipLoss()(x, y, t, b)
 
 
 def siglip_kernel_loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:

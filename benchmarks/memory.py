@@ -74,6 +74,17 @@ def peak_bytes(
     return _resident_peak() - before, result
 
 
+def hold_no_freed_memory() -> None:
+    """From now on a freed block of 128 KiB or more leaves the resident set at once.
+
+    glibc otherwise serves ever larger blocks from its heap, where what is freed below a block still
+    in use stays resident: ranks that do the same then differ by several blocks, by chance.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        m_mmap_threshold = -3  # malloc.h; setting it ends its growth
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 128 << 10)
+
+
 def _reset_resident_peak() -> int:
     with contextlib.suppress(OSError):  # Linux only; elsewhere the peak so far is the start
         Path("/proc/self/clear_refs").write_text("5")

@@ -77,7 +77,7 @@ def _contact(group: dist.ProcessGroup, what: str) -> Iterator[None]:
 
 def _exchange(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
     """Every rank's terms. On the CPU where the group can, so that no GPU waits for it."""
-    on_cpu = "gloo" in dist.get_backend(group)
+    on_cpu = "cpu:" in dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor(terms, dtype=torch.int64, device=device)
     all_terms = mine.new_empty(dist.get_world_size(group) * len(terms))

@@ -31,7 +31,7 @@ def distributions(tmp_path_factory):
 
 
 def sources() -> set[str]:
-    package = {f"fused_siglip/{p.name}" for p in (ROOT / "fused_siglip").glob("*.py")}
+    package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fused_siglip").rglob("*.py")}
     return package | {f"fused_siglip/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
 
 
