@@ -9,7 +9,7 @@ import torch
 
 from ..kernels import multiplies_half_into_fp32, panel_class
 
-# Without a caller's bound. On a CPU that makes fp32 panels of 1024 x 1024, whose buffers stay in the
+# Without a caller's bound. On a CPU: fp32 panels of 1024 x 1024, whose buffers stay in the
 # last-level cache; a GPU panel wants to be large enough to fill the chip in all three products.
 _DEFAULT_WORKSPACE = {"cpu": 13 << 20}
 _DEFAULT_WORKSPACE_GPU = 256 << 20
