@@ -13,11 +13,18 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .cases import Case, make_inputs
-from .exact import LossAndGrads, float64_reference, relative_errors, rounded_once
+from .exact import (
+    LossAndGrads,
+    float64_reference,
+    relative_errors,
+    rounded_once,
+    sampled_reference,
+)
 from .harness import environment, measure, obstacle, write_results
-from .losses import LOSSES, default_fused, obstacles
+from .losses import CONTESTANTS, default_fused, obstacles
 
 PARTS = ("time", "memory", "accuracy")
 SCALES = (10.0, 100.0)  # t at the start of training, and where it ends up
@@ -66,16 +73,26 @@ QUICK = {
 }
 
 
-def accuracy(cases: Iterable[Case], t: float, b: float) -> list[dict]:
-    """Errors of loss and gradients against float64, a row a case, and one for a single rounding."""
+def accuracy(cases: Iterable[Case], t: float, b: float, sample: Tensor | None = None) -> list[dict]:
+    """Errors of loss and gradients against float64, a row a case, and one for a single rounding.
+
+    With ``sample`` only these rows of the feature gradients are compared, for a large batch.
+    """
     rows = []
     for case in cases:
         inputs = make_inputs(case.batch_size, case.dim, case.dtype, case.device, t, b)
         if not rows:
-            exact = float64_reference(*inputs)
+            if sample is None:
+                exact = float64_reference(*inputs)
+            else:
+                exact = sampled_reference(*inputs, sample)
             once = rounded_once(exact, inputs.x.dtype)
             rows.append(_accuracy_row(replace(case, loss="one_rounding"), t, b, once, exact))
         actual = LossAndGrads(*case.step(inputs)())
+        if sample is not None:
+            actual = actual._replace(
+                image_grad=actual.image_grad[sample], text_grad=actual.text_grad[sample]
+            )
         rows.append(_accuracy_row(case, t, b, actual, exact))
     return rows
 
@@ -90,6 +107,8 @@ def _accuracy_row(
         "dim": case.dim,
         "dtype": case.dtype,
         "device": case.device,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "compared_rows": len(exact.image_grad),
         "logit_scale": t,
         "logit_bias": b,
         "errors": relative_errors(actual, exact),
@@ -152,7 +171,7 @@ def run(plan: Plan, device: str, parts: Sequence[str]) -> list[dict]:
     """Measure everything in the plan, printing each table when its rows are there."""
     reasons = {name: reason for name, reason in obstacles(device).items() if reason}
     reasons |= dict.fromkeys(plan.left_out, "not in a quick run")
-    names = [name for name in LOSSES if name not in reasons]
+    names = [name for name in CONTESTANTS if name not in reasons]
     backends = [name for name in names if name.startswith("fused_")]
     fused = default_fused(device)
     for name, reason in reasons.items():

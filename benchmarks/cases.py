@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import LOSSES
+from .losses import LOSSES, Loss
 
 
 class Inputs(NamedTuple):
@@ -48,27 +48,36 @@ class Case:
 
     def step(self, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
         """A function that computes the loss and the gradients: (loss, *gradients)."""
-        loss = LOSSES[self.loss].loss
-        flags = MODES[self.mode][0]
-        leaves = [v.detach().requires_grad_(f) for v, f in zip(inputs, flags, strict=True)]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return step(LOSSES[self.loss].loss, inputs, self.mode)
 
-        def forward() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return (loss(*leaves),)
 
-        def forward_and_backward() -> tuple[Tensor, ...]:
-            value = loss(*leaves)
-            return (value.detach(), *torch.autograd.grad(value, wanted))
+def step(loss: Loss, inputs: Inputs, mode: str = "full") -> Callable[[], tuple[Tensor, ...]]:
+    """A function that computes ``loss`` and the gradients of its mode: (loss, *gradients)."""
+    flags = MODES[mode][0]
+    leaves = [v.detach().requires_grad_(f) for v, f in zip(inputs, flags, strict=True)]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
 
-        return forward_and_backward if wanted else forward
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (loss(*leaves),)
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        value = loss(*leaves)
+        return (value.detach(), *torch.autograd.grad(value, wanted))
+
+    return forward_and_backward if wanted else forward
 
 
 def make_inputs(
     batch_size: int, dim: int, dtype: str, device: str, t: float = 10.0, b: float = -10.0
 ) -> Inputs:
     """Features whose matched pairs are alike, as in training; the same on every call."""
-    generator = torch.Generator().manual_seed(0)
-    shared, *own = (torch.randn(batch_size, dim, generator=generator) for _ in range(3))
-    x, y = (F.normalize(shared + noise).to(device, getattr(torch, dtype)) for noise in own)
+    # drawn on the device: a large batch takes a CPU longer to draw than a GPU to step through
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal() -> Tensor:
+        return torch.randn(batch_size, dim, generator=generator, device=device)
+
+    shared = normal()
+    x, y = (F.normalize(shared + normal()).to(getattr(torch, dtype)) for _ in range(2))
     return Inputs(x, y, torch.tensor(t, device=device), torch.tensor(b, device=device))

@@ -62,11 +62,13 @@ def compile_panel(
     write_g: bool = True,
     scalar_grads: bool = True,
     d: int = 768,
+    config: PanelConfig | None = None,
 ) -> Compiled:
-    """Compile the shipped configuration as a launch on contiguous (.., d) features does."""
+    """Compile a configuration, by default the shipped one, as a launch on contiguous (.., d) features does."""
     hip = target.startswith("gfx")
     arch = target if hip else int(target.removeprefix("sm_"))
-    config = panel_config("hip" if hip else divmod(arch, 10), dtype, precision)
+    if config is None:
+        config = panel_config("hip" if hip else divmod(arch, 10), dtype, precision)
     constants = {
         "stride_xd": 1,
         "stride_yd": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,23 +25,50 @@ def float64_reference(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> LossAndGrad
     """The closed form (docs of fused_siglip.siglip_loss) by row chunks, in bounded memory."""
     x, y, t, b = (v.double() for v in (x, y, t, b))
     size = x.shape[0]
-    rows = max(CHUNK_BYTES // (8 * size), 1)
     image_grad, text_grad = torch.empty_like(x), torch.zeros_like(y)
-    loss, scale_grad, bias_grad = (torch.zeros_like(t) for _ in range(3))
-    for start in range(0, size, rows):
-        chunk = slice(start, start + rows)
-        s = x[chunk] @ y.T
-        z = (t * s).add_(b)
-        # threshold: beyond it softplus(z) is z; the default, 20, drops 2e-9
-        loss += F.softplus(z, threshold=40.0).sum() - z.diagonal(start).sum()
-        g = z.sigmoid_()
-        g.diagonal(start).sub_(1)
+    sums = torch.zeros(3, dtype=torch.float64, device=x.device)
+    for chunk, part, g in _chunks(x, y, t, b):
         image_grad[chunk] = g @ y
         text_grad += g.T @ x[chunk]
-        scale_grad += (g * s).sum()
-        bias_grad += g.sum()
+        sums += part
+    loss, scale_grad, bias_grad = sums
     grads = (t * image_grad, t * text_grad, scale_grad, bias_grad)
     return LossAndGrads(*(v / size for v in (loss, *grads)))
+
+
+@torch.no_grad()
+def sampled_reference(x: Tensor, y: Tensor, t: Tensor, b: Tensor, sample: Tensor) -> LossAndGrads:
+    """As :func:`float64_reference`, but of both feature gradients only the rows in ``sample``.
+
+    Those rows need one product each over the whole batch, in memory of their own size; the loss and
+    the gradients of t and b still take every pair into account.
+    """
+    x, y, t, b = (v.double() for v in (x, y, t, b))
+    size = x.shape[0]
+    image_grad = _sums_and_g(x[sample] @ y.T, t, b, sample)[1] @ y
+    text_grad = _sums_and_g(y[sample] @ x.T, t, b, sample)[1] @ x
+    loss, scale_grad, bias_grad = sum(part for _, part, _ in _chunks(x, y, t, b))
+    grads = (t * image_grad, t * text_grad, scale_grad, bias_grad)
+    return LossAndGrads(*(v / size for v in (loss, *grads)))
+
+
+def _chunks(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For chunks of rows: which they are, and :func:`_sums_and_g`."""
+    size = x.shape[0]
+    rows = max(CHUNK_BYTES // (8 * size), 1)
+    for chunk in torch.arange(size, device=x.device).split(rows):
+        yield chunk, *_sums_and_g(x[chunk] @ y.T, t, b, chunk)
+
+
+def _sums_and_g(s: Tensor, t: Tensor, b: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, dL/dt, dL/db) of these pairs, and g = dL/dz; ``positive``: each row's one column."""
+    z = (t * s).add_(b)
+    at = (torch.arange(len(positive), device=s.device), positive)
+    # threshold: beyond it softplus(z) is z; the default, 20, drops 2e-9
+    loss = F.softplus(z, threshold=40.0).sum() - z[at].sum()
+    g = z.sigmoid_()
+    g[at] -= 1
+    return torch.stack([loss, (g * s).sum(), g.sum()]), g
 
 
 def rounded_once(exact: LossAndGrads, dtype: torch.dtype) -> LossAndGrads:

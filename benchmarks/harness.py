@@ -74,6 +74,15 @@ def quantile(values: Iterable[float], q: float) -> float:
     return torch.tensor(list(values), dtype=torch.float64).quantile(q).item()
 
 
+def summary(seconds: list[float] | None) -> dict[str, float | None]:
+    """Median and quantiles, as the rows of results name them; None for what was not timed."""
+    return {
+        "seconds": median(seconds) if seconds else None,
+        "seconds_p10": quantile(seconds, 0.1) if seconds else None,
+        "seconds_p90": quantile(seconds, 0.9) if seconds else None,
+    }
+
+
 def floors(
     m: int, n: int, d: int, dtype: torch.dtype, device: str
 ) -> dict[int, Callable[[], None]]:
@@ -103,6 +112,7 @@ def measure(
 
     The cases share batch size, dim, dtype and device. A row is the case's fields and
 
+    - matmul_precision: how float32 products are computed ("highest": exactly; else as tf32)
     - seconds, seconds_p10, seconds_p90: median and quantiles of ``repeats`` calls
     - floor_seconds: median of as many plain products as the case needs; ratio_to_floor: r
     - peak_extra_bytes: see memory.py
@@ -151,11 +161,10 @@ def measure(
             {
                 "kind": "cost",
                 **asdict(case),
+                "matmul_precision": torch.get_float32_matmul_precision(),
                 "products": case.products,
                 "repeats": repeats,
-                "seconds": median(times) if times else None,
-                "seconds_p10": quantile(times, 0.1) if times else None,
-                "seconds_p90": quantile(times, 0.9) if times else None,
+                **summary(times),
                 "floor_seconds": median(floor_times) if floor_times else None,
                 "ratio_to_floor": median(times) / median(floor_times) if floor_times else None,
                 "peak_extra_bytes": peaks.get(case),

@@ -101,7 +101,17 @@ def _not_installed(package: str, device_types: tuple[str, ...]) -> Callable[[str
     return obstacle
 
 
-LOSSES = {
+def _panel_variant(name: str) -> Loss:
+    def loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
+        from .alternative import VARIANTS  # imports triton
+
+        with VARIANTS[name]():
+            return siglip_loss(x, y, t, b, backend="triton")
+
+    return loss
+
+
+CONTESTANTS = {
     "fused_triton": Contestant(functools.partial(siglip_loss, backend="triton"), 0, _no_triton),
     "fused_torch": Contestant(functools.partial(siglip_loss, backend="torch"), 0, _runs),
     "eager": Contestant(eager_siglip_loss, 7, _runs),
@@ -110,11 +120,17 @@ LOSSES = {
     "open_clip": Contestant(open_clip_loss, 7, _not_installed("open_clip", ("cpu", "cuda"))),
     "siglip_kernel": Contestant(siglip_kernel_loss, 0, _not_installed("siglip_kernel", ("cuda",))),
 }
+# The same sweep over other panels, to compare with what is shipped: see alternative.py.
+ABLATIONS = {
+    name: Contestant(_panel_variant(name), 0, _no_triton)
+    for name in ("library_fp32", "library_in_place", "tiles_128x256")
+}
+LOSSES = CONTESTANTS | ABLATIONS
 
 
 def obstacles(device: str) -> dict[str, str | None]:
     """For every contestant, why it cannot run on this device, or None where it can."""
-    return {name: c.obstacle(torch.device(device).type) for name, c in LOSSES.items()}
+    return {name: c.obstacle(torch.device(device).type) for name, c in CONTESTANTS.items()}
 
 
 def default_fused(device: str) -> str:

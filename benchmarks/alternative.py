@@ -1,0 +1,210 @@
+"""Panels that are not shipped, for the shipped sweep: what the fused kernel has to beat.
+
+A library product into the panel and one elementwise kernel over it (the plain alternative), and the
+fused kernel with wider tiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_siglip import engine, plan
+from fused_siglip.kernels import GRAD_SCALE, Panel, Positives, multiplies_half_into_fp32
+from fused_siglip.kernels import panel_triton as shipped
+from fused_siglip.kernels.configs import PanelConfig
+from fused_siglip.kernels.panel_triton import TritonPanel, _epilogue, _pair_masks, _stored
+
+BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes
+
+
+@triton.jit(do_not_specialize=["M", "N", "diagonal"])
+def elementwise_kernel(
+    s_ptr,  # (M, N) similarities, fp32 or the operands' dtype
+    g_ptr,  # (M, N) rounded up to whole blocks, may be s_ptr; or None
+    partials_ptr,  # (3, blocks) fp32: a block's sums of softplus(u), g*s, g
+    logit_scale_ptr,  # () fp32
+    logit_bias_ptr,  # () fp32
+    image_ids_ptr,  # (M,) int64 or None
+    text_ids_ptr,  # (N,) int64 or None
+    M,
+    N,
+    diagonal,
+    stride,  # of s and g
+    GRAD_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row0, col0 = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_N
+    rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offsets = rows[:, None] * stride + (col0 + tl.arange(0, BLOCK_N))[None, :]
+    s = tl.load(s_ptr + offsets).to(tl.float32)
+    scale = tl.load(logit_scale_ptr)
+    bias = tl.load(logit_bias_ptr)
+    g_ptrs = None
+    if g_ptr is not None:
+        g_ptrs = g_ptr + offsets
+    zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = (zero, zero, zero)
+    if image_ids_ptr is None:
+        mixed = (row0 + diagonal < col0 + BLOCK_N) & (col0 < row0 + diagonal + BLOCK_M)
+        mixed |= (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N)
+    else:
+        mixed = col0 < N
+    if mixed:
+        positive, valid = _pair_masks(
+            row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, BLOCK_N
+        )
+        sums = _epilogue(s, positive, valid, scale, bias, sums, g_ptrs, True, GRAD_SCALE)
+    elif image_ids_ptr is None:
+        sums = _epilogue(s, None, None, scale, bias, sums, g_ptrs, True, GRAD_SCALE)
+    loss, gs_sum, g_sum = sums
+    blocks = tl.num_programs(0) * tl.num_programs(1)
+    block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(partials_ptr + block, tl.sum(loss))
+    tl.store(partials_ptr + blocks + block, tl.sum(gs_sum))
+    tl.store(partials_ptr + 2 * blocks + block, tl.sum(g_sum))
+
+
+class LibraryPanel:
+    """A :class:`fused_siglip.kernels.Panel`: library product, then one elementwise kernel.
+
+    Similarities stay fp32, in a buffer of their own beside g.
+    """
+
+    tile = shipped.TILE
+    in_place = False
+
+    @classmethod
+    def _similarity(cls, dtype: torch.dtype) -> torch.dtype:
+        return _stored(dtype) if cls.in_place else torch.float32
+
+    @staticmethod
+    def _shape(rows: int, cols: int) -> tuple[int, int]:
+        return tuple(triton.cdiv(k, side) * side for k, side in zip((rows, cols), BLOCK))  # noqa: B905
+
+    @classmethod
+    def workspace_bytes(
+        cls, rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
+    ) -> int:
+        elements = math.prod(cls._shape(rows, cols))
+        g = _stored(dtype).itemsize if write_g and not cls.in_place else 0
+        sums = 3 * torch.float32.itemsize * elements // math.prod(BLOCK)
+        return elements * (cls._similarity(dtype).itemsize + g) + sums
+
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        write_g: bool,
+        scalar_grads: bool,
+    ):
+        shape = self._shape(rows, cols)
+        empty = functools.partial(torch.empty, device=device)
+        # zeros: what a smaller panel leaves beside it is read, though it takes no part
+        self.s = torch.zeros(shape, dtype=self._similarity(dtype), device=device)
+        self.g = None
+        if write_g:
+            self.g = self.s if self.in_place else empty(shape, dtype=_stored(dtype))
+        self.partials = empty(3 * math.prod(shape) // math.prod(BLOCK), dtype=torch.float32)
+        self.sums = 3 if scalar_grads else 1
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: Tensor,  # (m, D)
+        y: Tensor,  # (n, D)
+        logit_scale: Tensor,  # ()
+        logit_bias: Tensor,  # ()
+        positives: Positives,
+        sums: Tensor,  # (3,)
+    ) -> Tensor | None:  # (m, n)
+        m, n = x.shape[0], y.shape[0]
+        s = self.s[:m, :n]
+        if x.dtype == s.dtype:
+            torch.mm(x, y.T, out=s)
+        elif multiplies_half_into_fp32(x.device.type):
+            torch.mm(x, y.T, out_dtype=s.dtype, out=s)
+        else:
+            torch.mm(x.to(s.dtype), y.T.to(s.dtype), out=s)
+        blocks_m, blocks_n = (triton.cdiv(k, side) for k, side in zip((m, n), BLOCK, strict=True))
+        partials = self.partials[: 3 * blocks_m * blocks_n].view(3, -1)
+        with torch.cuda.device_of(x):
+            elementwise_kernel[(blocks_n, blocks_m)](
+                self.s,
+                self.g,
+                partials,
+                logit_scale,
+                logit_bias,
+                positives.image_ids,
+                positives.text_ids,
+                m,
+                n,
+                n if positives.diagonal is None else positives.diagonal,
+                self.s.stride(0),
+                GRAD_SCALE=GRAD_SCALE.get(self.dtype, 1.0),
+                BLOCK_M=BLOCK[0],
+                BLOCK_N=BLOCK[1],
+                num_warps=8,
+            )
+            torch.sum(partials[: self.sums], 1, out=sums[: self.sums])
+        return None if self.g is None else self.g[:m, :n].to(self.dtype)
+
+
+class InPlaceLibraryPanel(LibraryPanel):
+    """The same in one buffer of the operands' dtype: similarities are rounded to it, as siglip-kernel
+    rounds them. Half the bytes, and not as exact: it shows what exactness costs."""
+
+    in_place = True
+
+
+class _WideConfig(PanelConfig):
+    def constants(self) -> dict[str, int]:
+        return super().constants() | {"BLOCK_N": WideTritonPanel.tile[1]}
+
+
+class WideTritonPanel(TritonPanel):
+    """The shipped kernel with tiles of 128 x 256: fewer bytes from L2, one program a multiprocessor."""
+
+    tile = (128, 256)
+
+
+# for half operands on sm_90: 254 registers and no spills (tests/test_alternative.py)
+WIDE = _WideConfig(block_d=64, num_warps=8, num_stages=4, parts=16, fold=8)
+
+
+@contextlib.contextmanager
+def _sweep_with(panel: type[Panel]) -> Iterator[None]:
+    with (
+        mock.patch.object(engine, "panel_class", lambda name: panel),
+        mock.patch.object(plan, "panel_class", lambda name: panel),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _wide_tiles() -> Iterator[None]:
+    with (
+        _sweep_with(WideTritonPanel),
+        mock.patch.object(shipped, "TILE", WideTritonPanel.tile),
+        mock.patch.object(shipped, "panel_config", lambda *target: WIDE),
+    ):
+        yield
+
+
+# name in losses.ABLATIONS: a context in which siglip_loss(backend="triton") runs that variant
+VARIANTS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
+    "library_fp32": functools.partial(_sweep_with, LibraryPanel),
+    "library_in_place": functools.partial(_sweep_with, InPlaceLibraryPanel),
+    "tiles_128x256": _wide_tiles,
+}
