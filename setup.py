@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.10",
     packages=["fused_siglip", "fused_siglip.kernels", "fused_siglip.plan"],
     package_dir={"fused_siglip.kernels": "kernels"},
-    install_requires=["torch>=2.8"],
+    install_requires=["torch>=2.10"],
     extras_require=EXTRAS,
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import GRAD_SCALE, Positives, panel_class
+from .kernels import GRAD_SCALE, Positives, multiplies_half_into_fp32, panel_class
 from .plan import plan_panels
 
 
@@ -60,6 +60,7 @@ def sweep(
         need_text_grad=grad_y is not None,
         need_scalar_grads=scalar_grads,
         copies_operands=image_ids is not None,
+        multiprocessors=_multiprocessors(x.device),
         workspace_bytes=workspace_bytes,
     )
     if m == 0 or n == 0:
@@ -95,6 +96,12 @@ def sweep(
     return sums.sum((0, 1))
 
 
+def _multiprocessors(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).multi_processor_count  # cached by torch
+
+
 def _operand(
     features: Tensor, ids: Tensor | None, part: slice, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
@@ -112,9 +119,7 @@ def _operand(
 def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:
     """out = alpha * a @ b, added to what is there unless ``fresh``; accumulated in out's dtype."""
     beta = 0 if fresh else 1
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    elif out.is_cuda:
+    if a.dtype != out.dtype and multiplies_half_into_fp32(out.device.type):
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-    else:  # Triton's interpreter, on CPU tensors: what tensor cores do with half operands
+    else:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)

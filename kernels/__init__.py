@@ -22,6 +22,14 @@ BACKENDS = ("torch", "triton")
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+def multiplies_half_into_fp32(device_type: str) -> bool:
+    """Whether torch's products take half operands and accumulate into an fp32 output.
+
+    CUDA does (out_dtype, with an fp32 addend since torch 2.10); ROCm builds refuse it.
+    """
+    return device_type == "cuda" and torch.version.hip is None
+
+
 class Positives(NamedTuple):
     """Which pairs of one panel are positive. Without ids and without diagonal: none."""
 

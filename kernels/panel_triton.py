@@ -131,6 +131,8 @@ def _epilogue(
         g_sum += _fold_columns(g, loss.shape[1])
     if g_ptrs is not None:
         tl.store(g_ptrs, (g * GRAD_SCALE).to(g_ptrs.dtype.element_ty))
+    else:
+        tl.debug_barrier()  # as the store has: without it the compiler mixes the parts, and spills
     return loss, gs_sum, g_sum
 
 
@@ -215,6 +217,11 @@ def panel_kernel(
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
 
 
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the kernel writes g: the interpreter cuts bf16 off where devices round."""
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+
+
 class TritonPanel:
     """A :class:`fused_siglip.kernels.Panel` in one fused kernel.
 
@@ -232,7 +239,7 @@ class TritonPanel:
         rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
     ) -> int:
         tiles = math.prod(TritonPanel._tiles(rows, cols))
-        g = tiles * TILE[0] * TILE[1] * dtype.itemsize if write_g else 0
+        g = tiles * TILE[0] * TILE[1] * _stored(dtype).itemsize if write_g else 0
         return g + tiles * (3 if scalar_grads else 1) * torch.float32.itemsize
 
     def __init__(
@@ -273,7 +280,8 @@ class TritonPanel:
         )
         # Whole tiles, so that the kernel stores without a mask and rows stay aligned.
         shape = (tiles_m * TILE[0], tiles_n * TILE[1])
-        self.g = torch.empty(shape, dtype=dtype, device=device) if write_g else None
+        self.g = torch.empty(shape, dtype=_stored(dtype), device=device) if write_g else None
+        self.dtype = dtype
         self.grad_scale = GRAD_SCALE.get(dtype, 1.0)
 
     def __call__(
@@ -319,4 +327,4 @@ class TritonPanel:
                 **config.options(),
             )
             torch.sum(partials, 1, out=sums[: self.sums])
-        return None if self.g is None else self.g[:m, :n]
+        return None if self.g is None else self.g[:m, :n].to(self.dtype)

@@ -166,6 +166,7 @@ def test_empty_batch(backend, device, m, n):
     assert all(torch.all(v == 0) for v in actual)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_and_inf_pass_through_as_in_eager(backend, device, name, value):

@@ -61,7 +61,7 @@ def test_metadata(distributions):
         (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
         metadata = archive.read(name).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
-    assert [r for r in required if "extra ==" not in r] == ["Requires-Dist: torch>=2.8"]
+    assert [r for r in required if "extra ==" not in r] == ["Requires-Dist: torch>=2.10"]
     extras = {
         line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")
     }

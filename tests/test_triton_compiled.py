@@ -49,6 +49,4 @@ def test_no_spills(target, dtype, precision, ids):
     ids=["forward", "sums", "frozen scalars", "D=1152", "D=720"],
 )
 def test_no_spills_in_variants(target, variant):
-    if target == "sm_100" and variant == {"write_g": False}:
-        pytest.xfail("Triton 3.9 spills 120 to 170 bytes where no store of g separates the parts")
     check(compile_panel(target, torch.bfloat16, "ieee", **variant), target)
