@@ -54,7 +54,8 @@ def waves(total: int, side: int, d: int, multiprocessors: int) -> int:
 def _side(total: int, most: int, tile: int, d: int, multiprocessors: int | None) -> int:
     """A panel's side for ``total`` rows, of at most ``most`` tiles."""
     if multiprocessors is None or most * tile >= total:
-        return _ceil_div(_ceil_div(total, tile), _ceil_div(_ceil_div(total, tile), most)) * tile
+        tiles = max(_ceil_div(total, tile), 1)  # a rank may have no rows
+        return _ceil_div(tiles, _ceil_div(tiles, most)) * tile
 
     def cost(side: int) -> tuple[int, int, int]:
         return waves(total, side, d, multiprocessors), _ceil_div(total, side), side
