@@ -24,6 +24,7 @@ class Device:
     flops: dict[torch.dtype, float]  # FLOP/s a large product sustains
     node: Link  # between the ranks of one node
     network: Link  # between nodes
+    multiprocessors: int  # what the planner fits panels to
 
 
 # Share of a peak rate that is reached: 790 of 989 TFLOP/s, an 8192^3 bf16 product on an H200 (the
@@ -42,13 +43,16 @@ PANEL_LAUNCHES = 50e-6
 RANKS_PER_NODE = 8  # DGX and HGX of all three
 
 
-def _device(half: float, single: float, nvlink: float, network: float) -> Device:
+def _device(
+    half: float, single: float, nvlink: float, network: float, multiprocessors: int
+) -> Device:
     """From peak TFLOP/s of half precision and fp32, and GB/s in one direction."""
     flops = {torch.bfloat16: half, torch.float16: half, torch.float32: single}
     return Device(
         {dtype: SUSTAINED * peak * 1e12 for dtype, peak in flops.items()},
         Link(SUSTAINED * nvlink * 1e9, NVLINK_HOP),
         Link(SUSTAINED * network * 1e9, NETWORK_HOP),
+        multiprocessors,
     )
 
 
@@ -57,10 +61,10 @@ def _device(half: float, single: float, nvlink: float, network: float) -> Device
 # Network: the one port a GPU has in NVIDIA's own nodes.
 DEVICES = {
     # 989 and 67 TFLOP/s, NVLink 900 GB/s, ConnectX-7 400 Gb/s (DGX H100, DGX H200)
-    "h200": _device(989, 67, 450, 50),
-    "h100": _device(989, 67, 450, 50),
+    "h200": _device(989, 67, 450, 50, 132),
+    "h100": _device(989, 67, 450, 50, 132),
     # 312 and 19.5 TFLOP/s, NVLink 600 GB/s, ConnectX-6 200 Gb/s (DGX A100)
-    "a100": _device(312, 19.5, 300, 25),
+    "a100": _device(312, 19.5, 300, 25, 108),
 }
 
 
@@ -102,10 +106,20 @@ def step_flops(world_size: int, rows: int, dim: int) -> int:
 
 
 def _sweep_plan(
-    impl: str, world_size: int, rows: int, dim: int, dtype: torch.dtype, *panels: str
+    impl: str,
+    world_size: int,
+    rows: int,
+    dim: int,
+    dtype: torch.dtype,
+    device_type: str,
+    backend: str,
+    multiprocessors: int | None,
 ) -> PanelPlan:
     """Of the texts that are swept at once: a rank's, or everybody's."""
-    return plan_panels(rows, rows if impl == "ring" else world_size * rows, dim, dtype, *panels)
+    columns = rows if impl == "ring" else world_size * rows
+    return plan_panels(
+        rows, columns, dim, dtype, device_type, backend, multiprocessors=multiprocessors
+    )
 
 
 def peak_bytes(
@@ -116,13 +130,15 @@ def peak_bytes(
     dtype: torch.dtype,
     device_type: str,
     backend: str,
+    multiprocessors: int | None = None,
 ) -> int:
     """Peak memory beyond the features, the returned gradients included.
 
     What torch allocates for the loss: the transport's own buffers are not in it.
     """
     texts, grads = _chunk_bytes(rows, dim, dtype)
-    sweep = _sweep_plan(impl, world_size, rows, dim, dtype, device_type, backend).peak_bytes
+    plan = _sweep_plan(impl, world_size, rows, dim, dtype, device_type, backend, multiprocessors)
+    sweep = plan.peak_bytes
     if world_size == 1:
         return sweep
     if impl == "gather":
@@ -148,7 +164,8 @@ def predict(
     others = world_size - 1
     flops = step_flops(world_size, rows, dim)
 
-    plan = _sweep_plan(impl, world_size, rows, dim, dtype, "cuda", backend)
+    panels_for = ("cuda", backend, device.multiprocessors)
+    plan = _sweep_plan(impl, world_size, rows, dim, dtype, *panels_for)
     columns = rows if impl == "ring" else world_size * rows
     panels = -(-rows // max(plan.rows, 1)) * -(-columns // max(plan.cols, 1))
     sweeps = world_size if impl == "ring" else 1
@@ -168,7 +185,7 @@ def predict(
         communication = sum(map(exchange, beside)) + exchange(grads)
         hidden = sum(min(sweep, exchange(nbytes)) for nbytes in beside)
     return Cost(
-        peak_bytes(impl, world_size, rows, dim, dtype, "cuda", backend),
+        peak_bytes(impl, world_size, rows, dim, dtype, *panels_for),
         bytes_sent(impl, world_size, rows, dim, dtype),
         flops,
         sweeps * sweep,

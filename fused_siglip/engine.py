@@ -60,6 +60,7 @@ def sweep(
         need_text_grad=grad_y is not None,
         need_scalar_grads=scalar_grads,
         copies_operands=image_ids is not None,
+        multiprocessors=_multiprocessors(x.device),
         workspace_bytes=workspace_bytes,
     )
     if m == 0 or n == 0:
@@ -93,6 +94,12 @@ def sweep(
             if grad_y is not None:
                 _add_product(grad_y[cols], g.T, x_rows, alpha, fresh=i == 0)
     return sums.sum((0, 1))
+
+
+def _multiprocessors(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).multi_processor_count  # cached by torch
 
 
 def _operand(

@@ -65,7 +65,9 @@ def test_memory_is_what_ranks_occupy(impl):
     for world_size in (2, 3):
         peaks = returned(launch(occupied, world_size, impl, *sizes))
         expected = peak_bytes(impl, world_size, *sizes, torch.float32, "cpu", "torch")
-        assert peaks == pytest.approx([expected] * world_size, rel=0.05)
+        # a chunk that arrives late has no pages yet when the sweep is at its peak
+        chunk = sizes[0] * sizes[1] * 4
+        assert all(0.97 * expected - chunk <= peak <= 1.03 * expected for peak in peaks), peaks
 
 
 # --- shape ---

@@ -1,12 +1,16 @@
 """The plan and the sweep: panel shapes, the products that are done, the memory that is taken."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.cases import Case
+from benchmarks.memory import peak_extra_bytes
 from fused_siglip.engine import Needs, sweep
 from fused_siglip.kernels import panel_class
-from fused_siglip.plan import plan_panels
+from fused_siglip.plan import plan_panels, waves
 
 SIZES = [(1, 1), (64, 64), (65, 1), (1000, 1000), (2100, 2100), (8192, 8192), (32768, 100)]
 BUDGETS = [None, 1 << 20, 100 << 20]
@@ -45,6 +49,63 @@ def test_peak_memory_does_not_grow_with_the_square_of_the_batch():
     extra = {b: plan_panels(b, b, 768, torch.float32, "cpu", "torch").workspace_bytes
              for b in (8192, 32768, 1 << 20)}  # fmt: skip
     assert max(extra.values()) == min(extra.values()) <= 64 << 20
+
+
+GPUS = {"A100": 108, "RTX 4090": 128, "H100, H200": 132, "MI300X": 304}
+
+
+@pytest.mark.parametrize("multiprocessors", GPUS.values(), ids=GPUS)
+@pytest.mark.parametrize("d", [768, 1024, 1152])
+@pytest.mark.parametrize("b", [512, 8192, 20000, 65536, 1 << 20])
+def test_plan_fills_waves(multiprocessors, d, b):
+    pytest.importorskip("triton")
+
+    def plan(**options):
+        return plan_panels(b, b, d, torch.bfloat16, "cuda", "triton", **options)
+
+    even, chosen = plan(), plan(multiprocessors=multiprocessors)
+    assert chosen.workspace_bytes <= 256 << 20
+    assert (chosen.rows == b) == (even.rows == b)  # one panel where one fits
+    if chosen.rows < b:
+        assert waves(b, chosen.rows, d, multiprocessors) <= waves(b, even.rows, d, multiprocessors)
+        assert chosen.rows >= even.rows // 2
+
+
+def test_documented_decisions_are_the_planners():
+    pytest.importorskip("triton")
+    text = (Path(__file__).parents[1] / "docs/planner.md").read_text()
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()
+            if line.startswith(tuple(f"| {name} |" for name in GPUS))]  # fmt: skip
+    assert len(rows) == 40
+    for name, multiprocessors, b, d, panel, dx_waves, full, workspace, peak in rows:
+        assert GPUS[name] == int(multiprocessors)
+        b, d = int(b), int(d)
+        plan = plan_panels(b, b, d, torch.bfloat16, "cuda", "triton", multiprocessors=GPUS[name])
+        assert panel == f"{plan.rows} x {plan.cols}"
+        count = waves(b, plan.rows, d, GPUS[name])
+        assert int(dx_waves) == count
+        assert full == f"{b / 128 * -(-d // 256) / GPUS[name] / count:.2f}"
+        assert int(workspace) == round(plan.workspace_bytes / 2**20)
+        assert int(peak) == round(plan.peak_bytes / 2**20)
+
+
+def test_planned_peak_memory_is_the_measured_one():
+    """Beyond inputs and gradients, which are the accumulators themselves, only the workspace."""
+    for mode, grads in (("full", 2), ("frozen", 1), ("no_grad", 0)):
+        case = Case("fused_torch", 4096, 512, "float32", "cpu", mode)
+        plan = plan_panels(
+            *(4096, 4096, 512, torch.float32, "cpu", "torch"),
+            need_image_grad=grads == 2,
+            need_text_grad=grads >= 1,
+            need_scalar_grads=grads >= 1,
+        )
+        predicted = plan.peak_bytes - grads * 4096 * 512 * 4
+        measured = peak_extra_bytes(case)
+        assert abs(measured - predicted) <= 0.15 * predicted + (2 << 20), (
+            mode,
+            measured,
+            predicted,
+        )
 
 
 PRODUCTS = {

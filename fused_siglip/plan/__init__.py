@@ -14,6 +14,9 @@ from ..kernels import multiplies_half_into_fp32, panel_class
 _DEFAULT_WORKSPACE = {"cpu": 13 << 20}
 _DEFAULT_WORKSPACE_GPU = 256 << 20
 
+# What one multiprocessor computes at a time in the library's large half-precision products.
+LIBRARY_TILE = (128, 256)
+
 
 @dataclass(frozen=True)
 class PanelPlan:
@@ -37,6 +40,30 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def waves(total: int, side: int, d: int, multiprocessors: int) -> int:
+    """Waves that a product with outputs (side, d) takes for ``total`` rows, panel by panel.
+
+    A wave is one output tile on every multiprocessor; a last wave costs as much as a full one.
+    """
+    tile_rows, tile_cols = LIBRARY_TILE
+    whole, rest = divmod(total, side)
+    tiles = [_ceil_div(rows, tile_rows) * _ceil_div(d, tile_cols) for rows in (side, rest)]
+    return whole * _ceil_div(tiles[0], multiprocessors) + _ceil_div(tiles[1], multiprocessors)
+
+
+def _side(total: int, most: int, tile: int, d: int, multiprocessors: int | None) -> int:
+    """A panel's side for ``total`` rows, of at most ``most`` tiles."""
+    if multiprocessors is None or most * tile >= total:
+        tiles = max(_ceil_div(total, tile), 1)  # a rank may have no rows
+        return _ceil_div(tiles, _ceil_div(tiles, most)) * tile
+
+    def cost(side: int) -> tuple[int, int, int]:
+        return waves(total, side, d, multiprocessors), _ceil_div(total, side), side
+
+    # fewer waves first, then fewer panels, then the smaller workspace; down to half of what fits
+    return min((tiles * tile for tiles in range(max(most // 2, 1), most + 1)), key=cost)
+
+
 def plan_panels(
     m: int,
     n: int,
@@ -49,13 +76,15 @@ def plan_panels(
     need_text_grad: bool = True,
     need_scalar_grads: bool = True,
     copies_operands: bool = False,
+    multiprocessors: int | None = None,
     workspace_bytes: int | None = None,
 ) -> PanelPlan:
     """Choose the panels: a pure function of its arguments; asks no device anything.
 
     Panels are as square as the budget allows, since every panel reads and writes its rows of dX and
-    its columns of dY once: that traffic is proportional to 1/rows + 1/cols. Sides are then evened
-    out so that the last panel is not a sliver.
+    its columns of dY once: that traffic is proportional to 1/rows + 1/cols. On a GPU the sides are
+    then cut back to where the products dX and dY fill whole waves of its ``multiprocessors``;
+    elsewhere they are evened out, so that the last panel is not a sliver.
 
     ``copies_operands`` says that the sweep copies rows before use (padding must be blanked out).
 
@@ -87,9 +116,8 @@ def plan_panels(
     tiles_m, tiles_n = max(_ceil_div(m, tile_m), 1), max(_ceil_div(n, tile_n), 1)
     rows = min(tiles_m, max(math.isqrt(tiles), tiles // tiles_n))
     cols = min(tiles_n, tiles // rows)
-    rows = _ceil_div(tiles_m, _ceil_div(tiles_m, rows)) * tile_m
-    cols = _ceil_div(tiles_n, _ceil_div(tiles_n, cols)) * tile_n
-    rows, cols = min(rows, m), min(cols, n)
+    rows = min(_side(m, rows, tile_m, d, multiprocessors), m)
+    cols = min(_side(n, cols, tile_n, d, multiprocessors), n)
 
     used = workspace(rows, cols)
     peak = used + (need_image_grad * m + need_text_grad * n) * d * accumulate_dtype.itemsize
