@@ -162,8 +162,10 @@ class LibraryPanel:
 
 
 class InPlaceLibraryPanel(LibraryPanel):
-    """The same in one buffer of the operands' dtype: similarities are rounded to it, as siglip-kernel
-    rounds them. Half the bytes, and not as exact: it shows what exactness costs."""
+    """The same in one buffer of the operands' dtype, so similarities are rounded to that.
+
+    Half the bytes, and not as exact (siglip-kernel computes so): it shows what exactness costs.
+    """
 
     in_place = True
 
@@ -174,7 +176,7 @@ class _WideConfig(PanelConfig):
 
 
 class WideTritonPanel(TritonPanel):
-    """The shipped kernel with tiles of 128 x 256: fewer bytes from L2, one program a multiprocessor."""
+    """The shipped kernel, tiles of 128 x 256: fewer bytes from L2, one program a multiprocessor."""
 
     tile = (128, 256)
 

@@ -64,7 +64,7 @@ def compile_panel(
     d: int = 768,
     config: PanelConfig | None = None,
 ) -> Compiled:
-    """Compile a configuration, by default the shipped one, as a launch on contiguous (.., d) features does."""
+    """Compile as a launch on contiguous (.., d) features does; by default the shipped config."""
     hip = target.startswith("gfx")
     arch = target if hip else int(target.removeprefix("sm_"))
     if config is None:

@@ -246,11 +246,14 @@ def environment(device: str = "cpu") -> dict:
     }
 
 
+def results_path(name: str, environment: dict) -> Path:
+    device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    return RESULTS / f"{environment['date'][:10]}-{device}-{name}.json"
+
+
 def write_results(name: str, environment: dict, rows: list[dict], path: Path | None = None) -> Path:
-    """Write {environment, rows} to ``path``, by default results/<date>-<device>-<name>.json."""
-    if path is None:
-        device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
-        path = RESULTS / f"{environment['date'][:10]}-{device}-{name}.json"
+    """Write {environment, rows} to ``path``, by default :func:`results_path`."""
+    path = path or results_path(name, environment)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
     return path

@@ -1,0 +1,141 @@
+"""One call that measures everything a GPU has to show, within ten minutes.
+
+``python -m benchmarks.device`` runs the parts of parts/, most valuable first, writes a results file
+after each and a plot, and prints every figure beside its target last. A part that fails is named
+and survived. On a CPU, and with ``--quick``, the sizes are tiny: does it run at all?
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from .harness import RESULTS, environment, results_path, write_results
+from .parts import PARTS, Part
+from .parts.run import FULL, QUICK, Run
+from .targets import targets
+from .worker import Event, Worker, events
+
+CARD = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+
+def card(run: Run) -> dict[str, str] | None:
+    """The GPU's clocks, power and temperature now. Reads only."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(CARD)}", "--format=csv,noheader"]
+    try:
+        if not run.on_gpu:
+            return None
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = done.stdout.splitlines()[torch.cuda.current_device()].split(",")
+    return dict(zip(CARD, map(str.strip, values), strict=True))
+
+
+class Isolated:
+    """Runs parts in a worker process, a fresh one after each that went wrong."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+
+    def __call__(self, part: Part, run: Run) -> list[Event]:
+        self.worker = self.worker or Worker()
+        found = list(self.worker.events(part.rows, run))
+        if found[-1][0] == "failed":
+            self.close()
+        return found
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+        self.worker = None
+
+
+def in_process(part: Part, run: Run) -> list[Event]:
+    return list(events(part.rows, run))
+
+
+def run_parts(
+    names: Sequence[str],
+    run: Run,
+    execute: Callable[[Part, Run], list[Event]],
+    on_rows: Callable[[list[dict]], object],
+) -> list[dict]:
+    """Run the parts in the registry's order; ``on_rows`` gets all rows so far after each."""
+    rows: list[dict] = [{"kind": "part", "part": "start", "status": "ok", "card": card(run)}]
+    for name, part in PARTS.items():
+        if name not in names:
+            continue
+        start = time.monotonic()
+        if run.on_gpu and run.seconds_left() < part.seconds / 3:
+            status, why = "skipped", "no time left"
+        else:
+            deadline = min(run.deadline, start + part.seconds)
+            *new, (status, why) = execute(part, run.until(deadline))
+            rows += [row for _, row in new]
+        seconds = time.monotonic() - start
+        row = {"kind": "part", "part": name, "status": status, "why": why}
+        rows.append({**row, "seconds": seconds, "card": card(run)})
+        print(f"{name:<12} {status:<8} {seconds:6.1f} s  {_last_line(why)}", flush=True)
+        on_rows(rows)
+    return rows
+
+
+def _last_line(why: str | None) -> str:
+    return why.splitlines()[-1][:68] if why else ""
+
+
+def report(rows: list[dict]) -> str:
+    line = "{:<48} {:>30} {:>13} {:>4}".format
+    lines = [line("", "measured", "target", "met")]
+    lines += [line(t.what, t.measured, t.target, t.verdict) for t in targets(rows)]
+    failed = [row["part"] for row in rows if row.get("status") == "failed"]
+    skipped = [row["part"] for row in rows if row.get("status") == "skipped"]
+    lines.append(f"failed: {', '.join(failed) or 'none'}; skipped: {', '.join(skipped) or 'none'}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.device", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes (on a CPU always)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="part")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="by default results/")
+    parser.add_argument("--budget-minutes", type=float, default=9.0)
+    args = parser.parse_args(arguments)
+
+    deadline = time.monotonic() + 60 * args.budget_minutes
+    on_gpu = torch.device(args.device).type == "cuda"
+    run = Run(args.device, FULL if on_gpu and not args.quick else QUICK, deadline)
+    where = environment(args.device)
+    path = args.output_dir / results_path("device", where).name
+    print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
+
+    def save(rows: list[dict]) -> None:
+        write_results("device", where, rows, path)
+
+    if on_gpu:  # a part may take the GPU's context with it
+        with closing(Isolated()) as execute:
+            rows = run_parts(args.only, run, execute, save)
+    else:
+        rows = run_parts(args.only, run, in_process, save)
+
+    try:
+        from .plots import plot_costs
+
+        plot_costs(rows, where, path.with_suffix(".png"))
+    except Exception as error:  # a missing plot must not cost the numbers
+        print(f"no plot: {error}")
+    print(f"\n{len(rows)} rows in {path}\n\n{report(rows)}")
+    return int(any(row.get("status") == "failed" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

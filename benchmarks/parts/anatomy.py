@@ -1,0 +1,146 @@
+"""Where does the time go? The pieces of a sweep one by one, and the profilers' counters."""
+
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from fused_siglip.engine import _add_product
+from fused_siglip.kernels import GRAD_SCALE, Positives, panel_class
+
+from ..cases import Case, make_inputs
+from ..harness import interleaved, median, summary
+from ..memory import ROOT
+from .checks import cuda_tool
+from .run import Run, Skipped
+from .timings import plan_of
+
+SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
+ONE_STEP = """
+import sys
+from benchmarks.cases import Case
+case = Case(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "bfloat16", "cuda")
+case.step(case.inputs())()
+"""
+
+
+def breakdown(run: Run) -> Iterator[dict]:
+    """One panel's kernel and products alone, times the number of panels, beside the whole step."""
+    size, dim = run.sizes.panels
+    case = Case(run.fused, size, dim, "bfloat16", run.device)
+    inputs = case.inputs()
+    plan = plan_of(inputs, run)
+    x, y = (
+        inputs.x[: plan.rows].to(plan.operand_dtype),
+        inputs.y[: plan.cols].to(plan.operand_dtype),
+    )
+    panel = panel_class(run.backend)(
+        plan.rows, plan.cols, plan.operand_dtype, x.device, write_g=True, scalar_grads=True
+    )
+    sums = torch.zeros(3, device=x.device)
+
+    def kernel() -> torch.Tensor:
+        return panel(x, y, inputs.t, inputs.b, Positives(diagonal=0), sums)
+
+    g = kernel()
+    dx, dy = (torch.zeros(v.shape, device=x.device) for v in (x, y))
+    alpha = 1.0 / GRAD_SCALE.get(plan.operand_dtype, 1.0)
+    pieces = {
+        "panel kernel": kernel,
+        "dX product": lambda: _add_product(dx, g, y, alpha, fresh=False),
+        "dY product": lambda: _add_product(dy, g.T, x, alpha, fresh=False),
+        "whole step": case.step(inputs),
+    }
+    seconds = interleaved(pieces, run.sizes.repeats, device=run.device)
+
+    pairs, panel_pairs = size * size, plan.rows * plan.cols
+    step_seconds = median(seconds.pop("whole step"))
+    rest = step_seconds
+    shape = {
+        "kind": "breakdown",
+        "device": run.device,
+        "batch_size": size,
+        "dim": dim,
+        "dtype": case.dtype,
+        "rows": plan.rows,
+        "cols": plan.cols,
+    }
+    for piece, times in seconds.items():
+        # the last panels may be smaller than the first, by so much is their time
+        total = median(times) * pairs / panel_pairs
+        rest -= total
+        yield {
+            **shape,
+            "piece": piece,
+            **summary(times),  # of one call
+            "step_seconds": total,
+            "share": total / step_seconds,
+            "tflops": 2e-12 * panel_pairs * dim / median(times),
+        }
+    for piece, total, flops in (
+        ("everything else", rest, None),
+        ("whole step", step_seconds, case.products * 2 * pairs * dim),
+    ):
+        tflops = None if flops is None else 1e-12 * flops / total
+        share = total / step_seconds
+        yield {**shape, "piece": piece, "step_seconds": total, "share": share, "tflops": tflops}
+
+
+def counters(run: Run) -> Iterator[dict]:
+    """Time by kernel, and hardware counters of the panel kernel where they can be read."""
+    if not run.on_gpu:
+        raise Skipped("needs a GPU")
+    size, dim = run.sizes.panels
+    case = Case(run.fused, size, dim, "bfloat16", run.device)
+    step = case.step(case.inputs())
+    step()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    for event in events[:12]:
+        yield {
+            "kind": "kernel",
+            "device": run.device,
+            "batch_size": size,
+            "dim": dim,
+            "name": event.key[:120],
+            "calls": event.count,
+            "seconds": event.self_device_time_total * 1e-6,
+        }
+    yield from _hardware_counters(run, min(size, 8192), dim)
+
+
+def _hardware_counters(run: Run, size: int, dim: int) -> Iterator[dict]:
+    # clock control would set the card's clocks, which are not ours to set
+    command = [cuda_tool("ncu"), "--csv", "--clock-control", "none", "--launch-count", "1"]
+    command += ["--kernel-name", "panel_kernel"]
+    command += [argument for section in SECTIONS for argument in ("--section", section)]
+    command += [sys.executable, "-c", ONE_STEP, run.fused, str(size), str(dim)]
+    limit = max(run.seconds_left(), 1)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise Skipped("no time left for the hardware counters") from None
+    table = done.stdout[done.stdout.find('"ID"') :]
+    rows = list(csv.DictReader(io.StringIO(table))) if table.startswith('"ID"') else []
+    if not rows:
+        said = " ".join((done.stdout + done.stderr).split())
+        raise Skipped(f"no hardware counters: {said[-300:]}")
+    for row in rows:
+        yield {
+            "kind": "counter",
+            "device": run.device,
+            "batch_size": size,
+            "dim": dim,
+            "section": row["Section Name"],
+            "name": row["Metric Name"],
+            "unit": row["Metric Unit"],
+            "value": row["Metric Value"],
+        }

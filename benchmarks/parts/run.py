@@ -1,0 +1,130 @@
+"""What every part is given: the device, the sizes, and until when it may run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..losses import CONTESTANTS, default_fused, obstacles
+
+MIB = 1 << 20
+
+
+class Skipped(Exception):
+    """A part (or what is left of it) cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One shape at which losses are timed."""
+
+    batch_size: int
+    dim: int
+    dtype: str = "bfloat16"
+    precision: str = "highest"  # of float32 products
+    modes: bool = False  # also with a frozen tower, and without gradients
+    compiled: bool = False  # also torch.compile, which takes seconds for every shape
+
+
+@dataclass(frozen=True)
+class Sizes:
+    speed: Sequence[Point]
+    repeats: int
+    accuracy: Sequence[tuple[int, int]]  # (batch size, dim), against all of float64
+    sampled: Sequence[tuple[int, int]]  # likewise, by sampled rows
+    alternative: Sequence[tuple[int, int]]
+    panels: tuple[int, int]  # one (batch size, dim)
+    workspaces: Sequence[int]  # bytes
+    latency: Sequence[int]  # batch sizes, at the first dim of panels
+    million: tuple[int, int]
+    determinism: tuple[int, int]
+    runs: int  # of the determinism check
+    tests: Sequence[str]  # pytest's arguments
+
+
+_TARGETS = [(32768, 768), (65536, 768), (32768, 1152), (65536, 1152)]  # of issue "Speed"
+_SIZES = (1024, 4096, 16384, 512, 2048, 8192)
+
+FULL = Sizes(
+    speed=[
+        *(Point(*at, modes=at == _TARGETS[0], compiled=at == _TARGETS[0]) for at in _TARGETS),
+        Point(1024, 768, compiled=True),
+        *(Point(4096, 768, dtype, precision) for dtype, precision in (
+            ("float16", "highest"), ("float32", "highest"), ("float32", "high"))),
+        *(Point(size, 768) for size in _SIZES[1:]),
+        *(Point(size, dim) for dim in (1152, 1024) for size in (32768, *_SIZES, 65536)
+          if (size, dim) not in _TARGETS),
+    ],
+    repeats=20,
+    accuracy=[(1000, 720), (4096, 768), (8192, 1152), (4099, 1000)],
+    sampled=[(32768, 768), (65535, 1152)],
+    alternative=[(32768, 768), (65536, 1152), (8192, 768)],
+    panels=(32768, 768),
+    workspaces=[size * MIB for size in (64, 128, 256, 384, 512, 1024)],
+    latency=(256, 512, 1024, 2048, 4096),
+    million=(1 << 20, 768),
+    determinism=(5000, 768),
+    runs=100,
+    tests=("tests/test_loss.py", "tests/test_autograd.py", "tests/test_triton_panel.py"),
+)  # fmt: skip
+QUICK = Sizes(
+    speed=[Point(128, 32, modes=True), Point(256, 32), Point(256, 32, "float32", "high")],
+    repeats=2,
+    accuracy=[(100, 24)],
+    sampled=[(300, 24)],
+    alternative=[(256, 32)],
+    panels=(512, 32),
+    workspaces=[MIB // 2, MIB],
+    latency=(64,),
+    million=(1024, 32),
+    determinism=(300, 32),
+    runs=3,
+    tests=("tests/test_loss.py", "-k", "diagonal and float32"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Names and numbers only, so that it can be sent to another process."""
+
+    device: str
+    sizes: Sizes
+    deadline: float = float("inf")  # time.monotonic(), the same clock in every process
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    @property
+    def fused(self) -> str:
+        """The contestant a user gets."""
+        return default_fused(self.device)
+
+    @property
+    def backend(self) -> str:
+        return self.fused.removeprefix("fused_")
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def until(self, deadline: float) -> Run:
+        return replace(self, deadline=deadline)
+
+    def contestants(self, but: Sequence[str] = ()) -> list[str]:
+        """Those that can run here, without ``but``."""
+        reasons = obstacles(self.device)
+        return [name for name in CONTESTANTS if reasons[name] is None and name not in but]
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,207 @@
+"""How fast? Against the floor and the peers, over panel shapes, batch sizes and variants."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fused_siglip import siglip_loss
+from fused_siglip.plan import PanelPlan, plan_panels
+
+from ..cases import MODES, Case, Inputs, make_inputs, step
+from ..harness import floors, interleaved, measure, median, summary
+from ..losses import ABLATIONS
+from ..memory import peak_bytes
+from .run import Point, Run, Skipped, matmul_precision
+
+SMALLEST_TRIAL = (256, 64)
+
+
+def usable(names: list[str], run: Run) -> Iterator[dict]:
+    """A row for each of ``names`` that fails on a small batch; these are taken out of the list.
+
+    So that a peer that does not run here costs its own numbers and no others.
+    """
+    for name in list(names):
+        if name.startswith("fused_"):
+            continue
+        case = Case(name, *SMALLEST_TRIAL, "bfloat16", run.device)
+        try:
+            case.step(case.inputs())()
+        except Exception as error:
+            names.remove(name)
+            why = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            yield {"kind": "left_out", "loss": name, "device": run.device, "reason": why}
+
+
+def speed(run: Run) -> Iterator[dict]:
+    names = run.contestants(but=() if run.on_gpu else ("compiled",))
+    yield from usable(names, run)
+    for point in run.sizes.speed:
+        if run.seconds_left() < 10:
+            raise Skipped(f"no time left for {point} and what follows")
+        with matmul_precision(point.precision):
+            yield from measure(_cases(point, names, run), run.sizes.repeats, **_options(run))
+        if run.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def _options(run: Run) -> dict:
+    # on a CPU every number of memory takes a process of its own
+    return {"memory": run.on_gpu, "progress": False}
+
+
+def _cases(point: Point, names: list[str], run: Run) -> list[Case]:
+    left_out = set() if point.compiled else {"compiled"}
+    if point.dtype != "bfloat16":
+        left_out |= {"siglip_kernel", "open_clip", "row_chunked"}
+    shape = (point.batch_size, point.dim, point.dtype, run.device)
+    cases = [Case(name, *shape) for name in names if name not in left_out]
+    if point.modes:
+        cases += [Case(run.fused, *shape, mode) for mode in MODES if mode != "full"]
+    return cases
+
+
+def alternative(run: Run) -> Iterator[dict]:
+    """The plain alternative and wider tiles, beside what is shipped."""
+    if not run.on_gpu:
+        raise Skipped("needs a GPU")
+    wide = torch.cuda.get_device_capability(run.device)[0] == 9
+    names = [name for name in ABLATIONS if wide or not name.startswith("tiles")]
+    yield from usable(names, run)
+    for size, dim in run.sizes.alternative:
+        cases = [Case(n, size, dim, "bfloat16", run.device) for n in (run.fused, *names)]
+        for row in measure(cases, run.sizes.repeats, **_options(run)):
+            yield {**row, "kind": "ablation"}
+
+
+def plan_of(inputs: Inputs, run: Run, workspace_bytes: int | None = None) -> PanelPlan:
+    """The panels that the sweep will use."""
+    x = inputs.x
+    multiprocessors = None
+    if run.on_gpu:
+        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return plan_panels(
+        len(x),
+        len(inputs.y),
+        x.shape[1],
+        x.dtype,
+        x.device.type,
+        run.backend,
+        multiprocessors=multiprocessors,
+        workspace_bytes=workspace_bytes,
+    )
+
+
+def panels(run: Run) -> Iterator[dict]:
+    """r against the workspace, to choose the planner's default."""
+    size, dim = run.sizes.panels
+    inputs = make_inputs(size, dim, "bfloat16", run.device)
+    backend = run.backend
+    functions: dict[object, Callable] = {
+        workspace: step(
+            functools.partial(siglip_loss, backend=backend, workspace_bytes=workspace), inputs
+        )
+        for workspace in (None, *run.sizes.workspaces)
+    }
+    functions["floor"] = floors(size, size, dim, inputs.x.dtype, run.device)[3]
+    seconds = interleaved(functions, run.sizes.repeats, device=run.device)
+    floor = median(seconds.pop("floor"))
+    for workspace, times in seconds.items():
+        plan = plan_of(inputs, run, workspace)
+        yield {
+            "kind": "panels",
+            "device": run.device,
+            "batch_size": size,
+            "dim": dim,
+            "dtype": "bfloat16",
+            "workspace_bytes": workspace,  # None: the planner's default
+            "used_bytes": plan.workspace_bytes,
+            "rows": plan.rows,
+            "cols": plan.cols,
+            **summary(times),
+            "floor_seconds": floor,
+            "ratio_to_floor": median(times) / floor,
+        }
+
+
+def latency(run: Run) -> Iterator[dict]:
+    """Small batches: each loss as it is called, and replayed from a CUDA graph."""
+    dim = run.sizes.panels[1]
+    names = run.contestants(but=("fused_torch", "compiled", "row_chunked", "open_clip"))
+    if run.fused not in names:
+        names.insert(0, run.fused)
+    yield from usable(names, run)
+    for size in run.sizes.latency:
+        inputs = make_inputs(size, dim, "bfloat16", run.device)
+        steps = {name: Case(name, size, dim, "bfloat16").step(inputs) for name in names}
+        functions: dict[tuple[str, bool], Callable] = {(n, False): f for n, f in steps.items()}
+        shape = {"device": run.device, "batch_size": size, "dim": dim, "dtype": "bfloat16"}
+        if run.on_gpu:
+            for name, function in steps.items():
+                try:
+                    functions[name, True] = _captured(function)
+                except RuntimeError as error:
+                    if name.startswith("fused_"):
+                        raise
+                    why = f"not captured: {str(error).strip()[:200]}"
+                    yield {"kind": "left_out", "loss": name, **shape, "reason": why}
+        seconds = interleaved(functions, 5 * run.sizes.repeats, warmup=3, device=run.device)
+        for (name, graph), times in seconds.items():
+            yield {"kind": "latency", "loss": name, "graph": graph, **shape, **summary(times)}
+
+
+def _captured(function: Callable) -> Callable[[], None]:
+    """A CUDA graph of one call, to replay; its inputs and outputs stay where they are."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and makes the libraries' handles and workspaces
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        outputs = function()
+
+    def replay(outputs=outputs) -> None:  # holds on to the outputs' memory
+        graph.replay()
+
+    return replay
+
+
+def million(run: Run) -> Iterator[dict]:
+    """One step on a batch whose pair matrix would take terabytes: seconds and peak memory."""
+    size, dim = run.sizes.million
+    warm_up = Case(run.fused, 4096 if run.on_gpu else 64, dim, "bfloat16", run.device)
+    interleaved({"step": warm_up.step(warm_up.inputs())}, 1, 0, run.device)
+    case = Case(run.fused, size, dim, "bfloat16", run.device)
+    inputs = case.inputs()
+    if run.on_gpu:
+        torch.cuda.empty_cache()
+    plan = plan_of(inputs, run)
+    times: list[float] = []
+
+    def timed() -> tuple[torch.Tensor, ...]:
+        result: list[tuple[torch.Tensor, ...]] = []
+        function = case.step(inputs)
+        seconds = interleaved({"step": lambda: result.append(function())}, 1, 0, run.device)
+        times.extend(seconds["step"])
+        return result[0]
+
+    peak, outputs = peak_bytes(timed, run.device)
+    yield {
+        "kind": "million",
+        "loss": case.loss,
+        "batch_size": size,
+        "dim": dim,
+        "dtype": "bfloat16",
+        "device": run.device,
+        "seconds": times[0],
+        "flops": case.products * 2 * size * size * dim,
+        "peak_bytes": peak + sum(v.nbytes for v in inputs) if run.on_gpu else None,
+        "rows": plan.rows,
+        "cols": plan.cols,
+        "finite": all(bool(v.isfinite().all()) for v in outputs),
+    }
