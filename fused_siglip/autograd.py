@@ -8,6 +8,10 @@ from torch import Tensor
 from . import distributed
 from .engine import Needs, sweep
 
+# Whether the running backward keeps its graph: what torch's compiled backward asks before it reuses
+# saved memory (donated buffers). Should torch drop it, gradients are copied instead.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
 # An operator, so that torch.compile takes the sweep as one node instead of breaking its graph.
 # Besides the sums and the two gradients of sweep() it returns, with a group, the number of images
 # of the global batch per rank: the loss's divisor. What is not needed has no elements.
@@ -180,8 +184,3 @@ def _multiply(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == saved.dtype and not torch.compiler.is_compiling() and not _graph_is_kept():
         return saved.mul_(factor)
     return saved.mul(factor).to(dtype)
-
-
-def _graph_is_kept() -> bool:
-    # what torch's compiled backward asks before it reuses saved memory (donated buffers)
-    return torch._C._autograd._get_current_graph_task_keep_graph()
