@@ -13,7 +13,7 @@ import torch
 from fused_siglip.engine import _add_product
 from fused_siglip.kernels import GRAD_SCALE, Positives, panel_class
 
-from ..cases import Case, make_inputs
+from ..cases import Case
 from ..harness import interleaved, median, summary
 from ..memory import ROOT
 from .checks import cuda_tool

@@ -73,7 +73,7 @@ def correctness(run: Run) -> Iterator[dict]:
     if run.fused not in names:
         names.insert(0, run.fused)
     for (dtype, precision), (size, dim), t in product(OPERANDS, run.sizes.accuracy, SCALES):
-        if (precision == "high" and not run.on_gpu) or dtype == "float16" and t != SCALES[0]:
+        if (precision == "high" and not run.on_gpu) or (dtype == "float16" and t != SCALES[0]):
             continue  # a CPU has no tf32
         with matmul_precision(precision):
             yield from accuracy(_cases(names, size, dim, dtype, run), t, BIAS)
