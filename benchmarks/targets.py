@@ -149,7 +149,7 @@ def _memory(rows: list[dict]) -> Iterator[Target]:
 
 
 def beyond_accumulators(row: dict) -> int:
-    """Peak memory beyond inputs, gradients and the fp32 accumulators of half precision gradients."""
+    """Peak memory beyond inputs, gradients and the fp32 accumulators of half gradients."""
     accumulators = 0
     if getattr(torch, row["dtype"]).itemsize < 4:
         gradients = {"full": 2, "frozen": 1, "no_grad": 0}[row["mode"]]
