@@ -1,16 +1,18 @@
 """What the compilers make of the Triton panel kernel, for GPUs that need not be present.
 
-    python -m benchmarks.compiled            # every shipped configuration, one row each
+    python -m benchmarks.compiled     # every shipped configuration: a table and a results file
 
 Not in interpreter mode (TRITON_INTERPRET), which replaces the compiler.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +24,9 @@ from triton.compiler import ASTSource
 from fused_siglip.kernels import GRAD_SCALE
 from fused_siglip.kernels.configs import PanelConfig, panel_config
 from fused_siglip.kernels.panel_triton import panel_kernel
+
+from .alternative import WIDE
+from .harness import environment, write_results
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # dtype and, for fp32, how it is multiplied
@@ -48,6 +53,7 @@ class Compiled:
     shared_bytes: int  # a program
     tensor_core: str  # the matrix instruction, "" for none
     async_copies: int  # instructions from global to shared memory
+    arithmetic: int  # other floating-point instructions (CUDA: F..., without the matrix units')
     special: int  # special-function instructions
     instructions: int
     occupancy: int | None  # programs a multiprocessor holds (CUDA)
@@ -122,6 +128,7 @@ def _inspect_cuda(kernel, config: PanelConfig, target: str) -> Compiled:
         shared_bytes=shared,
         tensor_core=next((op for op in matrix if op in opcodes), ""),
         async_copies=opcodes.count("LDGSTS"),
+        arithmetic=sum(op[0] == "F" and op != "FENCE" for op in opcodes),
         special=opcodes.count("MUFU"),
         instructions=len(opcodes),
         # registers come in eights, and the system takes 1 KiB of shared memory a program
@@ -146,6 +153,7 @@ def _inspect_amd(kernel, config: PanelConfig, target: str) -> Compiled:
         shared_bytes=kernel.metadata.shared,
         tensor_core=next((op for op in opcodes if op.startswith("v_mfma")), ""),
         async_copies=sum(op.endswith("_lds") for op in opcodes),
+        arithmetic=sum(op.startswith("v_") and "_f32" in op for op in opcodes),
         special=sum(op.startswith(("v_exp_f32", "v_rsq_f32")) for op in opcodes),
         instructions=len(opcodes),
         occupancy=None,
@@ -158,21 +166,47 @@ def shipped() -> list[tuple[str, torch.dtype, str]]:
     return [row for row in everything if row[::2] != ("gfx942", "tf32")]
 
 
-def main() -> None:
-    print(f"triton {triton.__version__}, D = 768, g and all sums written")
-    print(
-        "target  dtype precision positives | registers stack spills shared "
-        "| matrix copies special instructions occupancy"
-    )
+def compiled_rows() -> Iterator[dict]:
+    """A row for each shipped kernel, and one for the tiles that alternative.py compares it with."""
     for (target, dtype, precision), ids in product(shipped(), (False, True)):
-        c = compile_panel(target, dtype, precision, ids=ids)
-        print(
-            f"{target:7} {_TYPES[dtype]:5} {precision:9} {'ids' if ids else 'diagonal':9} | "
-            f"{c.registers:9} {c.stack_bytes:5} {c.spills:6} {c.shared_bytes:6} | "
-            f"{c.tensor_core or '-'} {c.async_copies} {c.special} {c.instructions} "
-            f"{c.occupancy or '-'}",
-            flush=True,
-        )
+        compiled = compile_panel(target, dtype, precision, ids=ids)
+        yield _row(compiled, target, dtype, precision, ids, shipped=True)
+    wide = compile_panel("sm_90", torch.bfloat16, "ieee", config=WIDE)
+    yield _row(wide, "sm_90", torch.bfloat16, "ieee", False, shipped=False)
+
+
+def _row(
+    compiled: Compiled, target: str, dtype: torch.dtype, precision: str, ids: bool, shipped: bool
+) -> dict:
+    found = asdict(compiled)
+    config = found.pop("config") | compiled.config.constants()
+    return {
+        "kind": "compiled",
+        "shipped": shipped,
+        "target": target,
+        "dtype": _TYPES[dtype],
+        "precision": precision,
+        "positives": "ids" if ids else "diagonal",
+        "dim": 768,
+        "block_m": config["BLOCK_M"],
+        "block_n": config["BLOCK_N"],
+        "num_warps": config["num_warps"],
+        **found,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.compiled", description=__doc__)
+    parser.add_argument("--output", type=Path, help="results file; by default under results/")
+    args = parser.parse_args()
+    columns = ("target", "dtype", "precision", "positives", "registers", "stack_bytes", "spills")
+    columns += ("shared_bytes", "tensor_core", "arithmetic", "special", "occupancy")
+    print(f"triton {triton.__version__}, D = 768, g and all sums written\n{' '.join(columns)}")
+    rows = []
+    for row in compiled_rows():
+        rows.append(row)
+        print(*(row[column] for column in columns), flush=True)
+    print(f"written to {write_results('compiled', environment(), rows, args.output)}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterator
+
+import torch
 
 from .parts.run import Run, Skipped
 
@@ -16,14 +19,25 @@ Event = tuple[str, dict | str | None]  # ("row", row), and last ("ok" | "failed"
 def events(rows: Rows, run: Run) -> Iterator[Event]:
     """The rows as they come, then how it ended. Raises nothing."""
     try:
-        for row in rows(run):
-            yield "row", row
+        try:
+            for row in rows(run):
+                yield "row", row
+        finally:
+            _settle()
     except Skipped as reason:
         yield "skipped", str(reason)
     except Exception:
         yield "failed", "".join(traceback.format_exc(limit=-3)).strip()[-1500:]
     else:
         yield "ok", None
+
+
+def _settle() -> None:
+    """What a part left on the GPU: its errors surface here, and its memory is for the next."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 class Worker:

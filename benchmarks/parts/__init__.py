@@ -15,10 +15,10 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "tests": Part(checks.tests, 120),
     "correctness": Part(checks.correctness, 60),
     "speed": Part(timings.speed, 150),
     "million": Part(timings.million, 40),
+    "tests": Part(checks.tests, 150),
     "alternative": Part(timings.alternative, 40),
     "breakdown": Part(anatomy.breakdown, 30),
     "panels": Part(timings.panels, 30),

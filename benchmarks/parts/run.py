@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..cases import Case
 from ..losses import CONTESTANTS, default_fused, obstacles
 
 MIB = 1 << 20
+TRIAL = (256, 64)  # batch size, dim
 
 
 class Skipped(Exception):
@@ -114,6 +116,11 @@ class Run:
     def until(self, deadline: float) -> Run:
         return replace(self, deadline=deadline)
 
+    def main_contestants(self) -> list[str]:
+        """What a user gets, the eager loss and the fastest peer."""
+        left_out = ("fused_torch", "fused_triton", "compiled", "row_chunked", "open_clip")
+        return [self.fused, *self.contestants(left_out)]
+
     def contestants(self, but: Sequence[str] = ()) -> list[str]:
         """Those that can run here, without ``but``."""
         reasons = obstacles(self.device)
@@ -128,3 +135,20 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def usable(names: list[str], run: Run) -> Iterator[dict]:
+    """A row for each of ``names`` that fails on a small batch; these are taken out of the list.
+
+    So that a peer that does not run here costs its own numbers and no others.
+    """
+    for name in list(names):
+        if name.startswith("fused_"):
+            continue
+        case = Case(name, *TRIAL, "bfloat16", run.device)
+        try:
+            case.step(case.inputs())()
+        except Exception as error:
+            names.remove(name)
+            why = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            yield {"kind": "left_out", "loss": name, "device": run.device, "reason": why}

@@ -14,26 +14,7 @@ from ..cases import MODES, Case, Inputs, make_inputs, step
 from ..harness import floors, interleaved, measure, median, summary
 from ..losses import ABLATIONS
 from ..memory import peak_bytes
-from .run import Point, Run, Skipped, matmul_precision
-
-SMALLEST_TRIAL = (256, 64)
-
-
-def usable(names: list[str], run: Run) -> Iterator[dict]:
-    """A row for each of ``names`` that fails on a small batch; these are taken out of the list.
-
-    So that a peer that does not run here costs its own numbers and no others.
-    """
-    for name in list(names):
-        if name.startswith("fused_"):
-            continue
-        case = Case(name, *SMALLEST_TRIAL, "bfloat16", run.device)
-        try:
-            case.step(case.inputs())()
-        except Exception as error:
-            names.remove(name)
-            why = f"{type(error).__name__}: {str(error).strip()[:200]}"
-            yield {"kind": "left_out", "loss": name, "device": run.device, "reason": why}
+from .run import Point, Run, Skipped, matmul_precision, usable
 
 
 def speed(run: Run) -> Iterator[dict]:
@@ -42,8 +23,14 @@ def speed(run: Run) -> Iterator[dict]:
     for point in run.sizes.speed:
         if run.seconds_left() < 10:
             raise Skipped(f"no time left for {point} and what follows")
+        cases = _cases(point, names, run)
         with matmul_precision(point.precision):
-            yield from measure(_cases(point, names, run), run.sizes.repeats, **_options(run))
+            try:
+                rows = measure(cases, run.sizes.repeats, **_options(run))
+            except torch.OutOfMemoryError:  # each fits, but not beside the floor's matrices
+                ours = [case for case in cases if case.loss == run.fused]
+                rows = measure(ours, run.sizes.repeats, **_options(run))
+        yield from rows
         if run.on_gpu:
             torch.cuda.empty_cache()
 
@@ -130,13 +117,11 @@ def panels(run: Run) -> Iterator[dict]:
 def latency(run: Run) -> Iterator[dict]:
     """Small batches: each loss as it is called, and replayed from a CUDA graph."""
     dim = run.sizes.panels[1]
-    names = run.contestants(but=("fused_torch", "compiled", "row_chunked", "open_clip"))
-    if run.fused not in names:
-        names.insert(0, run.fused)
+    names = run.main_contestants()
     yield from usable(names, run)
     for size in run.sizes.latency:
         inputs = make_inputs(size, dim, "bfloat16", run.device)
-        steps = {name: Case(name, size, dim, "bfloat16").step(inputs) for name in names}
+        steps = {name: Case(name, size, dim, "bfloat16", run.device).step(inputs) for name in names}
         functions: dict[tuple[str, bool], Callable] = {(n, False): f for n, f in steps.items()}
         shape = {"device": run.device, "batch_size": size, "dim": dim, "dtype": "bfloat16"}
         if run.on_gpu:
