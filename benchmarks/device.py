@@ -127,6 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         rows = run_parts(args.only, run, in_process, save)
 
+    try:
+        from .plots import plot_costs
+
+        plot_costs(rows, where, path.with_suffix(".png"))
+    except Exception as error:  # a missing plot must not cost the numbers
+        print(f"no plot: {error}")
     print(f"\n{len(rows)} rows in {path}\n\n{report(rows)}")
     return int(any(row.get("status") == "failed" for row in rows))
 

@@ -1,0 +1,76 @@
+"""What compiled code says, without a GPU: a table, and what follows for each idea for speed."""
+
+from __future__ import annotations
+
+from .markdown import MISSING, Results, table
+from .targets import select
+
+TITLE = "## What the compilers make of the panel kernel"
+
+
+def compiled_section(found: Results | None) -> str:
+    if found is None:
+        return f"{TITLE}\n\nNo results file exists yet: `python -m benchmarks.compiled` writes it."
+    shipped = select(found.rows, kind="compiled", shipped=True)
+    lines = (
+        [
+            row["target"],
+            "tf32" if row["precision"] == "tf32" else row["dtype"],
+            row["positives"],
+            str(row["registers"]),
+            str(row["spills"]),
+            str(row["stack_bytes"]),
+            f"{row['shared_bytes'] / 1024:.0f}",
+            MISSING if row["occupancy"] is None else str(row["occupancy"]),
+            row["tensor_core"] or MISSING,
+        ]
+        for row in shipped
+    )
+    header = ["GPU", "operands", "positives", "registers", "spills", "stack, bytes"]
+    header += ["shared, KiB", "programs", "matrix instruction"]
+    triton = found.environment["triton"]
+    source = f"[{found.path.name}](../{found.path.as_posix()})"
+    return "\n\n".join(
+        [
+            TITLE,
+            f"Every shipped configuration, compiled ahead of time by triton {triton}: {source}. "
+            "Registers are a thread's; programs is how many a multiprocessor holds at a time.",
+            table(header, lines, left=3),
+            _account(found.rows),
+        ]
+    )
+
+
+def _account(rows: list[dict]) -> str:
+    """What the counts of sm_90, bf16 say of each lead. Only a device says what that is worth."""
+    hopper = {"kind": "compiled", "target": "sm_90", "positives": "diagonal", "shipped": True}
+    (half,) = select(rows, dtype="bf16", **hopper)
+    (tf32,) = select(rows, precision="tf32", **hopper)
+    (wide,) = select(rows, kind="compiled", shipped=False)
+    per_thread = half["block_m"] * half["block_n"] // (32 * half["num_warps"])
+    passes = (
+        2 * per_thread
+    )  # the diagonal's kernel holds the epilogue twice, with masks and without
+    arithmetic, special = half["arithmetic"] / passes, half["special"] / passes
+    reuse, wide_reuse = (
+        row["block_m"] * row["block_n"] / (row["block_m"] + row["block_n"]) for row in (half, wide)
+    )
+    return f"""\
+What follows for sm_90 and bf16; only a device can say what it is worth.
+
+- **The elementwise pass** costs {arithmetic:.0f} floating-point and {special:.0f} special-function
+  instructions a pair, counted in the disassembly (the mean of the epilogue with masks and the one
+  without).
+- **Registers**: {half["registers"]} a thread, {half["spills"]} spills and {half["stack_bytes"]}
+  bytes of stack, and {half["shared_bytes"] / 1024:.0f} KiB of shared memory, so {half["occupancy"]}
+  programs share a multiprocessor and one's epilogue can run under the other's product. tf32 takes
+  {tf32["registers"]} and {tf32["shared_bytes"] / 1024:.0f} KiB: {tf32["occupancy"]}.
+- **Warp specialisation** is not compiled in; overlap is left to the {half["occupancy"]} programs.
+- **Tile traffic**: a tile of {half["block_m"]} x {half["block_n"]} does {reuse:.0f} FLOP for each
+  byte that it loads, one of {wide["block_m"]} x {wide["block_n"]} {wide_reuse:.0f}. The larger one
+  compiles without spills too ({wide["registers"]} registers, {wide["spills"]} spills), but then a
+  multiprocessor holds {wide["occupancy"]}. Operands arrive by {half["async_copies"]} asynchronous
+  copy instructions in the program's text, not by the bulk copy engine.
+- **Fewer special functions**: {special:.0f} a pair, one exponential and one reciprocal square root.
+  No shorter path for z well below 0 is compiled in.
+- **Accumulation in fp32** happens in the library's products, outside this kernel."""

@@ -1,0 +1,155 @@
+"""Builds docs/performance.md and README's table from the newest results files.
+
+``python -m benchmarks.page`` rewrites them, ``--check`` fails where they are not what it would
+write: no number on these pages is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .harness import RESULTS
+from .leads import compiled_section
+from .markdown import Results
+from .memory import ROOT
+from .plots import main_shape, plot_costs
+from .sections import cost_table, cpu_section, demo_section, gpu_sections, savings
+from .targets import select
+
+BLOCK = re.compile(r"(<!-- results:begin -->\n).*(<!-- results:end -->)", re.DOTALL)
+README_SIZES = {"cpu": (1024, 4096, 8192), "gpu": (1024, 32768, 65536)}
+INTRODUCTION = """\
+# Performance
+
+`python -m benchmarks.page` writes this page from the newest files in
+[benchmarks/results](../benchmarks/results); [benchmarks/README.md](../benchmarks/README.md) says
+how each number is measured. r is a loss's time over that of the plain matrix products which no
+exact method can do without, in the same run; MiB is peak memory beyond inputs and gradients."""
+
+
+def load(folder: Path = RESULTS) -> dict[str, list[Results]]:
+    """By name (loss, demo, device, compiled) the newest file of each device, newest first."""
+    newest: dict[tuple[str, str], Results] = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        relative = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        results = Results(relative, content["environment"], content["rows"])
+        key = (path.stem.rsplit("-", 1)[-1], results.environment["device"])
+        if key not in newest or results.environment["date"] > newest[key].environment["date"]:
+            newest[key] = results
+    found: dict[str, list[Results]] = {}
+    for (name, _), results in newest.items():
+        found.setdefault(name, []).append(results)
+    for several in found.values():
+        several.sort(key=lambda results: results.environment["date"], reverse=True)
+    return found
+
+
+class Pages:
+    """What is to be written, as a function of the results."""
+
+    def __init__(self, found: dict[str, list[Results]]):
+        def on(name: str, gpu: bool) -> list[Results]:
+            return [results for results in found.get(name, []) if _ran_on_gpu(results) == gpu]
+
+        def first(several: list[Results]) -> Results | None:
+            return several[0] if several else None
+
+        self.gpu = on("device", gpu=True)
+        self.cpu = first(on("loss", gpu=False))
+        self.demo = first(found.get("demo", []))
+        self.compiled = first(found.get("compiled", []))
+
+    def plots(self) -> dict[str, Results]:
+        """File under docs/, and what it shows."""
+        shown = {_plot_name(results): results for results in self.gpu}
+        if self.cpu is not None:
+            shown["performance_cpu.png"] = self.cpu
+        return {name: r for name, r in shown.items() if select(r.rows, kind="cost")}
+
+    def performance(self) -> str:
+        parts = [
+            INTRODUCTION,
+            gpu_sections(self.gpu, _plot_name),
+            cpu_section(self.cpu, "performance_cpu.png"),
+            demo_section(self.demo),
+            compiled_section(self.compiled),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def readme(self, before: str) -> str:
+        """README with its block replaced."""
+        block = "\n\n".join(self._readme_parts())
+        after, count = BLOCK.subn(lambda match: f"{match[1]}{block}\n{match[2]}", before)
+        if count != 1:
+            raise ValueError(f"README.md has {count} blocks of results: expected one")
+        return after
+
+    def _readme_parts(self) -> list[str]:
+        parts = []
+        shown = [("gpu", results) for results in self.gpu]
+        shown += [("cpu", self.cpu)] if self.cpu is not None else []
+        for kind, results in shown:
+            cost = select(results.rows, kind="cost")
+            if not cost:
+                continue
+            shape = main_shape(cost)
+            parts += [
+                f"Loss and all four gradients, {shape['dtype']}, D = {shape['dim']}. "
+                + results.source(),
+                cost_table(cost, README_SIZES[kind], ("r", "MiB")),
+                savings(results.rows),
+            ]
+        return list(filter(None, parts)) or ["No results file exists yet."]
+
+
+def _ran_on_gpu(results: Results) -> bool:
+    return any(str(row.get("device", "")).startswith("cuda") for row in results.rows)
+
+
+def _plot_name(results: Results) -> str:
+    device = re.sub(r"[^a-z0-9]+", "_", results.environment["device"].lower()).strip("_")
+    return f"performance_{device}.png"
+
+
+def stale(pages: Pages, root: Path = ROOT) -> list[str]:
+    """The files that are not what would be written. Of plots only whether they exist."""
+    page, readme = root / "docs/performance.md", root / "README.md"
+    names = []
+    if not page.exists() or page.read_text() != pages.performance():
+        names.append("docs/performance.md")
+    if readme.read_text() != pages.readme(readme.read_text()):
+        names.append("README.md")
+    return names + [f"docs/{n}" for n in pages.plots() if not (root / "docs" / n).exists()]
+
+
+def write(pages: Pages, root: Path = ROOT) -> None:
+    (root / "docs").mkdir(exist_ok=True)
+    (root / "docs/performance.md").write_text(pages.performance())
+    readme = root / "README.md"
+    readme.write_text(pages.readme(readme.read_text()))
+    for name, results in pages.plots().items():
+        plot_costs(results.rows, results.environment, root / "docs" / name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.page", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
+    args = parser.parse_args(arguments)
+    pages = Pages(load())
+    if not args.check:
+        write(pages)
+        return 0
+    names = stale(pages)
+    for name in names:
+        print(f"{name} is out of date: run python -m benchmarks.page")
+    return int(bool(names))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

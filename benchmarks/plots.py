@@ -1,0 +1,68 @@
+"""Plots of the results: time over the floor, and memory, against the batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display needed
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from .targets import fused_name, select
+
+# Okabe and Ito's palette, which the colour-blind can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
+TARGET = 1.10  # r
+
+
+def main_shape(rows: list[dict]) -> dict:
+    """The dim and dtype that plots and tables of several contestants show: the first measured."""
+    keys = ("dim", "dtype", "matmul_precision")
+    return {key: rows[0][key] for key in keys if key in rows[0]}
+
+
+def plot_costs(rows: list[dict], environment: dict, path: Path) -> None:
+    cost = select(rows, kind="cost", mode="full", skipped=None)
+    if not cost:
+        raise ValueError("no losses were timed: nothing to plot")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+
+    fused = select(cost, loss=fused_name(cost))
+    shape = main_shape(cost)
+    for dim in sorted({row["dim"] for row in fused}):
+        _line(left, select(fused, **{**shape, "dim": dim}), f"D = {dim}")
+    left.axhline(TARGET, color="#777777", linestyle="--", linewidth=1)
+    left.set_title("time over that of the three plain products (r): fused")
+
+    at_shape = select(cost, **shape)
+    for name in dict.fromkeys(row["loss"] for row in at_shape):
+        _line(right, select(at_shape, loss=name), name)
+    right.set_yscale("log")
+    right.set_title(f"r of every contestant, D = {shape['dim']}, {shape['dtype']}")
+
+    for axis in (left, right):
+        sizes = sorted({row["batch_size"] for row in cost if row["ratio_to_floor"]})
+        axis.set(xscale="log", xlabel="batch size")
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{environment['device']}, torch {environment['torch']}", fontsize=9)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _line(axis: Axes, rows: list[dict], label: str) -> None:
+    measured = sorted(
+        (row["batch_size"], row["ratio_to_floor"]) for row in rows if row["ratio_to_floor"]
+    )
+    if measured:
+        color = COLORS[len(axis.lines) % len(COLORS)]
+        axis.plot(*zip(*measured, strict=True), label=label, color=color, marker="o", markersize=4)
