@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from .markdown import MISSING, Results, table
 from .targets import select
 
@@ -55,22 +57,27 @@ def _account(rows: list[dict]) -> str:
     reuse, wide_reuse = (
         row["block_m"] * row["block_n"] / (row["block_m"] + row["block_n"]) for row in (half, wide)
     )
-    return f"""\
-What follows for sm_90 and bf16; only a device can say what it is worth.
-
-- **The elementwise pass** costs {arithmetic:.0f} floating-point and {special:.0f} special-function
-  instructions a pair, counted in the disassembly (the mean of the epilogue with masks and the one
-  without).
-- **Registers**: {half["registers"]} a thread, {half["spills"]} spills and {half["stack_bytes"]}
-  bytes of stack, and {half["shared_bytes"] / 1024:.0f} KiB of shared memory, so {half["occupancy"]}
-  programs share a multiprocessor and one's epilogue can run under the other's product. tf32 takes
-  {tf32["registers"]} and {tf32["shared_bytes"] / 1024:.0f} KiB: {tf32["occupancy"]}.
-- **Warp specialisation** is not compiled in; overlap is left to the {half["occupancy"]} programs.
-- **Tile traffic**: a tile of {half["block_m"]} x {half["block_n"]} does {reuse:.0f} FLOP for each
-  byte that it loads, one of {wide["block_m"]} x {wide["block_n"]} {wide_reuse:.0f}. The larger one
-  compiles without spills too ({wide["registers"]} registers, {wide["spills"]} spills), but then a
-  multiprocessor holds {wide["occupancy"]}. Operands arrive by {half["async_copies"]} asynchronous
-  copy instructions in the program's text, not by the bulk copy engine.
-- **Fewer special functions**: {special:.0f} a pair, one exponential and one reciprocal square root.
-  No shorter path for z well below 0 is compiled in.
-- **Accumulation in fp32** happens in the library's products, outside this kernel."""
+    points = (
+        f"**The elementwise pass** costs {arithmetic:.0f} floating-point and {special:.0f} "
+        "special-function instructions a pair, counted in the disassembly (the mean of the "
+        "epilogue with masks and the one without).",
+        f"**Registers**: {half['registers']} a thread, {half['spills']} spills, "
+        f"{half['stack_bytes']} bytes of stack, and {half['shared_bytes'] / 1024:.0f} KiB of "
+        f"shared memory: {half['occupancy']} programs share a multiprocessor, so that one's epilogue can "
+        f"run under the other's product. tf32 takes {tf32['registers']} and "
+        f"{tf32['shared_bytes'] / 1024:.0f} KiB: {tf32['occupancy']}.",
+        "**Warp specialisation** is not compiled in; overlap is left to the "
+        f"{half['occupancy']} programs.",
+        f"**Tile traffic**: a tile of {half['block_m']} x {half['block_n']} does {reuse:.0f} FLOP "
+        f"for each byte that it loads, one of {wide['block_m']} x {wide['block_n']} "
+        f"{wide_reuse:.0f}. The larger one compiles with {wide['spills']} spills "
+        f"({wide['registers']} registers), but then a multiprocessor holds {wide['occupancy']}. "
+        f"Operands arrive by {half['async_copies']} asynchronous copy instructions in the "
+        "program's text, not by the bulk copy engine.",
+        f"**Fewer special functions**: {special:.0f} a pair, one exponential and one reciprocal "
+        "square root. No shorter path for z well below 0 is compiled in.",
+        "**Accumulation in fp32** happens in the library's products, outside this kernel.",
+    )
+    bullets = (textwrap.fill(f"- {p}", 100, subsequent_indent="  ") for p in points)
+    title = "What follows for sm_90 and bf16; only a device can say what it is worth."
+    return f"{title}\n\n" + "\n".join(bullets)

@@ -17,6 +17,7 @@ from .targets import fused_name, select
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
 TARGET = 1.10  # r
+RATIOS = (1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
 
 
 def main_shape(rows: list[dict]) -> dict:
@@ -42,6 +43,9 @@ def plot_costs(rows: list[dict], environment: dict, path: Path) -> None:
     for name in dict.fromkeys(row["loss"] for row in at_shape):
         _line(right, select(at_shape, loss=name), name)
     right.set_yscale("log")
+    left.set_ylim(bottom=1.0)
+    low, high = right.get_ylim()
+    right.set_yticks([r for r in RATIOS if low <= r <= high])
     right.set_title(f"r of every contestant, D = {shape['dim']}, {shape['dtype']}")
 
     for axis in (left, right):
