@@ -63,8 +63,8 @@ def _account(rows: list[dict]) -> str:
         "epilogue with masks and the one without).",
         f"**Registers**: {half['registers']} a thread, {half['spills']} spills, "
         f"{half['stack_bytes']} bytes of stack, and {half['shared_bytes'] / 1024:.0f} KiB of "
-        f"shared memory: {half['occupancy']} programs share a multiprocessor, so that one's epilogue can "
-        f"run under the other's product. tf32 takes {tf32['registers']} and "
+        f"shared memory: {half['occupancy']} programs share a multiprocessor, so that one's "
+        f"epilogue can run under the other's product. tf32 takes {tf32['registers']} and "
         f"{tf32['shared_bytes'] / 1024:.0f} KiB: {tf32['occupancy']}.",
         "**Warp specialisation** is not compiled in; overlap is left to the "
         f"{half['occupancy']} programs.",

@@ -139,7 +139,7 @@ def _worst_ratio(rows: list[dict], ours: str, theirs: str) -> float | None:
 
 
 def _memory(rows: list[dict]) -> Iterator[Target]:
-    cost = select(rows, kind="cost", loss=fused_name(rows), mode="full", device="cuda")
+    cost = select(rows, kind="cost", loss=fused_name(rows), mode="full")
     extra = [beyond_accumulators(row) / MIB for row in cost if row["peak_extra_bytes"] is not None]
     yield _at_most("extra memory, any B", max(extra, default=None), 512, ".0f", " MiB")
     (large,) = select(rows, kind="million", batch_size=1 << 20) or [None]

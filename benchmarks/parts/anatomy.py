@@ -134,6 +134,8 @@ def _hardware_counters(run: Run, size: int, dim: int) -> Iterator[dict]:
         said = " ".join((done.stdout + done.stderr).split())
         raise Skipped(f"no hardware counters: {said[-300:]}")
     for row in rows:
+        if not row["Metric Name"]:
+            continue  # advice
         yield {
             "kind": "counter",
             "device": run.device,
