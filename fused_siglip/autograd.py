@@ -183,4 +183,7 @@ def _multiply(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype == saved.dtype and not torch.compiler.is_compiling() and not _graph_is_kept():
         return saved.mul_(factor)
-    return saved.mul(factor).to(dtype)
+    if dtype == saved.dtype or torch.compiler.is_compiling():
+        return saved.mul(factor).to(dtype)
+    # straight into half precision: on a GPU without a temporary as large as the gradient in fp32
+    return torch.mul(saved, factor, out=saved.new_empty(saved.shape, dtype=dtype))
