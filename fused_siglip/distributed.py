@@ -105,6 +105,10 @@ def _agree(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
         if len(set(values)) > 1:
             if field == "dtype":
                 values = [FEATURE_DTYPES[v] for v in values]
+            elif field == "diagonal":  # which negative_only has switched off
+                values = [not v for v in values]
+            elif field == "has_ids":
+                values = ["given" if v else "missing" for v in values]
             elif field == "dist_impl":
                 values = [None if v < 0 else list(DIST_IMPLS)[v] for v in values]
             other = next(rank for rank, v in enumerate(values) if v != values[0])
@@ -116,7 +120,7 @@ def _agree(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
 
 
 def choose_impl(rows: int, dim: int, itemsize: int, world_size: int, need_text_grad: bool) -> str:
-    """ "gather" while the gathered texts (and their fp32 gradients) stay small, else "ring"."""
+    """Gather while the gathered texts (and their fp32 gradients) stay small, otherwise the ring."""
     gathered = world_size * rows * dim * (itemsize + (4 if need_text_grad else 0))
     return "gather" if gathered <= _GATHER_BUDGET else "ring"
 
