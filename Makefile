@@ -3,10 +3,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 OPEN_CLIP = open_clip_torch==3.3.0
+STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 accelerate==1.15.0
 VENV = .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-newest-triton bench lint clean
+.PHONY: demo test test-integrations test-newest-triton bench lint clean
 
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
@@ -14,6 +15,12 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(RUN) -m pytest
 	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
+
+# The training stacks themselves, each with a tiny model.
+test-integrations: VENV = .venv-integrations
+test-integrations:
+	$(MAKE) VENV=$(VENV) $(VENV)/stacks
+	cd tests/integrations && ../../$(RUN) -m pytest
 
 # The kernels again, on the newest release of triton.
 test-newest-triton: TRITON = triton
@@ -31,7 +38,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-newest build dist *.egg-info
+	rm -rf .venv .venv-integrations .venv-newest build dist *.egg-info
 
 # torch first and pinned: any other package would bring its own choice. open_clip without its
 # dependencies: the tests load its loss, which needs torch alone.
@@ -40,4 +47,11 @@ $(VENV)/ready: setup.py Makefile
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TRITON) -e .[dev]
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OPEN_CLIP)
+	touch $@
+
+# torch is named again, so that no stack brings another. timm and torchvision without their
+# dependencies: torchvision asks for a torch of its own build.
+$(VENV)/stacks: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) $(STACKS) ftfy regex webdataset pandas
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps timm torchvision==0.28.0
 	touch $@

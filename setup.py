@@ -14,6 +14,12 @@ EXTRAS = {
     "demo": ["numpy", "tqdm", "matplotlib", "scikit-learn"],
     "triton": ["triton>=3.6"],
 }
+# What each integration was tried with. Its own file says the same.
+STACKS = {
+    "open_clip": ["open_clip_torch>=3.3,<5"],
+    "transformers": ["transformers>=5.0,<6"],
+    "sentence-transformers": ["sentence-transformers>=6.0,<7"],
+}
 EXTRAS["dev"] = sorted({name for extra in EXTRAS.values() for name in extra} | {"ruff"})
 
 setup(
@@ -25,10 +31,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["fused_siglip", "fused_siglip.kernels", "fused_siglip.plan"],
+    packages=[
+        "fused_siglip",
+        "fused_siglip.integrations",
+        "fused_siglip.kernels",
+        "fused_siglip.plan",
+    ],
     package_dir={"fused_siglip.kernels": "kernels"},
     install_requires=["torch>=2.10"],
-    extras_require=EXTRAS,
+    extras_require=EXTRAS | STACKS,
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
