@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m examples.train_accelerate
     torchrun --nproc-per-node 2 -m examples.train_accelerate --steps 300 --resume
 
-Processes on a CPU, with gloo. ``accelerate launch --cpu`` starts one process, whatever
-``--num_processes`` says; several it leaves to torchrun (or MPI). Captions are scikit-learn's digits in words, as in examples/digits.py.
+Processes on a CPU, with gloo; ``accelerate launch --cpu`` starts only one, whatever its
+``--num_processes``. The data are scikit-learn's digits with captions, as in examples/digits.py.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def test(
 ) -> tuple[float, float]:
     """Loss and zero-shot accuracy on all test pairs: every rank takes its rows, none twice."""
     rows = pairs[accelerator.process_index :: accelerator.num_processes]
-    loss, accuracy = evaluate(accelerator.unwrap_model(model), tokenizer, rows)
+    with accelerator.autocast():
+        loss, accuracy = evaluate(accelerator.unwrap_model(model), tokenizer, rows)
     # losses count alike, accuracies by their rows
     share = len(rows[0]) / len(pairs)
     sums = torch.stack([loss / accelerator.num_processes, loss.new_tensor(accuracy * share)])

@@ -3,7 +3,8 @@
     python -m examples.train_lightning --devices 2
     python -m examples.train_lightning --devices 2 --steps 300 --resume
 
-Processes on a CPU, with gloo. Captions are scikit-learn's digits in words, as in examples/digits.py.
+Processes on a CPU, with gloo. The data are scikit-learn's digits with captions, as in
+examples/digits.py.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ class Contrastive(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], _) -> None:
         loss, accuracy = evaluate(self.towers, self.tokenizer, batch)
-        # Lightning weighs the ranks by batch_size: losses count alike, accuracies by their rows
+        # Ranks' losses count alike, accuracies by their rows: as shares of a sum, since Lightning's
+        # mean divides by the ranks' mean batch_size rounded down (10, where they have 11 and 10).
         self.log("test_loss", loss, batch_size=1, sync_dist=True)
-        self.log("test_accuracy", accuracy, batch_size=len(batch[0]), sync_dist=True)
+        share = len(batch[0]) / len(self.trainer.datamodule.test)
+        self.log("test_accuracy", accuracy * share, reduce_fx="sum", sync_dist=True)
 
 
 class ResumableLoader(DataLoader):

@@ -23,7 +23,9 @@ def options(name: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--accumulate", type=int, default=1, help="batches a step")
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
     parser.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
-    parser.add_argument("--checkpoints", type=Path, default=Path("build", name), help="their folder")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path("build", name), help="their folder"
+    )
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint")
     return parser
 
