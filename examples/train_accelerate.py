@@ -24,7 +24,7 @@ from tqdm import tqdm
 from fused_siglip import LearnableSigLipLoss
 
 from .captions import Tokenizer
-from .trainers import SEED, evaluate, load_pairs, make_optimizer, options
+from .trainers import SEED, check_batch_size, evaluate, load_pairs, make_optimizer, options
 from .training import TwoTowers
 
 
@@ -55,7 +55,8 @@ def make_accelerator(bf16: bool, accumulate: int) -> Accelerator:
     )
 
 
-def make_loader(pairs: TensorDataset, batch_size: int) -> DataLoader:
+def make_loader(accelerator: Accelerator, pairs: TensorDataset, batch_size: int) -> DataLoader:
+    check_batch_size(batch_size, len(pairs), accelerator.num_processes)
     # Only full batches: of a shorter one the last ranks would get nothing, not even the call of
     # the loss that the others wait for.
     return DataLoader(pairs, batch_size, shuffle=True, drop_last=True)
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = TwoTowers(len(tokenizer), LearnableSigLipLoss(group=dist.group.WORLD))
     progress = Progress()
     model, optimizer, loader = accelerator.prepare(
-        model, make_optimizer(model), make_loader(train_pairs, args.batch_size)
+        model, make_optimizer(model), make_loader(accelerator, train_pairs, args.batch_size)
     )
     accelerator.register_for_checkpointing(progress)
     if args.resume:

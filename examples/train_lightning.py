@@ -23,7 +23,15 @@ from torch.utils.data.distributed import DistributedSampler
 from fused_siglip import LearnableSigLipLoss
 
 from .captions import Tokenizer
-from .trainers import SEED, evaluate, load_pairs, make_optimizer, options
+from .trainers import (
+    SEED,
+    check_batch_size,
+    evaluate,
+    load_pairs,
+    make_optimizer,
+    options,
+    positive,
+)
 from .training import TwoTowers
 
 
@@ -91,10 +99,7 @@ class Pairs(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rank, size = self.trainer.global_rank, self.trainer.world_size
-        if self.batch_size % size:
-            raise ValueError(
-                f"batch_size is {self.batch_size}: expected a multiple of the {size} processes"
-            )
+        check_batch_size(self.batch_size, len(self.train), size)
         sampler = DistributedSampler(self.train, size, rank, seed=SEED)
         # Only full batches: a loss summed over the texts has another size when they are fewer.
         return ResumableLoader(self.train, self.batch_size // size, sampler=sampler, drop_last=True)
@@ -107,7 +112,7 @@ class Pairs(L.LightningDataModule):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = options("train_lightning", __doc__.split("\n")[0])
-    parser.add_argument("--devices", type=int, default=1, help="processes")
+    parser.add_argument("--devices", type=positive, default=1, help="processes")
     args = parser.parse_args(arguments)
 
     L.seed_everything(SEED)

@@ -16,18 +16,33 @@ SEED = 0
 WEIGHT_DECAY = 0.1
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
+    return value
+
+
 def options(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"examples.{name}", description=description)
-    parser.add_argument("--steps", type=int, default=150, help="of the optimizer, in all")
-    parser.add_argument("--batch-size", type=int, default=256, help="of all processes together")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches a step")
+    parser.add_argument("--steps", type=positive, default=150, help="of the optimizer, in all")
+    parser.add_argument("--batch-size", type=positive, default=256, help="of all processes")
+    parser.add_argument("--accumulate", type=positive, default=1, help="batches a step")
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
-    parser.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
+    parser.add_argument("--save-every", type=positive, default=25, help="steps between checkpoints")
     parser.add_argument(
         "--checkpoints", type=Path, default=Path("build", name), help="their folder"
     )
     parser.add_argument("--resume", action="store_true", help="from the last checkpoint")
     return parser
+
+
+def check_batch_size(batch_size: int, pairs: int, processes: int) -> None:
+    if batch_size % processes or batch_size > pairs:
+        raise ValueError(
+            f"batch_size is {batch_size}: expected a multiple of {processes}, the number of "
+            f"processes, and at most {pairs}, the number of pairs"
+        )
 
 
 def load_pairs(seed: int) -> tuple[TensorDataset, TensorDataset, Tokenizer]:

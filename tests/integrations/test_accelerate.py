@@ -53,6 +53,12 @@ class Features(nn.Module):
         return self.encode_images(images), self.encode_texts(tokens)
 
 
+def forget_accelerators() -> None:
+    """All of a process share one state, with one precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def train(
     loss: str = "fused",
     *,
@@ -67,8 +73,7 @@ def train(
     resume: str | None = None,
 ) -> dict:
     """What this process gets from the example's pieces with an Accelerator."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerators()
     accelerator = example.make_accelerator(bf16, accumulate)
     train_pairs, test_pairs, tokenizer = runs.few_pairs()
     towers = (MixedTowers if mixed else TwoTowers)(
@@ -83,7 +88,7 @@ def train(
         )
     optimizer, loader = accelerator.prepare(
         (runs.sgd if sgd else make_optimizer)(towers),
-        example.make_loader(train_pairs, runs.BATCH),
+        example.make_loader(accelerator, train_pairs, runs.BATCH),
     )
     if outside:
         features, criterion = accelerator.prepare(Features(towers), towers.loss)
@@ -174,6 +179,12 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(tmp_path, stop):
 def test_two_ranks_resume_with_the_same_bits(two_ranks):
     assert 0 < len(two_ranks["resumed"]["losses"]) < len(two_ranks["whole"]["losses"])
     runs.assert_same(two_ranks["resumed"], two_ranks["whole"])
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    forget_accelerators()
+    with pytest.raises(ValueError, match=r"batch_size is 2000: .* at most 1437"):
+        example.main(["--batch-size", "2000"])
 
 
 def test_its_command_line_trains_on_two_processes_and_resumes(tmp_path):

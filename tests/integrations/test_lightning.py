@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from examples.train_lightning import Contrastive, Pairs
+from examples.train_lightning import Contrastive, Pairs, main
 from examples.trainers import SEED
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -166,6 +166,13 @@ def test_two_ranks_resume_with_the_same_bits(two_ranks):
     runs.assert_same(two_ranks["resumed"], two_ranks["whole"])
 
 
+def test_a_checkpoint_loads_without_a_trainer(tmp_path):
+    run = train(steps=1, save=str(tmp_path))
+    model = Contrastive.load_from_checkpoint(tmp_path / "last.ckpt", tokenizer=runs.few_pairs()[2])
+    for name, parameter in model.towers.named_parameters():
+        assert torch.equal(parameter, run["parameters"][name]), name
+
+
 def test_weight_decay_leaves_scale_and_bias_alone():
     model = Recorded(runs.few_pairs()[2], "fused", sgd=False)
     model.configure_model()
@@ -176,6 +183,11 @@ def test_weight_decay_leaves_scale_and_bias_alone():
     optimizer.step()
     kept = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     assert kept == {"towers.loss.logit_scale", "towers.loss.logit_bias"}
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match=r"batch_size is 2000: .* at most 1437"):
+        main(["--batch-size", "2000"])
 
 
 def test_its_command_line_trains_on_two_processes_and_resumes(tmp_path):
