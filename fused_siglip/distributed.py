@@ -82,9 +82,13 @@ def _exchange(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
     on_cpu = "cpu:" in dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor(terms, dtype=torch.int64, device=device)
-    all_terms = mine.new_empty(dist.get_world_size(group) * len(terms))
+    world_size = dist.get_world_size(group)
+    all_terms = mine.new_empty(world_size * len(terms))
     with _contact(group, "exchange of sizes"):
-        _all_gather(all_terms, mine, group=group)
+        if on_cpu:  # everybody to everybody at once: gloo's all-gather goes round, rank by rank
+            dist.all_to_all_single(all_terms, mine.repeat(world_size), group=group)
+        else:
+            _all_gather(all_terms, mine, group=group)
     return [_Terms(*row) for row in all_terms.view(-1, len(terms)).tolist()]
 
 
