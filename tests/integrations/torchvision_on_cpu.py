@@ -6,8 +6,8 @@ import torch
 def define_schemas() -> None:
     """Define the operators that torchvision registers kernels for when it is imported.
 
-    Its library with the real ones does not load beside another build of torch; nothing that
-    open_clip trains with calls them.
+    Its library with the real ones does not load beside another build of torch; nothing here calls
+    them.
     """
     if torch.cuda.is_available():
         return
