@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import GRAD_SCALE, Positives
 from .configs import TILE, panel_config
-from .math import softplus_sigmoid
+from .math import EASY_LOGIT, easy_softplus_sigmoid, softplus_sigmoid
 
 
 @triton.jit
@@ -100,6 +100,25 @@ def _pair_masks(
 
 
 @triton.jit
+def _meets_diagonal_or_edge(
+    row0, col0, M, N, diagonal, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Whether a block holds a pair on the diagonal, or one past the last row or column."""
+    meets = (row0 + diagonal < col0 + BLOCK_N) & (col0 < row0 + diagonal + BLOCK_M)
+    return meets | (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N)
+
+
+@triton.jit
+def _g_ptrs(g_ptr, row0, col0, stride_gm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a block of g goes; None where g is not written."""
+    if g_ptr is None:
+        return None
+    else:
+        rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+        return g_ptr + rows[:, None] * stride_gm + (col0 + tl.arange(0, BLOCK_N))[None, :]
+
+
+@triton.jit
 def _fold_columns(t, WIDTH: tl.constexpr):
     """(m, n) to (m, WIDTH): with the WIDTH of the config no other thread's values are added."""
     return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // WIDTH, WIDTH)), 1)
@@ -114,6 +133,7 @@ def _epilogue(
     bias,
     sums,  # 3 x (m, FOLD): running sums of softplus(u), g*s, g
     g_ptrs,  # (m, n) or None
+    EASY: tl.constexpr,  # every u is at most EASY_LOGIT
     SCALAR_GRADS: tl.constexpr,
     GRAD_SCALE: tl.constexpr,
 ):
@@ -122,7 +142,10 @@ def _epilogue(
     if positive is not None:
         u = tl.where(valid, tl.where(positive, -u, u), float("-inf"))
         s = tl.where(valid, s, 0.0)  # a padded row may hold NaN
-    softplus, g = softplus_sigmoid(u)
+    if EASY:
+        softplus, g = easy_softplus_sigmoid(u)
+    else:
+        softplus, g = softplus_sigmoid(u)
     if positive is not None:
         g = tl.where(positive, -g, g)
     loss += _fold_columns(softplus, loss.shape[1])
@@ -182,29 +205,36 @@ def panel_kernel(
     parts = _column_parts(tile, PARTS)
     zero = tl.zeros((BLOCK_M, FOLD), tl.float32)
     sums = (zero, zero, zero)
+    easy = False
+    if image_ids_ptr is None:
+        # Early in training that is nearly every tile. (NaN stays NaN on either path.)
+        easy = (scale >= 0) & (tl.max(tile) * scale + bias <= EASY_LOGIT)
+        easy &= ~_meets_diagonal_or_edge(row0, tile_n * BLOCK_N, M, N, diagonal, BLOCK_M, BLOCK_N)
     for part in tl.static_range(PARTS):
         col0 = tile_n * BLOCK_N + part * WIDTH
-        g_ptrs = None
-        if g_ptr is not None:
-            rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.int64)
-            g_ptrs = g_ptr + rows[:, None] * stride_gm + (col0 + tl.arange(0, WIDTH))[None, :]
+        g_ptrs = _g_ptrs(g_ptr, row0, col0, stride_gm, BLOCK_M, WIDTH)
         if image_ids_ptr is None:
-            # Only where the part meets the diagonal or the edge are there pairs to tell apart.
-            mixed = (row0 + diagonal < col0 + WIDTH) & (col0 < row0 + diagonal + BLOCK_M)
-            mixed |= (row0 + BLOCK_M > M) | (col0 + WIDTH > N)
+            # Only there are pairs to tell apart.
+            mixed = _meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, WIDTH)
         else:
             mixed = col0 < N
-        if mixed:
+        if easy:
+            sums = _epilogue(
+                parts[part], None, None, scale, bias, sums, g_ptrs, True, SCALAR_GRADS, GRAD_SCALE
+            )
+        elif mixed:
             positive, valid = _pair_masks(
                 row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
             )
             sums = _epilogue(
-                parts[part], positive, valid, scale, bias, sums, g_ptrs, SCALAR_GRADS, GRAD_SCALE
-            )
+                parts[part], positive, valid, scale, bias, sums, g_ptrs, False,
+                SCALAR_GRADS, GRAD_SCALE,
+            )  # fmt: skip
         elif image_ids_ptr is None:
             sums = _epilogue(
-                parts[part], None, None, scale, bias, sums, g_ptrs, SCALAR_GRADS, GRAD_SCALE
-            )
+                parts[part], None, None, scale, bias, sums, g_ptrs, False,
+                SCALAR_GRADS, GRAD_SCALE,
+            )  # fmt: skip
 
     loss, gs_sum, g_sum = sums
     tiles = tl.num_programs(0)
