@@ -24,7 +24,7 @@ class PanelConfig:
     num_warps: int
     num_stages: int  # steps in flight from global to shared memory
     parts: int  # column parts of the epilogue
-    fold: int  # columns of the running sums
+    fold: tuple[int, int]  # shape of the running sums
     maxnreg: int | None = None  # CUDA: registers a thread, to hold two programs on a multiprocessor
     group_m: int = 8  # tile rows that share a band of y in L2
 
@@ -36,7 +36,8 @@ class PanelConfig:
             "BLOCK_D": self.block_d,
             "GROUP_M": self.group_m,
             "PARTS": self.parts,
-            "FOLD": self.fold,
+            "FOLD_M": self.fold[0],
+            "FOLD_N": self.fold[1],
         }
 
     def options(self) -> dict[str, int | bool]:
@@ -54,18 +55,18 @@ class PanelConfig:
 
 
 # Four warps side by side take 8 columns each. 64 KiB at most: consumer chips have 99.
-_MMA = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=4, fold=32)
-_MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=32)
+_MMA = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=4, fold=(32, 32))
+_MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=(32, 32))
 # A thread holds 2 of every 8 columns of its rows. 128 registers and 96 KiB: two programs share a
 # multiprocessor, one's epilogue runs under the other's product.
-_WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=8, maxnreg=128)
-_WGMMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=8, fold=8)
+_WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(128, 8), maxnreg=128)
+_WGMMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=8, fold=(128, 8))
 # A thread reads a whole row back from tensor memory.
-_TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=2)
-_TCGEN05_TF32 = PanelConfig(block_d=32, num_warps=4, num_stages=3, parts=8, fold=2)
+_TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=(128, 2))
+_TCGEN05_TF32 = PanelConfig(block_d=32, num_warps=4, num_stages=3, parts=8, fold=(128, 2))
 # Products in full fp32 run outside the tensor cores and dwarf the epilogue: no spills is enough.
-_FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=8, fold=8)
-_MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=32)
+_FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=8, fold=(128, 8))
+_MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=(32, 32))
 
 
 def panel_config(target: tuple[int, int] | str, dtype: torch.dtype, precision: str) -> PanelConfig:

@@ -109,19 +109,10 @@ def _meets_diagonal_or_edge(
 
 
 @triton.jit
-def _g_ptrs(g_ptr, row0, col0, stride_gm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a block of g goes; None where g is not written."""
-    if g_ptr is None:
-        return None
-    else:
-        rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.int64)
-        return g_ptr + rows[:, None] * stride_gm + (col0 + tl.arange(0, BLOCK_N))[None, :]
-
-
-@triton.jit
-def _fold_columns(t, WIDTH: tl.constexpr):
-    """(m, n) to (m, WIDTH): with the WIDTH of the config no other thread's values are added."""
-    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // WIDTH, WIDTH)), 1)
+def _fold(t, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """(m, n) to (ROWS, COLS): with the fold of the config no other thread's values are added."""
+    t = tl.reshape(t, (t.shape[0] // ROWS, ROWS, t.shape[1] // COLS, COLS))
+    return tl.sum(tl.sum(t, 2), 0)
 
 
 @triton.jit
@@ -131,7 +122,7 @@ def _epilogue(
     valid,  # (m, n) or None: every pair takes part
     scale,
     bias,
-    sums,  # 3 x (m, FOLD): running sums of softplus(u), g*s, g
+    sums,  # 3 running sums of softplus(u), g*s, g, each folded
     g_ptrs,  # (m, n) or None
     EASY: tl.constexpr,  # every u is at most EASY_LOGIT
     SCALAR_GRADS: tl.constexpr,
@@ -148,10 +139,10 @@ def _epilogue(
         softplus, g = softplus_sigmoid(u)
     if positive is not None:
         g = tl.where(positive, -g, g)
-    loss += _fold_columns(softplus, loss.shape[1])
+    loss += _fold(softplus, loss.shape[0], loss.shape[1])
     if SCALAR_GRADS:
-        gs_sum += _fold_columns(g * s, loss.shape[1])
-        g_sum += _fold_columns(g, loss.shape[1])
+        gs_sum += _fold(g * s, loss.shape[0], loss.shape[1])
+        g_sum += _fold(g, loss.shape[0], loss.shape[1])
     if g_ptrs is not None:
         tl.store(g_ptrs, (g * GRAD_SCALE).to(g_ptrs.dtype.element_ty))
     else:
@@ -186,7 +177,8 @@ def panel_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
-    FOLD: tl.constexpr,
+    FOLD_M: tl.constexpr,
+    FOLD_N: tl.constexpr,
 ):
     pid = tl.program_id(0)
     tile_m, tile_n = _grouped_tile(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -203,7 +195,7 @@ def panel_kernel(
     # the parts again.
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     parts = _column_parts(tile, PARTS)
-    zero = tl.zeros((BLOCK_M, FOLD), tl.float32)
+    zero = tl.zeros((FOLD_M, FOLD_N), tl.float32)
     sums = (zero, zero, zero)
     easy = False
     if image_ids_ptr is None:
@@ -212,7 +204,10 @@ def panel_kernel(
         easy &= ~_meets_diagonal_or_edge(row0, tile_n * BLOCK_N, M, N, diagonal, BLOCK_M, BLOCK_N)
     for part in tl.static_range(PARTS):
         col0 = tile_n * BLOCK_N + part * WIDTH
-        g_ptrs = _g_ptrs(g_ptr, row0, col0, stride_gm, BLOCK_M, WIDTH)
+        g_ptrs = None
+        if g_ptr is not None:
+            rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+            g_ptrs = g_ptr + rows[:, None] * stride_gm + (col0 + tl.arange(0, WIDTH))[None, :]
         if image_ids_ptr is None:
             # Only there are pairs to tell apart.
             mixed = _meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, WIDTH)
