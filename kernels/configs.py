@@ -36,8 +36,9 @@ class PanelConfig:
             "BLOCK_D": self.block_d,
             "GROUP_M": self.group_m,
             "PARTS": self.parts,
-            "FOLD_M": self.fold[0],
-            "FOLD_N": self.fold[1],
+            "OCTETS": self.fold[0],
+            "PAIRED": self.fold[1],
+            "COLS": self.fold[2],
         }
 
     def options(self) -> dict[str, int | bool]:
@@ -55,18 +56,18 @@ class PanelConfig:
 
 
 # Four warps side by side take 8 columns each. 64 KiB at most: consumer chips have 99.
-_MMA = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=4, fold=(32, 32))
-_MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=(32, 32))
+_MMA = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=4, fold=(4, 1, 32))
+_MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=(4, 1, 32))
 # A thread holds 2 of every 8 columns of its rows. 128 registers and 96 KiB: two programs share a
 # multiprocessor, one's epilogue runs under the other's product.
-_WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(128, 8), maxnreg=128)
-_WGMMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=8, fold=(128, 8))
+_WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(16, 1, 8), maxnreg=128)
+_WGMMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=8, fold=(16, 1, 8))
 # A thread reads a whole row back from tensor memory.
-_TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=(128, 2))
-_TCGEN05_TF32 = PanelConfig(block_d=32, num_warps=4, num_stages=3, parts=8, fold=(128, 2))
+_TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=(16, 1, 2))
+_TCGEN05_TF32 = PanelConfig(block_d=32, num_warps=4, num_stages=3, parts=8, fold=(16, 1, 2))
 # Products in full fp32 run outside the tensor cores and dwarf the epilogue: no spills is enough.
-_FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=8, fold=(128, 8))
-_MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=(32, 32))
+_FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=8, fold=(16, 1, 8))
+_MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=(4, 1, 32))
 
 
 def panel_config(target: tuple[int, int] | str, dtype: torch.dtype, precision: str) -> PanelConfig:

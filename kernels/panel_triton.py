@@ -109,10 +109,15 @@ def _meets_diagonal_or_edge(
 
 
 @triton.jit
-def _fold(t, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """(m, n) to (ROWS, COLS): with the fold of the config no other thread's values are added."""
-    t = tl.reshape(t, (t.shape[0] // ROWS, ROWS, t.shape[1] // COLS, COLS))
-    return tl.sum(tl.sum(t, 2), 0)
+def _fold(t, OCTETS: tl.constexpr, PAIRED: tl.constexpr, COLS: tl.constexpr):
+    """(m, n) to (OCTETS, 8, COLS): with the fold of the config no other thread's values are added.
+
+    Row 8 i + j goes to (i, j), the columns to column modulo COLS; with PAIRED = 2 rows that are 8
+    apart are added first.
+    """
+    rows: tl.constexpr = t.shape[0] // (8 * OCTETS * PAIRED)
+    t = tl.reshape(t, (rows, OCTETS, PAIRED, 8, t.shape[1] // COLS, COLS))
+    return tl.sum(tl.sum(tl.sum(t, 4), 2), 0)
 
 
 @triton.jit
@@ -127,6 +132,7 @@ def _epilogue(
     EASY: tl.constexpr,  # every u is at most EASY_LOGIT
     SCALAR_GRADS: tl.constexpr,
     GRAD_SCALE: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     loss, gs_sum, g_sum = sums
     u = s * scale + bias
@@ -139,10 +145,10 @@ def _epilogue(
         softplus, g = softplus_sigmoid(u)
     if positive is not None:
         g = tl.where(positive, -g, g)
-    loss += _fold(softplus, loss.shape[0], loss.shape[1])
+    loss += _fold(softplus, loss.shape[0], PAIRED, loss.shape[2])
     if SCALAR_GRADS:
-        gs_sum += _fold(g * s, loss.shape[0], loss.shape[1])
-        g_sum += _fold(g, loss.shape[0], loss.shape[1])
+        gs_sum += _fold(g * s, loss.shape[0], PAIRED, loss.shape[2])
+        g_sum += _fold(g, loss.shape[0], PAIRED, loss.shape[2])
     if g_ptrs is not None:
         tl.store(g_ptrs, (g * GRAD_SCALE).to(g_ptrs.dtype.element_ty))
     else:
@@ -177,8 +183,9 @@ def panel_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
-    FOLD_M: tl.constexpr,
-    FOLD_N: tl.constexpr,
+    OCTETS: tl.constexpr,
+    PAIRED: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     tile_m, tile_n = _grouped_tile(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -195,7 +202,7 @@ def panel_kernel(
     # the parts again.
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     parts = _column_parts(tile, PARTS)
-    zero = tl.zeros((FOLD_M, FOLD_N), tl.float32)
+    zero = tl.zeros((OCTETS, 8, COLS), tl.float32)
     sums = (zero, zero, zero)
     easy = False
     if image_ids_ptr is None:
@@ -215,7 +222,7 @@ def panel_kernel(
             mixed = col0 < N
         if easy:
             sums = _epilogue(
-                parts[part], None, None, scale, bias, sums, g_ptrs, True, SCALAR_GRADS, GRAD_SCALE
+                parts[part], None, None, scale, bias, sums, g_ptrs, True, SCALAR_GRADS, GRAD_SCALE, PAIRED
             )
         elif mixed:
             positive, valid = _pair_masks(
@@ -223,12 +230,12 @@ def panel_kernel(
             )
             sums = _epilogue(
                 parts[part], positive, valid, scale, bias, sums, g_ptrs, False,
-                SCALAR_GRADS, GRAD_SCALE,
+                SCALAR_GRADS, GRAD_SCALE, PAIRED
             )  # fmt: skip
         elif image_ids_ptr is None:
             sums = _epilogue(
                 parts[part], None, None, scale, bias, sums, g_ptrs, False,
-                SCALAR_GRADS, GRAD_SCALE,
+                SCALAR_GRADS, GRAD_SCALE, PAIRED
             )  # fmt: skip
 
     loss, gs_sum, g_sum = sums
