@@ -182,7 +182,7 @@ class WideTritonPanel(TritonPanel):
 
 
 # for half operands on sm_90: 255 registers and no spills (tests/test_alternative.py)
-WIDE = _WideConfig(block_d=64, num_warps=8, num_stages=4, parts=16, fold=(128, 8))
+WIDE = _WideConfig(block_d=64, num_warps=8, num_stages=4, parts=16, fold=(8, 2, 8))
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from fused_siglip.kernels.panel_triton import panel_kernel
 from .alternative import WIDE
 from .harness import environment, write_results
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # dtype and, for fp32, how it is multiplied
 OPERANDS = (
     (torch.bfloat16, "ieee"),
@@ -37,7 +37,9 @@ OPERANDS = (
     (torch.float32, "ieee"),
 )
 # shared memory in bytes: of a multiprocessor, and the most one program may take
-SHARED = {"sm_80": (167936, 166912), "sm_90": (233472, 232448), "sm_100": (233472, 232448)}
+SHARED = {"sm_80": (167936, 166912)}
+SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), (102400, 101376))
+SHARED |= dict.fromkeys(("sm_90", "sm_100"), (233472, 232448))
 SHARED["gfx942"] = (65536, 65536)
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,17 +15,18 @@ class PanelConfig:
     """How the panel kernel is compiled and launched.
 
     parts and fold follow the layout in which the tensor cores leave the accumulator: every thread
-    holds columns of each part, and columns that fold together belong to one thread. Other values
-    are correct too, but then threads exchange data in every part. What the compilers make of each
-    config is printed by benchmarks/compiled.py and held by tests/test_triton_compiled.py.
+    holds columns of each part, and what folds together belongs to one thread. Other values are
+    correct too, but then threads exchange data in every part, and more sums stay in registers. What
+    the compilers make of each config is printed by benchmarks/compiled.py and held by
+    tests/test_triton_compiled.py.
     """
 
     block_d: int  # features a step of the product takes
     num_warps: int
     num_stages: int  # steps in flight from global to shared memory
     parts: int  # column parts of the epilogue
-    fold: tuple[int, int]  # shape of the running sums
-    maxnreg: int | None = None  # CUDA: registers a thread, to hold two programs on a multiprocessor
+    fold: tuple[int, int, int]  # shape of the running sums: OCTETS, PAIRED, COLS of _fold
+    maxnreg: int | None = None  # CUDA: registers a thread, at most
     group_m: int = 8  # tile rows that share a band of y in L2
 
     def constants(self) -> dict[str, int]:
@@ -55,16 +56,22 @@ class PanelConfig:
         return options
 
 
-# Four warps side by side take 8 columns each. 64 KiB at most: consumer chips have 99.
-_MMA = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=4, fold=(4, 1, 32))
-_MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=(4, 1, 32))
-# A thread holds 2 of every 8 columns of its rows. 128 registers and 96 KiB: two programs share a
-# multiprocessor, one's epilogue runs under the other's product.
-_WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(16, 1, 8), maxnreg=128)
-_WGMMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=8, fold=(16, 1, 8))
+# With 128 registers, and shared memory to match, two programs share a multiprocessor: one's epilogue
+# runs under the other's product.
+
+# Four warps side by side take 8 columns each, two below one another 16 rows; a thread holds rows
+# 8 apart. 164 KiB of shared memory a multiprocessor.
+_MMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=4, fold=(2, 2, 32), maxnreg=128)
+_MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=(2, 2, 32))
+# The same on chips with 100 KiB.
+_MMA_100K = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=4, fold=(2, 2, 32), maxnreg=128)
+# Eight warps below one another take 16 rows each; a thread holds rows 8 apart, and 2 of every 8
+# columns.
+_WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(8, 2, 8), maxnreg=128)
+_WGMMA_TF32 = replace(_WGMMA, block_d=32)
 # A thread reads a whole row back from tensor memory.
 _TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=(16, 1, 2))
-_TCGEN05_TF32 = PanelConfig(block_d=32, num_warps=4, num_stages=3, parts=8, fold=(16, 1, 2))
+_TCGEN05_TF32 = replace(_TCGEN05, block_d=32)
 # Products in full fp32 run outside the tensor cores and dwarf the epilogue: no spills is enough.
 _FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=8, fold=(16, 1, 8))
 _MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=(4, 1, 32))
@@ -85,4 +92,6 @@ def panel_config(target: tuple[int, int] | str, dtype: torch.dtype, precision: s
         return _WGMMA_TF32 if tf32 else _WGMMA
     if target[0] == 10:
         return _TCGEN05_TF32 if tf32 else _TCGEN05
-    return _MMA_TF32 if tf32 else _MMA
+    if tf32:
+        return _MMA_TF32
+    return _MMA if target in ((8, 0), (8, 7)) else _MMA_100K
