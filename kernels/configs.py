@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# Every config computes tiles of this size, so that the workspace does not depend on the device.
+# The workspace is made of whole tiles: of one size, so that it does not depend on the device.
 TILE = (128, 128)
 
 
@@ -28,12 +28,13 @@ class PanelConfig:
     fold: tuple[int, int, int]  # shape of the running sums: OCTETS, PAIRED, COLS of _fold
     maxnreg: int | None = None  # CUDA: registers a thread, at most
     group_m: int = 8  # tile rows that share a band of y in L2
+    tile: tuple[int, int] = TILE
 
     def constants(self) -> dict[str, int]:
         """The kernel's compile-time constants."""
         return {
-            "BLOCK_M": TILE[0],
-            "BLOCK_N": TILE[1],
+            "BLOCK_M": self.tile[0],
+            "BLOCK_N": self.tile[1],
             "BLOCK_D": self.block_d,
             "GROUP_M": self.group_m,
             "PARTS": self.parts,
@@ -56,15 +57,17 @@ class PanelConfig:
         return options
 
 
-# With 128 registers, and shared memory to match, two programs share a multiprocessor: one's epilogue
-# runs under the other's product.
+# With 128 registers, and shared memory to match, two programs share a multiprocessor: the epilogue
+# of one runs under the product of the other.
 
 # Four warps side by side take 8 columns each, two below one another 16 rows; a thread holds rows
 # 8 apart. 164 KiB of shared memory a multiprocessor.
 _MMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=4, fold=(2, 2, 32), maxnreg=128)
 _MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=(2, 2, 32))
 # The same on chips with 100 KiB.
-_MMA_100K = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=4, fold=(2, 2, 32), maxnreg=128)
+_MMA_100K = PanelConfig(
+    block_d=32, num_warps=8, num_stages=4, parts=4, fold=(2, 2, 32), maxnreg=128
+)
 # Eight warps below one another take 16 rows each; a thread holds rows 8 apart, and 2 of every 8
 # columns.
 _WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(8, 2, 8), maxnreg=128)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import GRAD_SCALE, Positives
-from .configs import TILE, panel_config
+from .configs import TILE, PanelConfig, panel_config
 from .math import EASY_LOGIT, easy_softplus_sigmoid, softplus_sigmoid
 
 
@@ -74,7 +74,7 @@ def _column_parts(s, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _pair_masks(
+def pair_masks(
     row0,
     col0,
     M,
@@ -100,7 +100,7 @@ def _pair_masks(
 
 
 @triton.jit
-def _meets_diagonal_or_edge(
+def meets_diagonal_or_edge(
     row0, col0, M, N, diagonal, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Whether a block holds a pair on the diagonal, or one past the last row or column."""
@@ -121,7 +121,7 @@ def _fold(t, OCTETS: tl.constexpr, PAIRED: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _epilogue(
+def epilogue(
     s,  # (m, n) similarities of one column part
     positive,  # (m, n) or None: no pair is positive
     valid,  # (m, n) or None: every pair takes part
@@ -208,7 +208,7 @@ def panel_kernel(
     if image_ids_ptr is None:
         # Early in training that is nearly every tile. (NaN stays NaN on either path.)
         easy = (scale >= 0) & (tl.max(tile) * scale + bias <= EASY_LOGIT)
-        easy &= ~_meets_diagonal_or_edge(row0, tile_n * BLOCK_N, M, N, diagonal, BLOCK_M, BLOCK_N)
+        easy &= ~meets_diagonal_or_edge(row0, tile_n * BLOCK_N, M, N, diagonal, BLOCK_M, BLOCK_N)
     for part in tl.static_range(PARTS):
         col0 = tile_n * BLOCK_N + part * WIDTH
         g_ptrs = None
@@ -217,23 +217,33 @@ def panel_kernel(
             g_ptrs = g_ptr + rows[:, None] * stride_gm + (col0 + tl.arange(0, WIDTH))[None, :]
         if image_ids_ptr is None:
             # Only there are pairs to tell apart.
-            mixed = _meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, WIDTH)
+            mixed = meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, WIDTH)
         else:
             mixed = col0 < N
         if easy:
-            sums = _epilogue(
-                parts[part], None, None, scale, bias, sums, g_ptrs, True, SCALAR_GRADS, GRAD_SCALE, PAIRED
+            sums = epilogue(
+                parts[part],
+                None,
+                None,
+                scale,
+                bias,
+                sums,
+                g_ptrs,
+                True,
+                SCALAR_GRADS,
+                GRAD_SCALE,
+                PAIRED,
             )
         elif mixed:
-            positive, valid = _pair_masks(
+            positive, valid = pair_masks(
                 row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
             )
-            sums = _epilogue(
+            sums = epilogue(
                 parts[part], positive, valid, scale, bias, sums, g_ptrs, False,
                 SCALAR_GRADS, GRAD_SCALE, PAIRED
             )  # fmt: skip
         elif image_ids_ptr is None:
-            sums = _epilogue(
+            sums = epilogue(
                 parts[part], None, None, scale, bias, sums, g_ptrs, False,
                 SCALAR_GRADS, GRAD_SCALE, PAIRED
             )  # fmt: skip
@@ -249,7 +259,7 @@ def panel_kernel(
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
 
 
-def _stored(dtype: torch.dtype) -> torch.dtype:
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the kernel writes g: the interpreter cuts bf16 off where devices round."""
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
@@ -261,17 +271,18 @@ class TritonPanel:
     """
 
     tile = TILE
+    align = 16  # what Triton tells apart: only then are loads wide
 
-    @staticmethod
-    def _tiles(rows: int, cols: int) -> tuple[int, int]:
-        return triton.cdiv(rows, TILE[0]), triton.cdiv(cols, TILE[1])
+    @classmethod
+    def _tiles(cls, rows: int, cols: int) -> tuple[int, int]:
+        return triton.cdiv(rows, cls.tile[0]), triton.cdiv(cols, cls.tile[1])
 
-    @staticmethod
+    @classmethod
     def workspace_bytes(
-        rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
+        cls, rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
     ) -> int:
-        tiles = math.prod(TritonPanel._tiles(rows, cols))
-        g = tiles * TILE[0] * TILE[1] * _stored(dtype).itemsize if write_g else 0
+        tiles = math.prod(cls._tiles(rows, cols))
+        g = tiles * math.prod(cls.tile) * stored_dtype(dtype).itemsize if write_g else 0
         return g + tiles * (3 if scalar_grads else 1) * torch.float32.itemsize
 
     def __init__(
@@ -311,10 +322,13 @@ class TritonPanel:
             self.sums * tiles_m * tiles_n, dtype=torch.float32, device=device
         )
         # Whole tiles, so that the kernel stores without a mask and rows stay aligned.
-        shape = (tiles_m * TILE[0], tiles_n * TILE[1])
-        self.g = torch.empty(shape, dtype=_stored(dtype), device=device) if write_g else None
+        shape = (tiles_m * self.tile[0], tiles_n * self.tile[1])
+        self.g = torch.empty(shape, dtype=stored_dtype(dtype), device=device) if write_g else None
         self.dtype = dtype
         self.grad_scale = GRAD_SCALE.get(dtype, 1.0)
+
+    def config(self, dtype: torch.dtype, precision: str) -> PanelConfig:
+        return panel_config(self.target, dtype, precision)
 
     def __call__(
         self,
@@ -331,7 +345,7 @@ class TritonPanel:
         precision = "ieee"
         if self.target != "hip" and torch.get_float32_matmul_precision() != "highest":
             precision = "tf32"
-        config = panel_config(self.target, x.dtype, precision)
+        config = self.config(x.dtype, precision)
         tiles = math.prod(self._tiles(m, n))
         partials = self.partials[: self.sums * tiles].view(self.sums, tiles)
         with torch.cuda.device_of(x):  # Triton launches on the current device
