@@ -54,8 +54,9 @@ def _account(rows: list[dict]) -> str:
         row["block_m"] * row["block_n"] / (row["block_m"] + row["block_n"]) for row in (half, wide)
     )
     points = (
-        f"**The elementwise pass** costs {plain:.1f} instructions a pair, stores and sums included, "
-        f"and {masked:.1f} where a tile meets the diagonal or the edge, counted in the disassembly.",
+        f"**The elementwise pass** costs {plain:.1f} instructions a pair, stores and sums "
+        f"included, and {masked:.1f} where a tile meets the diagonal or the edge, counted in the "
+        "disassembly.",
         f"**Registers**: {half['registers']} a thread, {half['spills']} spills, "
         f"{half['stack_bytes']} bytes of stack, and {half['shared_bytes'] / 1024:.0f} KiB of "
         f"shared memory: {half['occupancy']} programs share a multiprocessor, so that one's "
@@ -69,8 +70,9 @@ def _account(rows: list[dict]) -> str:
         f"({wide['registers']} registers), but then a multiprocessor holds {wide['occupancy']}. "
         f"Operands arrive by {half['async_copies']} asynchronous copy instructions in the "
         "program's text, not by the bulk copy engine.",
-        f"**Fewer special functions**: a tile whose largest logit is at most {half['easy_logit']:g} takes "
-        f"{easy:.1f} instructions a pair, one of them a special function instead of two, and is as "
+        "**Fewer special functions**: a tile whose largest logit is at most "
+        f"{half['easy_logit']:g} takes {easy:.1f} instructions a pair, one of them a special "
+        "function instead of two, and is as "
         "exact. To know it costs a maximum over the tile.",
         "**Accumulation in fp32** happens in the library's products, outside this kernel.",
     )
