@@ -57,19 +57,14 @@ class PanelConfig:
         return options
 
 
-# With 128 registers, and shared memory to match, two programs share a multiprocessor: the epilogue
-# of one runs under the product of the other.
+# Half operands leave room for two programs on a multiprocessor: the epilogue of one runs under the
+# product of the other.
 
-# Four warps side by side take 8 columns each, two below one another 16 rows; a thread holds rows
-# 8 apart. 164 KiB of shared memory a multiprocessor.
-_MMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=4, fold=(2, 2, 32), maxnreg=128)
+# Two by two warps take 16 rows and 8 columns each; a thread holds rows 8 apart. 48 KiB: consumer
+# chips have 100 a multiprocessor.
+_MMA = PanelConfig(block_d=32, num_warps=4, num_stages=4, parts=8, fold=(2, 2, 16))
+# Two by four warps.
 _MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=(2, 2, 32))
-# The same on chips with 100 KiB.
-_MMA_100K = PanelConfig(
-    block_d=32, num_warps=8, num_stages=4, parts=4, fold=(2, 2, 32), maxnreg=128
-)
-# The compiler of sm_120 spills with the pairs' fewer sums, where ids are compared.
-_MMA_SM120 = replace(_MMA_100K, fold=(4, 1, 32))
 # Eight warps below one another take 16 rows each; a thread holds rows 8 apart, and 2 of every 8
 # columns.
 _WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(8, 2, 8), maxnreg=128)
@@ -97,8 +92,4 @@ def panel_config(target: tuple[int, int] | str, dtype: torch.dtype, precision: s
         return _WGMMA_TF32 if tf32 else _WGMMA
     if target[0] == 10:
         return _TCGEN05_TF32 if tf32 else _TCGEN05
-    if tf32:
-        return _MMA_TF32
-    if target[0] == 12:
-        return _MMA_SM120
-    return _MMA if target in ((8, 0), (8, 7)) else _MMA_100K
+    return _MMA_TF32 if tf32 else _MMA
