@@ -196,8 +196,8 @@ def panel_kernel(
     bias = tl.load(logit_bias_ptr)
 
     # The epilogue takes the tile a few columns at a time: taken whole, its temporaries do not fit
-    # the registers beside the accumulator. The branch in each part keeps the compiler from mixing
-    # the parts again.
+    # the registers beside the accumulator. The branches in each part (the easy one too) keep the
+    # compiler from mixing the parts again.
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     parts = _column_parts(tile, PARTS)
     zero = tl.zeros((OCTETS, 8, COLS), tl.float32)
@@ -220,32 +220,22 @@ def panel_kernel(
             mixed = col0 < N
         if easy:
             sums = epilogue(
-                parts[part],
-                None,
-                None,
-                scale,
-                bias,
-                sums,
-                g_ptrs,
-                True,
-                SCALAR_GRADS,
-                GRAD_SCALE,
-                PAIRED,
-            )
+                parts[part], None, None, scale, bias, sums, g_ptrs, True,
+                SCALAR_GRADS, GRAD_SCALE, PAIRED,
+            )  # fmt: skip
         elif mixed:
             positive, valid = pair_masks(
                 row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
             )
             sums = epilogue(
                 parts[part], positive, valid, scale, bias, sums, g_ptrs, False,
-                SCALAR_GRADS, GRAD_SCALE, PAIRED
+                SCALAR_GRADS, GRAD_SCALE, PAIRED,
             )  # fmt: skip
         elif image_ids_ptr is None:
             sums = epilogue(
                 parts[part], None, None, scale, bias, sums, g_ptrs, False,
-                SCALAR_GRADS, GRAD_SCALE, PAIRED
+                SCALAR_GRADS, GRAD_SCALE, PAIRED,
             )  # fmt: skip
-
         if g_ptr is None:
             tl.debug_barrier()  # as the store has: else the compiler mixes the parts, and spills
 

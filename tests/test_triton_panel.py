@@ -259,8 +259,12 @@ def softplus_and_sigmoid(u, easy):
 
 
 def allowed(u):
-    """Relative error of exp(u) with its exponent rounded once, and 4 roundings after it."""
-    return (1.5 * u.double().abs() + 4) * UNIT_ROUNDOFF[torch.float32]
+    """Relative error of exp(u) with its exponent rounded once, and what follows it.
+
+    That is 4 roundings, and on a device its approximations: exp2 to 2^-22, rsqrt^2 to 2^-21.4.
+    """
+    after = 4 if INTERPRETED else 16
+    return (1.5 * u.double().abs() + after) * UNIT_ROUNDOFF[torch.float32]
 
 
 @pytest.mark.parametrize("easy", [False, True])

@@ -85,7 +85,7 @@ def in_time(command: list[str], run: Run, **options: object) -> subprocess.Compl
     try:
         return subprocess.run(command, timeout=limit, **options)
     except subprocess.TimeoutExpired as ended:
-        said = (ended.stdout or b"") + (ended.stderr or b"")
+        said = b"".join(filter(None, (ended.stdout, ended.stderr)))  # bytes, even so
         said = " ".join(said.decode(errors="replace").split())[-200:]
         raise Skipped(f"no time left to end {Path(command[0]).name}: {said}") from None
 
