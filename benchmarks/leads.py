@@ -76,6 +76,8 @@ def _account(rows: list[dict]) -> str:
         "exact. To know it costs a maximum over the tile.",
         "**Accumulation in fp32** happens in the library's products, outside this kernel.",
     )
-    bullets = (textwrap.fill(f"- {p}", 100, subsequent_indent="  ") for p in points)
+    bullets = (
+        textwrap.fill(f"- {p}", 100, subsequent_indent="  ", break_on_hyphens=False) for p in points
+    )
     title = "What follows for sm_90 and bf16; only a device can say what it is worth."
     return f"{title}\n\n" + "\n".join(bullets)
