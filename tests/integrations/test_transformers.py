@@ -63,7 +63,7 @@ def loss_and_grads(model, batch) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach()} | grads
 
 
-def assert_as_exact_as_own(actual: dict, own: dict, exact: dict, t_and_b: float = 20.0) -> None:
+def assert_as_exact_as_own(actual: dict, own: dict, exact: dict, t_and_b: float = 12.0) -> None:
     """Within twice the error of the model's own loss against float64 (both draw their roundings),
     and no less than what one rounding of a logit as large as t + |b| does."""
     own, actual = errors(own, exact), errors(actual, exact)

@@ -24,7 +24,10 @@ PATCHES, PATCH = 4, 4  # of an image
 
 
 def make_model(name: str = "siglip", seed: int = 0, **config) -> PreTrainedModel:
-    """An untrained model with t = 10 and b = -10, in train mode. config: of both towers."""
+    """An untrained model in train mode, with t = 10 and b = -2: negatives count from the start.
+
+    config: of both towers.
+    """
     common = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -43,7 +46,7 @@ def make_model(name: str = "siglip", seed: int = 0, **config) -> PreTrainedModel
     model = model_class(config_class(text_config=common | text, vision_config=common | vision))
     with torch.no_grad():
         model.logit_scale.fill_(10.0).log_()
-        model.logit_bias.fill_(-10.0)
+        model.logit_bias.fill_(-2.0)
     return model.train()
 
 
