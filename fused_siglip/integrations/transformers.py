@@ -16,7 +16,7 @@ from ..distributed import DIST_IMPLS
 from ..functional import siglip_loss
 from . import require
 
-require("transformers", ">=5.0,<6")
+require("transformers", ">=5.4,<6")
 
 from transformers import Siglip2Model, SiglipModel  # noqa: E402
 from transformers.models.siglip.modeling_siglip import SiglipOutput  # noqa: E402
@@ -71,15 +71,16 @@ def patch_siglip(
         model_or_class: ``SiglipModel`` or ``Siglip2Model``, a class (all its models) or an instance
             (this one alone, and copies and pickles of it). A subclass must inherit ``forward``. An
             instance may be wrapped (DDP, FSDP, PEFT, torch.compile, a module of yours that holds
-            one): the model inside is patched. Patch before anything else replaces the instance's
+            one): the model inside is patched. Patch before anything else replaces a model's
             ``forward``, as accelerate does for mixed precision: before it goes to Trainer or
             ``Accelerator.prepare``.
         group: None for the loss of each process's own batch, which is what transformers computes.
             "world", or a process group this rank is in, for the loss of the global batch: the mean
             over the ranks of what they return, so DDP's averaging gives its exact gradient. Every
-            rank must call the model with ``return_loss=True`` as often as the others, with as many
-            pairs as it has. "world" is looked up when the model is called, so it may be given
-            before ``init_process_group``; without one, this process is the world.
+            rank must call the model with ``return_loss=True`` as often as the others; their numbers
+            of pairs may differ, but the towers want at least one. "world" is looked up when the
+            model is called, so it may be given before ``init_process_group``; where there is none,
+            this process is the world.
         dist_impl: how the ranks exchange features, as in :func:`fused_siglip.siglip_loss`. Without
             ``group`` it means "world".
 
@@ -95,7 +96,7 @@ def patch_siglip(
         raise TypeError(
             f"group is {group!r}: expected None, 'world' or a torch.distributed.ProcessGroup"
         )
-    _checks.check_world(0, 1, dist_impl, DIST_IMPLS)
+    _checks.check_world(0, 1, dist_impl, DIST_IMPLS)  # of these only dist_impl can be wrong
     settings = _Settings("world" if group is None and dist_impl else group, dist_impl)
 
     target = _find(model_or_class)
@@ -219,13 +220,16 @@ def _fused(original: Callable) -> Callable:
 
 
 @can_return_tuple
-def _forward_with_loss(self: nn.Module, settings: _Settings, return_loss: bool, **given):
+def _forward_with_loss(self: nn.Module, settings: _Settings, /, return_loss: bool, **given):
     """The model's outputs with the loss and without logits; normalises as the model does."""
-    text = {name: given.pop(name) for name in _TEXT}
-    image = {name: given.pop(name) for name in _IMAGE if name in given}
-    vision_outputs = self.vision_model(**image, **given)
-    text_outputs = self.text_model(**text, **given)
-    image_embeds, text_embeds = (o.pooler_output for o in (vision_outputs, text_outputs))
+    text, image = (
+        {name: given.pop(name) for name in names if name in given} for names in (_TEXT, _IMAGE)
+    )
+    model_class, output = next(item for item in _OUTPUTS.items() if isinstance(self, item[0]))
+    # of transformers' class: its forward, too, would not call what a subclass overrides
+    vision_outputs = model_class.get_image_features(self, **image, **given, return_dict=True)
+    text_outputs = model_class.get_text_features(self, **text, **given, return_dict=True)
+    image_embeds, text_embeds = vision_outputs.pooler_output, text_outputs.pooler_output
     image_embeds = image_embeds / image_embeds.norm(p=2, dim=-1, keepdim=True)  # (B, D)
     text_embeds = text_embeds / text_embeds.norm(p=2, dim=-1, keepdim=True)  # (B, D)
 
@@ -237,7 +241,6 @@ def _forward_with_loss(self: nn.Module, settings: _Settings, return_loss: bool, 
         self.logit_bias.to(device),
         **settings.loss_options(),
     )
-    output = next(output for cls, output in _OUTPUTS.items() if isinstance(self, cls))
     return output(
         loss=loss,
         text_embeds=text_embeds,
