@@ -16,18 +16,16 @@ from transformers import (  # noqa: E402
     SiglipModel,
 )
 
-from helpers import error  # noqa: E402
+from helpers import UNIT_ROUNDOFF, error  # noqa: E402
 
 MODELS = {"siglip": (SiglipModel, SiglipConfig), "siglip2": (Siglip2Model, Siglip2Config)}
 TOKENS, VOCABULARY = 6, 99
 PATCHES, PATCH = 4, 4  # of an image
+LOGIT_SCALE, LOGIT_BIAS = 10.0, -2.0  # negatives count from the start
 
 
 def make_model(name: str = "siglip", seed: int = 0, **config) -> PreTrainedModel:
-    """An untrained model in train mode, with t = 10 and b = -2: negatives count from the start.
-
-    config: of both towers.
-    """
+    """An untrained model in train mode. config: of both towers."""
     common = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -45,8 +43,8 @@ def make_model(name: str = "siglip", seed: int = 0, **config) -> PreTrainedModel
     torch.manual_seed(seed)
     model = model_class(config_class(text_config=common | text, vision_config=common | vision))
     with torch.no_grad():
-        model.logit_scale.fill_(10.0).log_()
-        model.logit_bias.fill_(-2.0)
+        model.logit_scale.fill_(LOGIT_SCALE).log_()
+        model.logit_bias.fill_(LOGIT_BIAS)
     return model.train()
 
 
@@ -80,3 +78,24 @@ def errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, flo
     Not of the key projections' biases: softmax does not see them, their exact gradient is 0.
     """
     return {n: error(actual[n], x) for n, x in exact.items() if not n.endswith("k_proj.bias")}
+
+
+def assert_as_exact_as_own(
+    actual: dict[str, Tensor],
+    own: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Within twice the worst error of the model's own loss against float64: both draw roundings.
+
+    Never less than one rounding of the largest logit, since an error can be small by luck. dtype:
+    float64 where actual is; own is float32 also then, and what it allows is scaled.
+    """
+    actual_errors, own_errors = errors(actual, exact), errors(own, exact)
+    rounding = (LOGIT_SCALE - LOGIT_BIAS) * UNIT_ROUNDOFF[torch.float32]
+    allowed = max(2 * max(own_errors.values()), rounding)
+    allowed *= UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF[torch.float32]
+    worst = max(actual_errors, key=actual_errors.get)
+    assert actual_errors[worst] <= allowed, (
+        f"{worst}: {actual_errors[worst]:.1e}, allowed {allowed:.1e}"
+    )
