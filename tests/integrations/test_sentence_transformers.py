@@ -53,7 +53,8 @@ def weights(model) -> torch.Tensor:
 def scale_and_bias(loss) -> torch.Tensor:
     if isinstance(loss, EagerSigLipLoss):
         return torch.stack([loss.logit_scale, loss.logit_bias]).detach()
-    return loss.model.logit_scale_and_bias.detach().clone()
+    model = getattr(loss.model, "module", loss.model)  # out of DDP
+    return model.logit_scale_and_bias.detach().clone()
 
 
 def gradients(loss, columns, scaling: float = 1.0) -> list[torch.Tensor]:
@@ -360,54 +361,69 @@ def test_model_init_starts_each_model_anew(tmp_path):
     assert run.model.logit_scale_and_bias.detach().sub(torch.tensor([2.0, -5.0])).abs().max() < 1
 
 
-def _ddp(rank, world_size, folder, kind, options, mixed=False):
-    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world_size)):
-        os.environ[name] = str(value)
+def _ddp(rank, world_size, folder, cases):
+    """[(encoder, [t', b], steps)] of the cases, each a run in DDP."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # of a group that exists
-    model = tiny_model()
-    loss = KINDS[kind](model, gather_across_devices=options.pop("gather")).double()
-    data = None
-    if mixed:  # a batch of the one on rank 0 and of the other on rank 1
-        scored = {"a": ["w1", "w2"] * 24, "b": ["w3", "w2"] * 24, "score": [0.1, 0.9] * 24}
-        data = DatasetDict(first=Dataset.from_dict(sentences(48)), second=Dataset.from_dict(scored))
+    return [_ddp_run(folder, *case) for case in cases]
+
+
+def _ddp_run(folder, kind, gather, mixed, options):
+    model = SentenceTransformer(str(folder / "model"), device="cpu")
+    loss = KINDS[kind](model, gather_across_devices=gather).double()
+    dataset, losses = None, loss
+    if mixed:  # a batch of the one on rank 0, of the other on rank 1
+        scored = {"a": ["w1", "w2"] * 48, "b": ["w3", "w2"] * 48, "score": [0.1, 0.9] * 48}
+        dataset = DatasetDict(
+            first=Dataset.from_dict(sentences(96)), second=Dataset.from_dict(scored)
+        )
         losses = {"first": loss, "second": CoSENTLoss(model)}
-        options["multi_dataset_batch_sampler"] = "round_robin"
-    run = trainer(folder, model, losses if mixed else loss, dataset=data, **options)
+    run = trainer(folder / "run", model, losses, dataset=dataset, steps=4, **options)
     run.train()
     assert isinstance(run.model_wrapped, nn.parallel.DistributedDataParallel)
     return weights(model), scale_and_bias(loss), run.state.global_step
 
 
+HALF = {"per_device_train_batch_size": 8}
+DDP_CASES = {
+    **{
+        f"{kind}, accumulated {n}": (kind, True, False, {**HALF, "gradient_accumulation_steps": n})
+        for kind in KINDS
+        for n in (1, 2)
+    },
+    **{f"{kind}, local": (kind, False, False, {}) for kind in KINDS},
+    "mixed": ("plain", False, True, {"multi_dataset_batch_sampler": "round_robin"}),
+}
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    """{case: its results on both ranks}, of two processes that run them one after the other."""
+    folder = tmp_path_factory.mktemp("ddp")
+    tiny_model().save_pretrained(str(folder / "model"))
+    ranks = returned(launch(_ddp, 2, folder, list(DDP_CASES.values()), limit=500))
+    return dict(zip(DDP_CASES, zip(*ranks, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("case", list(DDP_CASES))
+def test_processes_stay_together(ddp, case):
+    (encoder, own, steps), (other_encoder, other_own, other_steps) = ddp[case]
+    assert steps == other_steps == 4
+    assert torch.equal(encoder, other_encoder) and torch.equal(own, other_own)
+    assert (own - torch.tensor([2.3026, -10])).abs().min() > 1e-4, "both have moved"
+
+
 @both
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_equal_one(tmp_path, kind, accumulate):
-    options = {"gradient_accumulation_steps": accumulate, "steps": 4, "gather": True}
-    ranks = returned(launch(_ddp, 2, tmp_path, kind, {**options, "per_device_train_batch_size": 8}))
-    for one, other in zip(*ranks, strict=True):
-        assert one == other if isinstance(one, int) else torch.equal(one, other)
-
+def test_two_processes_equal_one(tmp_path, ddp, kind, accumulate):
+    ours = ddp[f"{kind}, accumulated {accumulate}"][0]
     model = tiny_model()
     loss = SigLipLoss(model).double()
-    del options["gather"]
-    trainer(tmp_path, model, loss, **options).train()
-    for ours, expected in zip(ranks[0], (weights(model), scale_and_bias(loss)), strict=False):
-        assert error(ours, expected) < 1e-11
-
-
-@both
-def test_processes_stay_together_with_negatives_of_their_own(tmp_path, kind):
-    ranks = returned(launch(_ddp, 2, tmp_path, kind, {"steps": 4, "gather": False}))
-    for one, other in zip(*ranks, strict=True):
-        assert one == other if isinstance(one, int) else torch.equal(one, other)
-    assert abs(ranks[0][1][1] + 10) > 1e-3, "the bias has moved"
-
-
-def test_processes_stay_together_when_one_has_another_loss(tmp_path):
-    options = {"steps": 3, "gather": False}
-    ranks = returned(launch(_ddp, 2, tmp_path, "plain", options, True))
-    for one, other in zip(*ranks, strict=True):
-        assert one == other if isinstance(one, int) else torch.equal(one, other)
-    assert abs(ranks[0][1][1] + 10) > 1e-3, "the bias has moved"
+    run = trainer(tmp_path, model, loss, steps=4, gradient_accumulation_steps=accumulate)
+    run.train()
+    assert error(ours[0], weights(model)) < 1e-11
+    assert error(ours[1], scale_and_bias(loss)) < 1e-11
 
 
 def test_memory_of_the_loss():
@@ -418,13 +434,12 @@ def test_memory_of_the_loss():
 
 
 def test_memory_of_the_cached_step_is_the_mini_batches():
-    def growth(loss, **options):  # bytes a further row of the batch costs
-        small, large = (peak_step_bytes(loss, rows, **options) for rows in (1024, 4096))
-        return (large - small) / (4096 - 1024)
-
-    assert growth("CachedSigLipLoss", mini_batch_size=32) < growth("SigLipLoss") / 20
-    few, many = (peak_step_bytes("CachedSigLipLoss", 1024, mini_batch_size=n) for n in (16, 256))
-    assert many > 3 * few
+    cached, plain = (
+        [peak_step_bytes(loss, rows, **options) for rows in (256, 1024)]
+        for loss, options in (("CachedSigLipLoss", {"mini_batch_size": 16}), ("SigLipLoss", {}))
+    )
+    assert cached[1] - cached[0] < (plain[1] - plain[0]) / 20  # of four times as many rows
+    assert peak_step_bytes("CachedSigLipLoss", 1024, mini_batch_size=128) > 2 * cached[1]
 
 
 @pytest.mark.parametrize(
