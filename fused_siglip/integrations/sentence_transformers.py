@@ -1,9 +1,10 @@
 """sentence-transformers: ``SigLipLoss(model)`` and its cached (GradCache) form.
 
 Scale and bias belong to the model, not to the loss: the trainer wraps only the model in DDP, clips,
-zeroes and saves only what is the model's. The model's forward pass hands them out with the
-embeddings, since DDP counts as used what its outputs lead to. The class is exchanged for one that
-knows them (:class:`_WithScaleAndBias`); a saved model needs neither it nor this package.
+zeroes and saves only what is the model's. The last column's forward pass hands out all that the
+loss depends on, since DDP takes for used what the outputs of its last forward pass lead to. The
+model's class is exchanged for one that does this (:class:`_WithScaleAndBias`); a saved model needs
+neither it nor this package.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ SCALE_AND_BIAS_FILE = "siglip_loss.json"
 # The model's parameter (2,): t' and b. "bias" in its name is what keeps the trainer's weight decay
 # away, and one parameter is one entry less to forget.
 _PARAMETER = "logit_scale_and_bias"
-# What a loss writes into the features to get [t, b]: beside the embeddings under the parameter's
-# name, or packed behind them, as one vector.
-_REQUEST = "request_logit_scale_and_bias"
-_BESIDE, _PACKED = "beside", "packed"
+# What a loss writes into the last column's features: the embeddings of the other columns, to get
+# them back with [t, b] under the parameter's name; or _PACKED, to get [t, b] behind the embeddings,
+# all as one vector.
+_REQUEST = "siglip_request"
+_PACKED = "packed"
+_OTHERS = "other_sentence_embeddings"
 
 
 class SigLipLoss(nn.Module):
@@ -105,15 +108,16 @@ class SigLipLoss(nn.Module):
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
     ) -> Tensor:  # ()
         columns = _at_least_two(sentence_features)
-        columns[-1][_REQUEST] = _BESIDE
+        *others, last = columns
+        embeddings = [self.model(features)["sentence_embedding"] for features in others]
+        last[_REQUEST] = embeddings
         try:
-            outputs = [self.model(features) for features in columns]
+            output = self.model(last)
         finally:
-            columns[-1].pop(_REQUEST, None)
-        if _PARAMETER not in outputs[-1]:
+            last.pop(_REQUEST, None)
+        if _PARAMETER not in output:
             raise _made_too_late()
-        embeddings = [output["sentence_embedding"] for output in outputs]
-        return self._loss(embeddings, *outputs[-1][_PARAMETER])
+        return self._loss([*embeddings, output["sentence_embedding"]], *output[_PARAMETER])
 
     def _loss(self, columns: list[Tensor], logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
         """Loss of the embeddings of all columns, each (B, D) and not normalised."""
@@ -267,12 +271,12 @@ class _WithScaleAndBias:
             return output
         logit_scale, logit_bias = getattr(self, _PARAMETER)
         values = torch.stack([logit_scale.exp(), logit_bias])
-        if request == _BESIDE:
-            output[_PARAMETER] = values
-        else:  # at least float32, which the values need
+        if request == _PACKED:  # in float32 at least, which the values need
             embedding = output["sentence_embedding"]
             wide = embedding.to(torch.promote_types(embedding.dtype, values.dtype))
             output["sentence_embedding"] = torch.cat([wide.flatten(), values.to(wide.dtype)])
+        else:
+            output.update({_PARAMETER: values, _OTHERS: request})
         return output
 
     @property

@@ -26,6 +26,7 @@ except ImportError:
     pass
 
 from datasets import Dataset
+from PIL import Image
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -33,7 +34,16 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
+    TrainerCallback,
+)
 
 from benchmarks.memory import peak_bytes
 from fused_siglip.integrations.sentence_transformers import CachedSigLipLoss, SigLipLoss
@@ -81,6 +91,36 @@ def tiny_model(dropout: float = 0.0, width: int = 32) -> SentenceTransformer:
     return SentenceTransformer(modules=[transformer, Pooling(width)], device="cpu")
 
 
+def tiny_towers() -> SentenceTransformer:
+    """A SigLIP model of two small towers, for columns of images and of texts."""
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text = {"vocab_size": WORDS + 5, "max_position_embeddings": 16, "projection_size": 32}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    config = SiglipConfig(
+        text_config=tower | text | tokens,
+        vision_config=tower | {"image_size": 32, "patch_size": 16},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tiny_model().tokenizer
+        tokenizer.model_max_length = 16
+        images = SiglipImageProcessor(size={"height": 32, "width": 32})
+        SiglipProcessor(images, tokenizer).save_pretrained(folder)
+        torch.manual_seed(0)
+        SiglipModel(config).save_pretrained(folder)
+        return SentenceTransformer(folder, device="cpu")
+
+
+def images(count: int) -> list[Image.Image]:
+    draw = torch.Generator().manual_seed(2)
+    pixels = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=draw)
+    return [Image.fromarray(image.numpy()) for image in pixels]
+
+
 def sentences(count: int, columns: int = 2) -> dict[str, list[str]]:
     """Rows of sentences of 2 to 5 words; those of a row share their first word."""
     draw = torch.Generator().manual_seed(1)
@@ -101,6 +141,13 @@ def features(model: SentenceTransformer, count: int, columns: int = 2) -> list[d
 def part(column: dict, begin: int, end: int, length: int | None = None) -> dict:
     """Rows begin to end of a column's features, cut off after ``length`` tokens."""
     return {k: v[begin:end, :length] if isinstance(v, Tensor) else v for k, v in column.items()}
+
+
+class ZeroGradients(TrainerCallback):
+    """For the eager loss's own parameters, which the library's trainer forgets before 6.2."""
+
+    def on_step_end(self, args, state, control, optimizer, **kwargs):
+        optimizer.zero_grad()
 
 
 def trainer(
@@ -127,6 +174,7 @@ def trainer(
         eval_dataset=eval_dataset,
         loss=loss,
         model_init=model_init,
+        callbacks=[ZeroGradients()] if isinstance(loss, EagerSigLipLoss) else None,
     )
 
 

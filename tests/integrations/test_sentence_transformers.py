@@ -8,21 +8,25 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from launch import launch, returned
+from packaging.version import Version
 from sentence_models import (
     HERE,
     EagerSigLipLoss,
     features,
+    images,
     part,
     peak_extra_bytes,
     peak_step_bytes,
     sentences,
     tiny_model,
+    tiny_towers,
     trainer,
 )
 from sentence_transformers import SentenceTransformer
@@ -40,6 +44,9 @@ from helpers import UNIT_ROUNDOFF, error
 
 KINDS = {"plain": SigLipLoss, "cached": lambda m, **o: CachedSigLipLoss(m, mini_batch_size=5, **o)}
 both = pytest.mark.parametrize("kind", list(KINDS))
+
+# of float64; before 6.2 the library multiplies cached gradients in float32
+ROUNDING = 1e-12 if Version(version("sentence-transformers")) >= Version("6.2") else 1e-5
 
 torch.set_num_threads(1)
 
@@ -148,11 +155,11 @@ def test_cached_accumulates_as_one_uncached_step():
         (loss(half, None) / 2).backward()
     (sum(eager([dict(c) for c in half]) for half in halves) / 2).backward()
     own = torch.stack([eager.logit_scale.grad, eager.logit_bias.grad])
-    assert error(model.logit_scale_and_bias.grad, own) < 1e-12
+    assert error(model.logit_scale_and_bias.grad, own) < ROUNDING
     largest = max(p.grad.abs().max() for p in eager_model.parameters() if p.grad is not None)
     for name, p in eager_model.named_parameters():
         if p.grad is not None:
-            assert (model.get_parameter(name).grad - p.grad).abs().max() < 1e-12 * largest
+            assert (model.get_parameter(name).grad - p.grad).abs().max() < ROUNDING * largest
 
 
 @pytest.mark.parametrize("options", [{"mini_batch_size": 5}, {"mini_batch_num_tokens": 16}])
@@ -162,7 +169,7 @@ def test_cached_equals_plain(options, columns):
     plain, cached = SigLipLoss(model).double(), CachedSigLipLoss(other, **options).double()
     expected = gradients(plain, features(model, 13, columns))
     for a, e in zip(gradients(cached, features(model, 13, columns)), expected, strict=True):
-        assert error(a, e) < 1e-12
+        assert error(a, e) < ROUNDING
 
 
 def test_cached_draws_the_same_dropout_again():
@@ -196,7 +203,7 @@ def test_cached_draws_the_same_dropout_again():
         torch.stack([eager.logit_scale.grad, eager.logit_bias.grad]),
     ]
     for a, e in zip(cached, expected, strict=True):
-        assert error(a, e) < 1e-12
+        assert error(a, e) < ROUNDING
 
 
 @both
@@ -212,7 +219,20 @@ def test_further_columns_are_negatives_of_every_anchor(kind):
         sign = -torch.ones_like(z)
         sign[:, :6] += 2 * torch.eye(6)
         expected = -nn.functional.logsigmoid(sign * z).sum() / 6
-    assert error(loss(columns, None).detach(), expected) < 1e-12
+    assert error(loss(columns, None).detach(), expected) < ROUNDING
+
+
+@both
+def test_images_and_texts(kind):
+    model, other = tiny_towers(), tiny_towers()
+    loss, eager = KINDS[kind](model).double(), EagerSigLipLoss(other).double()
+    texts = sentences(8)["anchor"]
+    ours, expected = (
+        gradients(each, [m.preprocess(images(8)), m.preprocess(texts)])
+        for each, m in ((loss, model), (eager, other))
+    )
+    for a, e in zip(ours, expected, strict=True):
+        assert error(a, e) < ROUNDING
 
 
 def test_matryoshka():
@@ -223,9 +243,9 @@ def test_matryoshka():
     values = [loss(features(model, 8), None) for loss in (ours, theirs)]
     for value in values:
         value.backward()
-    assert error(values[0].detach(), values[1].detach()) < 1e-12
+    assert error(values[0].detach(), values[1].detach()) < ROUNDING
     own = torch.stack([eager.logit_scale.grad, eager.logit_bias.grad])
-    assert error(model.logit_scale_and_bias.grad, own) < 1e-12
+    assert error(model.logit_scale_and_bias.grad, own) < ROUNDING
 
     cached = MatryoshkaLoss(model, CachedSigLipLoss(model), [32, 8])
     with pytest.raises(ValueError, match="inside MatryoshkaLoss: expected SigLipLoss"):
@@ -366,14 +386,20 @@ def _ddp(rank, world_size, folder, cases):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # of a group that exists
+    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate would set more
     return [_ddp_run(folder, *case) for case in cases]
 
 
-def _ddp_run(folder, kind, gather, mixed, options):
-    model = SentenceTransformer(str(folder / "model"), device="cpu")
+def _ddp_run(folder, kind, gather, data, options):
+    model = SentenceTransformer(
+        str(folder / ("towers" if data == "images" else "model")), device="cpu"
+    )
     loss = KINDS[kind](model, gather_across_devices=gather).double()
     dataset, losses = None, loss
-    if mixed:  # a batch of the one on rank 0, of the other on rank 1
+    if data == "images":
+        columns = {"image": images(64), "text": sentences(64)["anchor"]}
+        dataset = Dataset.from_dict(columns)
+    elif data == "mixed":  # a batch of the one on rank 0, of the other on rank 1
         scored = {"a": ["w1", "w2"] * 48, "b": ["w3", "w2"] * 48, "score": [0.1, 0.9] * 48}
         dataset = DatasetDict(
             first=Dataset.from_dict(sentences(96)), second=Dataset.from_dict(scored)
@@ -388,12 +414,18 @@ def _ddp_run(folder, kind, gather, mixed, options):
 HALF = {"per_device_train_batch_size": 8}
 DDP_CASES = {
     **{
-        f"{kind}, accumulated {n}": (kind, True, False, {**HALF, "gradient_accumulation_steps": n})
+        f"{kind}, accumulated {n}": (
+            kind,
+            True,
+            "texts",
+            {**HALF, "gradient_accumulation_steps": n},
+        )
         for kind in KINDS
         for n in (1, 2)
     },
-    **{f"{kind}, local": (kind, False, False, {}) for kind in KINDS},
-    "mixed": ("plain", False, True, {"multi_dataset_batch_sampler": "round_robin"}),
+    **{f"{kind}, local": (kind, False, "texts", {}) for kind in KINDS},
+    **{f"{kind}, images": (kind, True, "images", {}) for kind in KINDS},
+    "mixed": ("plain", False, "mixed", {"multi_dataset_batch_sampler": "round_robin"}),
 }
 
 
@@ -402,6 +434,7 @@ def ddp(tmp_path_factory):
     """{case: its results on both ranks}, of two processes that run them one after the other."""
     folder = tmp_path_factory.mktemp("ddp")
     tiny_model().save_pretrained(str(folder / "model"))
+    tiny_towers().save_pretrained(str(folder / "towers"))
     ranks = returned(launch(_ddp, 2, folder, list(DDP_CASES.values()), limit=500))
     return dict(zip(DDP_CASES, zip(*ranks, strict=True), strict=True))
 
@@ -422,8 +455,8 @@ def test_two_processes_equal_one(tmp_path, ddp, kind, accumulate):
     loss = SigLipLoss(model).double()
     run = trainer(tmp_path, model, loss, steps=4, gradient_accumulation_steps=accumulate)
     run.train()
-    assert error(ours[0], weights(model)) < 1e-11
-    assert error(ours[1], scale_and_bias(loss)) < 1e-11
+    assert error(ours[0], weights(model)) < 10 * ROUNDING
+    assert error(ours[1], scale_and_bias(loss)) < 10 * ROUNDING
 
 
 def test_memory_of_the_loss():
