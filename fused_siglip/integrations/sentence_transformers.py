@@ -73,7 +73,8 @@ class SigLipLoss(nn.Module):
     Raises:
         TypeError, ValueError: bad arguments; in ``forward``, fewer than two columns.
 
-    ``forward(sentence_features, labels)`` returns the loss, a float32 scalar.
+    ``forward(sentence_features, labels)`` returns the loss: a float32 scalar (float64 for a float64
+    model).
     """
 
     def __init__(
@@ -99,16 +100,15 @@ class SigLipLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # the trainer puts in other models: fresh ones of model_init, and wrapped ones
-        fresh = isinstance(value, SentenceTransformer) and not isinstance(value, _WithScaleAndBias)
-        if name == "model" and fresh:
+        unwrapped = name == "model" and isinstance(value, SentenceTransformer)
+        if unwrapped and not hasattr(value, _PARAMETER):
             _give_scale_and_bias(value, self.init_logit_scale, self.init_logit_bias)
         super().__setattr__(name, value)
 
     def forward(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
     ) -> Tensor:  # ()
-        columns = _at_least_two(sentence_features)
-        *others, last = columns
+        *others, last = _at_least_two(sentence_features)
         embeddings = [self.model(features)["sentence_embedding"] for features in others]
         last[_REQUEST] = embeddings
         try:
@@ -117,7 +117,9 @@ class SigLipLoss(nn.Module):
             last.pop(_REQUEST, None)
         if _PARAMETER not in output:
             raise _made_too_late()
-        return self._loss([*embeddings, output["sentence_embedding"]], *output[_PARAMETER])
+        logit_scale, logit_bias = output[_PARAMETER][:2]  # DataParallel strings copies together
+        embeddings = [*embeddings, output["sentence_embedding"]]
+        return self._loss(embeddings, logit_scale, logit_bias)
 
     def _loss(self, columns: list[Tensor], logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
         """Loss of the embeddings of all columns, each (B, D) and not normalised."""
@@ -129,6 +131,10 @@ class SigLipLoss(nn.Module):
             rank, world_size = dist.get_rank(), dist.get_world_size()
             options["group"] = dist.group.WORLD
         if len(columns) > 2:
+            if len(columns[1]) != len(anchors):
+                raise ValueError(
+                    f"{len(anchors)} anchors have {len(columns[1])} positives: expected one each"
+                )
             texts = torch.cat(columns[1:])
             # unique in the global batch: text i is anchor i's positive, those beyond are nobody's
             ids = torch.arange(len(texts), device=texts.device) * world_size + rank
@@ -172,8 +178,8 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
 
     Raises:
         TypeError, ValueError: as :class:`SigLipLoss`; sizes below 1; a model of static embeddings,
-            whose inputs cannot be split; in ``forward``, inside MatryoshkaLoss (which SigLipLoss
-            works with).
+            whose inputs cannot be split; in ``forward``, inside MatryoshkaLoss or under
+            DataParallel (SigLipLoss works with both).
     """
 
     def __init__(
@@ -209,6 +215,11 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
             raise ValueError(
                 "CachedSigLipLoss inside MatryoshkaLoss: expected SigLipLoss there, or the cached "
                 "loss on its own"
+            )
+        if isinstance(self.model, nn.DataParallel):
+            raise ValueError(
+                "CachedSigLipLoss under DataParallel: expected one process a device (torchrun, "
+                "DistributedDataParallel), or SigLipLoss"
             )
         columns = _at_least_two(sentence_features)
         columns[-1] = {**columns[-1], _REQUEST: _PACKED}
