@@ -5,9 +5,10 @@ TRITON ?= triton==3.6.0
 OPEN_CLIP = open_clip_torch==3.3.0
 STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 accelerate==1.15.0
 VENV = .venv
+MINUTES = 5
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-integrations test-newest-triton bench lint clean
+.PHONY: demo test fuzz test-integrations test-newest-triton bench lint clean
 
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
@@ -15,6 +16,10 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(RUN) -m pytest
 	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
+
+# The laws of the loss on random calls, until a miss.
+fuzz: $(VENV)/ready
+	PYTHONPATH=tests $(RUN) -m fuzz --minutes $(MINUTES)
 
 # The training stacks themselves, each with a tiny model.
 test-integrations: VENV = .venv-integrations
