@@ -50,7 +50,7 @@ def test_stops_at_the_first_miss_which_one_line_runs_again():
     assert command == "PYTHONPATH=tests python -m fuzz --seed"
     assert done.stdout.startswith(f"seeds from 0\n{int(seed) + 1} cases in ")
     for arguments, status, words in (
-        (("-c", SABOTAGE, "--seed", seed), 1, "MISS: loss: "),
+        (("-c", SABOTAGE, "--seed", seed), 1, "MISS: "),
         (("-m", "fuzz", "--seed", seed), 0, "no miss"),
     ):
         again = run(*arguments)
