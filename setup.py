@@ -16,7 +16,7 @@ EXTRAS = {
 }
 # What each integration was tried with. Its own file says the same.
 STACKS = {
-    "open_clip": ["open_clip_torch>=3.3,<5"],
+    "open-clip": ["open_clip_torch>=3.0,<5"],
     "transformers": ["transformers>=5.0,<6"],
     "sentence-transformers": ["sentence-transformers>=6.0,<7"],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Collection
 
@@ -176,6 +177,26 @@ def check_world(rank: int, world_size: int, dist_impl: str | None, known: Collec
         raise ValueError(f"world_size is {world_size}: expected at least 1")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}: expected 0 to {world_size - 1} (world_size - 1)")
+
+
+def check_start(
+    init_logit_scale: float, init_logit_bias: float, max_logit_scale: float | None
+) -> None:
+    """Check the constructor of LearnableSigLipLoss."""
+    for name, value in (
+        ("init_logit_scale", init_logit_scale),
+        ("init_logit_bias", init_logit_bias),
+    ):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise TypeError(f"{name} is a {_kind(value)}: expected a number")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: expected a finite number")
+    if max_logit_scale is None:
+        return
+    if not isinstance(max_logit_scale, numbers.Real) or isinstance(max_logit_scale, bool):
+        raise TypeError(f"max_logit_scale is a {_kind(max_logit_scale)}: expected a number or None")
+    if not max_logit_scale > 0:
+        raise ValueError(f"max_logit_scale is {max_logit_scale}: expected more than 0")
 
 
 def check_membership(

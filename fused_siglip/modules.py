@@ -1,7 +1,10 @@
-"""open_clip's loss class over the fused loss."""
+"""The loss as a module: open_clip's class, and one that owns its scale and bias."""
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -66,3 +69,75 @@ class SigLipLoss(nn.Module):
             options = {"group": group, "dist_impl": self.dist_impl}
         loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **options)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class LearnableSigLipLoss(nn.Module):
+    """The loss with its own learnable scale and bias, for a loop that has neither.
+
+    The parameters are those of the paper (arXiv 2303.15343, section 3.1): ``logit_scale`` holds the
+    logarithm t' of the factor t = exp(t'), starting at log 10, and ``logit_bias`` b, starting at
+    -10. Train them with the towers. open_clip and big_vision decay neither:
+    :meth:`no_weight_decay` names them for the optimizer's groups. Under DDP put this module inside
+    the wrapped model, so that the ranks keep them equal.
+
+    Args:
+        init_logit_scale: t' to start from.
+        init_logit_bias: b to start from.
+        max_logit_scale: upper bound of the factor t (not of t'), such as the 100 of CLIP; beyond
+            it the loss uses the bound, and t' gets no gradient. None: no bound, as in the paper.
+        group, dist_impl, workspace_bytes, backend: as in :func:`fused_siglip.siglip_loss`.
+
+    Raises:
+        ValueError: a start that is not finite, a bound that is not above 0.
+    """
+
+    def __init__(
+        self,
+        init_logit_scale: float = math.log(10),
+        init_logit_bias: float = -10.0,
+        *,
+        max_logit_scale: float | None = None,
+        group: dist.ProcessGroup | None = None,
+        dist_impl: str | None = None,
+        workspace_bytes: int | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        _checks.check_start(init_logit_scale, init_logit_bias, max_logit_scale)
+        self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(float(init_logit_bias)))
+        self.max_logit_scale = max_logit_scale
+        self.options = {
+            "group": group,
+            "dist_impl": dist_impl,
+            "workspace_bytes": workspace_bytes,
+            "backend": backend,
+        }
+
+    def forward(
+        self,
+        image_features: Tensor,  # (M, D)
+        text_features: Tensor,  # (N, D)
+        *,
+        image_ids: Tensor | None = None,  # (M,)
+        text_ids: Tensor | None = None,  # (N,)
+    ) -> Tensor:  # ()
+        """The loss of L2-normalised features; ids as in :func:`fused_siglip.siglip_loss`."""
+        return siglip_loss(
+            image_features,
+            text_features,
+            self.factor(),
+            self.logit_bias,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            **self.options,
+        )
+
+    def factor(self) -> Tensor:  # ()
+        """t = exp(t'), at most ``max_logit_scale``: what multiplies the similarities."""
+        factor = self.logit_scale.exp()
+        return factor if self.max_logit_scale is None else factor.clamp(max=self.max_logit_scale)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay should leave alone (timm's convention)."""
+        return {"logit_scale", "logit_bias"}
