@@ -8,7 +8,7 @@ VENV = .venv
 MINUTES = 5
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test fuzz test-integrations test-newest-triton bench lint clean
+.PHONY: demo test fuzz mutations test-integrations test-newest-triton bench lint clean
 
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
@@ -20,6 +20,10 @@ test: $(VENV)/ready
 # The laws of the loss on random calls, until a miss.
 fuzz: $(VENV)/ready
 	PYTHONPATH=tests $(RUN) -m fuzz --minutes $(MINUTES)
+
+# The package broken on purpose, one line at a time: which test notices.
+mutations: $(VENV)/ready
+	PYTHONPATH=tests $(RUN) -m mutations
 
 # The training stacks themselves, each with a tiny model.
 test-integrations: VENV = .venv-integrations

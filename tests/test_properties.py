@@ -3,6 +3,9 @@
 A short slice of what `make fuzz` runs: docs/trust.md has the long run.
 """
 
+import random
+from dataclasses import replace
+
 import pytest
 from draw import random_case
 from hypothesis import HealthCheck, given, settings, strategies
@@ -28,3 +31,12 @@ def test_law(backend, law):
             assert share <= 1, f"{what}: {share:.2f} times what rounding may cause"
 
     holds()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_more_tile_rows_than_a_band(backend):
+    """The Triton kernel walks tiles in bands of 8 tile rows: here the second band is cut off."""
+    case = random_case(random.Random(0), (backend,))
+    case = replace(case, m=1100, n=5, d=3, dtype="float32", t=10.0, b=-5.0, features="matched")
+    case = replace(case, ids="repeated", negative_only=False, tiles=100, requires_grad=(True,) * 4)
+    assert all(share <= 1 for share in hold(case, "repeated").values())
