@@ -68,7 +68,7 @@ def _scalar(draw: random.Random, usual: tuple[float, ...]) -> float:
 
 
 # In the interpreter a case takes a hundred times as long as in torch.
-BACKENDS = ("torch",) * 19 + ("triton",)
+BACKENDS = ("torch",) * 39 + ("triton",)
 
 
 def random_case(draw: random.Random, backends: tuple[str, ...] = BACKENDS) -> Case:
