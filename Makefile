@@ -6,9 +6,10 @@ OPEN_CLIP = open_clip_torch==3.3.0
 STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 accelerate==1.15.0
 VENV = .venv
 MINUTES = 5
+STEPS = 10000
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test fuzz mutations test-integrations test-newest-triton bench lint clean
+.PHONY: demo test fuzz mutations longrun test-integrations test-newest-triton bench lint clean
 
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
@@ -24,6 +25,10 @@ fuzz: $(VENV)/ready
 # The package broken on purpose, one line at a time: which test notices.
 mutations: $(VENV)/ready
 	PYTHONPATH=tests $(RUN) -m mutations
+
+# Steps of changing batch size: neither memory nor errors nor compiled graphs grow.
+longrun: $(VENV)/ready
+	PYTHONPATH=tests $(RUN) -m longrun --steps $(STEPS)
 
 # The training stacks themselves, each with a tiny model.
 test-integrations: VENV = .venv-integrations

@@ -130,7 +130,8 @@ def check_pairing(
         ("text_ids", text_ids, text_features),
     ):
         rows = features.shape[0]
-        _check_tensor(name, ids, f"an integer tensor of shape ({rows},)")
+        # no number of rows in words that are made ahead: torch.compile would take it for a constant
+        _check_tensor(name, ids, "an integer tensor of shape (batch,)")
         if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
             raise TypeError(f"{name} has dtype {ids.dtype}: expected an integer dtype")
         if ids.dtype == torch.uint64:  # its upper half would turn negative, which means padding

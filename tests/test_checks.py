@@ -45,7 +45,7 @@ BAD_CALLS = [
     ("ids of rank 2", {"image_ids": IDS[:, None], "text_ids": IDS}, ValueError, "image_ids has shape (4, 1): expected (4,)"),
     ("float ids", {"image_ids": IDS, "text_ids": IDS.float()}, TypeError, "text_ids has dtype torch.float32: expected an integer dtype"),
     ("bool ids", {"image_ids": IDS > 1, "text_ids": IDS}, TypeError, "image_ids has dtype torch.bool: expected an integer dtype"),
-    ("list ids", {"image_ids": [0, 1, 2, 3], "text_ids": IDS}, TypeError, "image_ids is a list: expected an integer tensor of shape (4,)"),
+    ("list ids", {"image_ids": [0, 1, 2, 3], "text_ids": IDS}, TypeError, "image_ids is a list: expected an integer tensor of shape (batch,)"),
     ("negative_only = 1", {"negative_only": 1}, TypeError, "negative_only is a int: expected a bool"),
     ("unknown reduction", {"reduction": "none"}, ValueError, "reduction is 'none': expected 'mean' or 'sum'"),
     ("unknown backend", {"backend": "cuda"}, ValueError, "backend is 'cuda': expected None, 'torch' or 'triton'"),
