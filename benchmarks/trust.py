@@ -96,13 +96,20 @@ def _units(value: float) -> str:
 def mutations(found: Results) -> str:
     rows = select(found.rows, kind="mutation")
     caught = sum(row["caught_by"] is not None for row in rows)
-    lines = ([r["what"], f"`{r['file']}`", f"`{r['caught_by'] or 'none'}`"] for r in rows)
+    lines = ([r["what"], f"`{r['file']}`", f"`{r['caught_by'] or 'none'}`", _said(r)] for r in rows)
     return "\n\n".join(
         [
             f"{caught} of {len(rows)} are caught. {found.source('../')}",
-            table(["mutation", "file", "caught by"], lines, left=3),
+            table(["mutation", "file", "caught by", "which said"], lines, left=4),
         ]
     )
+
+
+def _said(row: dict) -> str:
+    """The first words of a failure, fit for a cell."""
+    said = (row["said"] or "-").removeprefix("AssertionError: ").replace("|", "/")
+    said = said if len(said) <= 80 else said[:77] + "..."
+    return f"`{said}`"
 
 
 def longrun(found: Results) -> str:

@@ -140,6 +140,7 @@ def _run_pytest(root: str, arguments: list[str], interpret: bool, output: str) -
     sys.dont_write_bytecode = True  # .pyc files cannot tell edits within a second apart
     os.environ |= {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
     os.environ["TRITON_INTERPRET"] = str(int(interpret))
+    os.environ["COLUMNS"] = "250"  # pytest cuts what a test said to the width of the terminal
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -157,8 +158,8 @@ def _run_pytest(root: str, arguments: list[str], interpret: bool, output: str) -
     sys.exit(pytest.main(["-x", *quiet, *arguments]))
 
 
-def first_failure(root: Path, group: str, arguments: list[str]) -> str | None:
-    """The first of these tests that fails in ``root``, or None."""
+def first_failure(root: Path, group: str, arguments: list[str]) -> tuple[str, str] | None:
+    """The first of these tests that fails in ``root`` and what it says, or None."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "hypothesis", "pytest"])
     output = root.parent / "output"
@@ -168,9 +169,9 @@ def first_failure(root: Path, group: str, arguments: list[str]) -> str | None:
     process.start()
     process.join()
     said = output.read_text()
-    found = re.search(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - |$)", said, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - (.*))?$", said, re.MULTILINE)
     if process.exitcode == pytest.ExitCode.TESTS_FAILED and found:
-        return found[1]
+        return found[1], found[2] or ""
     if process.exitcode != pytest.ExitCode.OK:
         raise RuntimeError(f"pytest ended with {process.exitcode}:\n{said[-2000:]}")
     return None
@@ -187,17 +188,18 @@ def run(mutations: Sequence[Mutation]) -> Iterator[dict]:
             failed = first_failure(root, mutation.tests, QUICK[mutation.tests])
             (root / mutation.file).write_text(text)
             if failed:
-                caught.setdefault(mutation.tests, set()).add(failed)
+                caught.setdefault(mutation.tests, set()).add(failed[0])
             yield {
                 "kind": "mutation",
                 **mutation._asdict(),
-                "caught_by": failed and failed.removeprefix("tests/"),
+                "caught_by": failed and failed[0].removeprefix("tests/"),
+                "said": failed and failed[1],
                 "seconds": time.monotonic() - start,
             }
         for group, tests in caught.items():
             failed = first_failure(root, group, sorted(tests))
             if failed:
-                raise RuntimeError(f"{failed} fails without a mutation")
+                raise RuntimeError(f"{failed[0]} fails without a mutation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
