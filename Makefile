@@ -9,7 +9,7 @@ MINUTES = 5
 STEPS = 10000
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test fuzz mutations longrun test-integrations test-newest-triton bench lint clean
+.PHONY: demo test fuzz mutations longrun coverage test-integrations test-newest-triton bench lint clean
 
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
@@ -29,6 +29,13 @@ mutations: $(VENV)/ready
 # Steps of changing batch size: neither memory nor errors nor compiled graphs grow.
 longrun: $(VENV)/ready
 	PYTHONPATH=tests $(RUN) -m longrun --steps $(STEPS)
+
+# Of fused_siglip/ and the torch backend, also in the processes that tests start.
+coverage: $(VENV)/ready
+	$(VENV)/bin/coverage erase
+	$(VENV)/bin/coverage run -m pytest
+	$(VENV)/bin/coverage combine --quiet
+	$(VENV)/bin/coverage report --fail-under=95
 
 # The training stacks themselves, each with a tiny model.
 test-integrations: VENV = .venv-integrations
@@ -56,10 +63,10 @@ clean:
 
 # torch first and pinned: any other package would bring its own choice. open_clip without its
 # dependencies: the tests load its loss, which needs torch alone.
-$(VENV)/ready: setup.py Makefile
+$(VENV)/ready: setup.py Makefile constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TRITON) -e .[dev]
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(TRITON) -e .[dev]
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OPEN_CLIP)
 	touch $@
 
