@@ -8,8 +8,9 @@ VENV = .venv
 MINUTES = 5
 STEPS = 10000
 RUN = $(VENV)/bin/python
+CORE = $(foreach part,loss autograd checks engine properties distributed long_runs modules,tests/test_$(part).py)
 
-.PHONY: demo test fuzz mutations longrun coverage test-integrations test-newest-triton bench lint clean
+.PHONY: demo test fuzz mutations longrun coverage test-integrations test-newest-triton test-oldest test-newest bench lint clean
 
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
@@ -51,6 +52,19 @@ test-newest-triton:
 	$(RUN) -m pytest tests/test_triton_compiled.py
 	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
 
+# The ends of what setup.py allows. Both are CUDA builds: gigabytes, minutes to install.
+test-oldest: TORCH = torch==2.10.0
+test-oldest: TRITON = triton==3.6.0
+test-oldest: VENV = .venv-oldest
+test-newest: TORCH = torch
+test-newest: TRITON = triton
+test-newest: VENV = .venv-newest-torch
+test-oldest test-newest:
+	$(MAKE) VENV=$(VENV) TORCH=$(TORCH) TRITON=$(TRITON) $(VENV)/ready
+	$(RUN) -m fused_siglip
+	$(RUN) -m pytest $(CORE)
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(CORE) -k triton
+
 bench: $(VENV)/ready
 	$(RUN) -m benchmarks.bench_loss
 
@@ -59,7 +73,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-integrations .venv-newest build dist *.egg-info
+	rm -rf .venv .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info
 
 # torch first and pinned: any other package would bring its own choice. open_clip without its
 # dependencies: the tests load its loss, which needs torch alone.
