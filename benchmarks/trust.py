@@ -36,10 +36,10 @@ LAWS = {
 }
 OUTPUTS = {
     "loss": "loss",
-    "image_grad": "image",
-    "text_grad": "text",
-    "scale_grad": "t",
-    "bias_grad": "b",
+    "image_grad": "dX (images)",
+    "text_grad": "dY (texts)",
+    "scale_grad": "dt",
+    "bias_grad": "db",
 }
 
 
@@ -70,26 +70,30 @@ def fuzz(found: Results) -> str:
 
 
 def budget(found: Results) -> str:
-    parts = [found.source("../")]
+    names = list(dict.fromkeys(row["loss"] for row in found.rows))
+    order = " / ".join(label(name).replace("*", "") for name in names)
+    parts = [f"In each cell: {order}. {found.source('../')}"]
     for dtype in dict.fromkeys(row["dtype"] for row in found.rows):
         here = select(found.rows, dtype=dtype)
-        names = list(dict.fromkeys(row["loss"] for row in here))
         u = UNIT_ROUNDOFF[getattr(torch, dtype)]
-        header = ["t", "B", "D"]
-        header += [f"{of}, {label(n).replace('*', '')}" for of in OUTPUTS.values() for n in names]
         lines = []
         for t, size, dim in dict.fromkeys((r["t"], r["batch_size"], r["dim"]) for r in here):
-            errors = {r["loss"]: r["errors"]
-                      for r in select(here, t=t, batch_size=size, dim=dim)}  # fmt: skip
-            cells = [_units(errors[name][output] / u) for output in OUTPUTS for name in names]
+            errors = [row["errors"] for name in names
+                      for row in select(here, loss=name, t=t, batch_size=size, dim=dim)]  # fmt: skip
+            cells = [" / ".join(_units(e[output] / u) for e in errors) for output in OUTPUTS]
             lines.append([f"{t:g}", str(size), str(dim), *cells])
-        parts += [f"### {dtype}, u = 2^{math.log2(u):.0f}", table(header, lines, left=0)]
+        parts += [
+            f"### {dtype}, u = 2^{math.log2(u):.0f}",
+            table(["t", "B", "D", *OUTPUTS.values()], lines, left=0),
+        ]
     return "\n\n".join(parts)
 
 
 def _units(value: float) -> str:
     if not math.isfinite(value):
         return "overflow"
+    if value < 0.01:
+        return "<0.01"
     return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
 
 
