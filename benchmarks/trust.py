@@ -78,8 +78,8 @@ def budget(found: Results) -> str:
         u = UNIT_ROUNDOFF[getattr(torch, dtype)]
         lines = []
         for t, size, dim in dict.fromkeys((r["t"], r["batch_size"], r["dim"]) for r in here):
-            errors = [row["errors"] for name in names
-                      for row in select(here, loss=name, t=t, batch_size=size, dim=dim)]  # fmt: skip
+            at = {"t": t, "batch_size": size, "dim": dim}
+            errors = [r["errors"] for name in names for r in select(here, loss=name, **at)]
             cells = [" / ".join(_units(e[output] / u) for e in errors) for output in OUTPUTS]
             lines.append([f"{t:g}", str(size), str(dim), *cells])
         parts += [
