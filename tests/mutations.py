@@ -28,6 +28,7 @@ QUICK = {
               "-k", "torch or not triton"],
     "triton": ["tests/test_properties.py", "tests/test_loss.py", "tests/test_triton_panel.py",
                "-k", "triton"],
+    "panel": ["tests/test_triton_panel.py"],
     "distributed": ["tests/test_distributed.py", "-k", "test_every_split and (2 or 3)"],
 }  # fmt: skip
 
@@ -64,7 +65,7 @@ MUTATIONS = (
     Mutation("negative_only forgotten with ids", "torch", FUNCTIONAL, "torch.where(text_ids < 0, -1, 1)", "torch.where(text_ids < 0, -1, 0)"),
     Mutation("padded texts take part", "triton", TRITON, "(image_ids >= 0)[:, None] & (text_ids >= 0)[None, :]", "(image_ids >= 0)[:, None] & (text_ids >= -1)[None, :]"),
     Mutation("id 0 is padding", "triton", TRITON, "valid = (image_ids >= 0)[:, None]", "valid = (image_ids > 0)[:, None]"),
-    Mutation("NaN in padding reaches the sum of g*s", "triton", TRITON, "s = tl.where(valid, s, 0.0)  # a padded row may hold NaN", "s = s"),
+    Mutation("NaN in padding reaches the sum of g*s", "panel", TRITON, "s = tl.where(valid, s, 0.0)  # a padded row may hold NaN", "s = s"),
     # off by one
     Mutation("last row of a panel left out", "torch", ENGINE, "min(i + plan.rows, m)", "min(i + plan.rows, m - 1)"),
     Mutation("last column of a panel left out", "torch", ENGINE, "min(j + plan.cols, n)", "min(j + plan.cols - 1, n)"),
@@ -164,7 +165,7 @@ def first_failure(root: Path, group: str, arguments: list[str]) -> tuple[str, st
     context.set_forkserver_preload(["torch", "hypothesis", "pytest"])
     output = root.parent / "output"
     process = context.Process(
-        target=_run_pytest, args=(str(root), arguments, group == "triton", str(output))
+        target=_run_pytest, args=(str(root), arguments, group in ("triton", "panel"), str(output))
     )
     process.start()
     process.join()
@@ -205,18 +206,19 @@ def run(mutations: Sequence[Mutation]) -> Iterator[dict]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mutations", description=__doc__)
     parser.add_argument("--only", default="", help="mutations whose description holds this")
+    parser.add_argument("--tests", nargs="+", choices=QUICK, default=list(QUICK), help="groups")
     parser.add_argument("--output", type=Path, help="write a results file")
     args = parser.parse_args(arguments)
     # only here: the processes that run the tests must not have the package already
     from benchmarks.harness import environment, write_results
 
-    chosen = [m for m in MUTATIONS if args.only in m.what]
+    chosen = [m for m in MUTATIONS if args.only in m.what and m.tests in args.tests]
     found, rows = environment(), []
     for row in run(chosen):
         rows.append(row)
         print(f"{row['what']} ({row['tests']}): {row['caught_by'] or 'CAUGHT BY NONE'}", flush=True)
-    if args.output is not None:
-        write_results("mutations", found, rows, args.output)
+        if args.output is not None:
+            write_results("mutations", found, rows, args.output)
     missed = [row["what"] for row in rows if row["caught_by"] is None]
     print(f"\n{len(rows) - len(missed)} of {len(rows)} caught")
     for what in missed:
