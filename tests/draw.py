@@ -151,7 +151,7 @@ def _ids_of(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
         low = {"repeated": 0, "padded": -max(high // 3, 1), "only padding": -3}[case.ids]
         high = 0 if case.ids == "only padding" else high
         ids = {name: torch.randint(low, high, (rows,), generator=generator) for name, rows in sides}
-    # int64 in earnest: ids whose lower 32 bits are equal are not
+    # some beyond 32 bits
     return {
         name: torch.where(i % 2 == 1, i + 2**40, i).where(i >= 0, i).to(DEVICE)
         for name, i in ids.items()
