@@ -9,7 +9,15 @@ VERSION = re.search(
 ).group(1)
 
 EXTRAS = {
-    "test": ["pytest", "pytest-benchmark", "numpy", "build", "setuptools"],
+    "test": [
+        "pytest",
+        "pytest-benchmark",
+        "hypothesis",
+        "coverage",
+        "numpy",
+        "build",
+        "setuptools",
+    ],
     "bench": ["numpy", "tqdm", "matplotlib"],
     "demo": ["numpy", "tqdm", "matplotlib", "scikit-learn"],
     "triton": ["triton>=3.6"],

@@ -78,10 +78,10 @@ def siglip_loss(
     try:
         dtype = _checks.check_features(image_features, text_features)
         device = image_features.device
-        _checks.check_scalar("logit_scale", logit_scale, device)
+        _checks.check_scalar("logit_scale", logit_scale, device, dtype)
         if logit_bias is None:
             logit_bias = 0.0
-        _checks.check_scalar("logit_bias", logit_bias, device)
+        _checks.check_scalar("logit_bias", logit_bias, device, dtype)
         _checks.check_pairing(image_features, text_features, image_ids, text_ids, negative_only)
         backend = _checks.check_options(reduction, workspace_bytes, backend, device.type, dtype)
     except (TypeError, ValueError):
@@ -129,6 +129,7 @@ def siglip_loss(
 def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value
+    value = value if isinstance(value, float) else float(value)
     return torch.full((), value, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import HAS_GPU, INTERPRETED
 
 from fused_siglip.kernels import GRAD_SCALE, Positives
-from helpers import UNIT_ROUNDOFF
+from fused_siglip.rounding import UNIT_ROUNDOFF
 
 triton = pytest.importorskip("triton")
 if not (HAS_GPU or INTERPRETED):
