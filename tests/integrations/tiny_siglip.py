@@ -8,7 +8,7 @@ from torchvision_on_cpu import define_schemas
 
 define_schemas()  # here too: processes that a test launches import this and no conftest
 
-from transformers import (  # noqa: E402
+from transformers import (
     PreTrainedModel,
     Siglip2Config,
     Siglip2Model,
@@ -16,7 +16,7 @@ from transformers import (  # noqa: E402
     SiglipModel,
 )
 
-from helpers import UNIT_ROUNDOFF, error  # noqa: E402
+from helpers import UNIT_ROUNDOFF, error
 
 MODELS = {"siglip": (SiglipModel, SiglipConfig), "siglip2": (Siglip2Model, Siglip2Config)}
 TOKENS, VOCABULARY = 6, 99
