@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 try:
     import torchvision  # noqa: F401
-except (
-    RuntimeError
-):  # a wheel for CUDA beside a torch for the CPU lacks what it registers fakes for
+except RuntimeError:  # its wheel for CUDA asks a torch for the CPU for operators it lacks
     _schemas = torch.library.Library("torchvision", "DEF")
     _schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
