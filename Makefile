@@ -5,9 +5,12 @@ TRITON ?= triton==3.6.0
 OPEN_CLIP = open_clip_torch==3.3.0
 STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 accelerate==1.15.0
 VENV = .venv
+MINUTES = 5
+STEPS = 10000
 RUN = $(VENV)/bin/python
+CORE = $(foreach part,loss autograd checks engine properties distributed long_runs modules,tests/test_$(part).py)
 
-.PHONY: demo test test-integrations test-newest-triton bench lint clean
+.PHONY: demo test fuzz mutations longrun coverage test-integrations test-newest-triton test-oldest test-newest bench lint clean
 
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
@@ -15,6 +18,25 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(RUN) -m pytest
 	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
+
+# The laws of the loss on random calls, until a miss.
+fuzz: $(VENV)/ready
+	PYTHONPATH=tests $(RUN) -m fuzz --minutes $(MINUTES)
+
+# The package broken on purpose, one line at a time: which test notices.
+mutations: $(VENV)/ready
+	PYTHONPATH=tests $(RUN) -m mutations
+
+# Steps of changing batch size: neither memory nor errors nor compiled graphs grow.
+longrun: $(VENV)/ready
+	PYTHONPATH=tests $(RUN) -m longrun --steps $(STEPS)
+
+# Of fused_siglip/ and the torch backend, also in the processes that tests start.
+coverage: $(VENV)/ready
+	$(VENV)/bin/coverage erase
+	$(VENV)/bin/coverage run -m pytest
+	$(VENV)/bin/coverage combine --quiet
+	$(VENV)/bin/coverage report --fail-under=95
 
 # The training stacks themselves, each with a tiny model.
 test-integrations: VENV = .venv-integrations
@@ -30,6 +52,19 @@ test-newest-triton:
 	$(RUN) -m pytest tests/test_triton_compiled.py
 	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
 
+# The ends of what setup.py allows. Both are CUDA builds: gigabytes, minutes to install.
+test-oldest: TORCH = torch==2.10.0
+test-oldest: TRITON = triton==3.6.0
+test-oldest: VENV = .venv-oldest
+test-newest: TORCH = torch
+test-newest: TRITON = triton
+test-newest: VENV = .venv-newest-torch
+test-oldest test-newest:
+	$(MAKE) VENV=$(VENV) TORCH=$(TORCH) TRITON=$(TRITON) $(VENV)/ready
+	$(RUN) -m fused_siglip
+	$(RUN) -m pytest $(CORE)
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(CORE) -k triton
+
 bench: $(VENV)/ready
 	$(RUN) -m benchmarks.bench_loss
 
@@ -38,14 +73,14 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-integrations .venv-newest build dist *.egg-info
+	rm -rf .venv .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info
 
 # torch first and pinned: any other package would bring its own choice. open_clip without its
 # dependencies: the tests load its loss, which needs torch alone.
-$(VENV)/ready: setup.py Makefile
+$(VENV)/ready: setup.py Makefile constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TRITON) -e .[dev]
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(TRITON) -e .[dev]
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OPEN_CLIP)
 	touch $@
 

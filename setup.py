@@ -9,14 +9,22 @@ VERSION = re.search(
 ).group(1)
 
 EXTRAS = {
-    "test": ["pytest", "pytest-benchmark", "numpy", "build", "setuptools"],
+    "test": [
+        "pytest",
+        "pytest-benchmark",
+        "hypothesis",
+        "coverage",
+        "numpy",
+        "build",
+        "setuptools",
+    ],
     "bench": ["numpy", "tqdm", "matplotlib"],
     "demo": ["numpy", "tqdm", "matplotlib", "scikit-learn"],
     "triton": ["triton>=3.6"],
 }
 # What each integration was tried with. Its own file says the same.
 STACKS = {
-    "open_clip": ["open_clip_torch>=3.3,<5"],
+    "open-clip": ["open_clip_torch>=3.0,<5"],
     "transformers": ["transformers>=5.0,<6"],
     "sentence-transformers": ["sentence-transformers>=6.0,<7"],
 }

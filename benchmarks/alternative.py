@@ -6,22 +6,24 @@ fused kernel with wider tiles.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
-from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_siglip import engine, plan
-from fused_siglip.kernels import GRAD_SCALE, Panel, Positives, multiplies_half_into_fp32
-from fused_siglip.kernels import panel_triton as shipped
-from fused_siglip.kernels.configs import PanelConfig
-from fused_siglip.kernels.panel_triton import TritonPanel, _epilogue, _pair_masks, _stored
+from fused_siglip.kernels import BACKENDS, GRAD_SCALE, Panel, Positives, multiplies_half_into_fp32
+from fused_siglip.kernels.configs import TILE, PanelConfig
+from fused_siglip.kernels.math import EASY_LOGIT
+from fused_siglip.kernels.panel_triton import (
+    TritonPanel,
+    epilogue,
+    meets_diagonal_or_edge,
+    pair_masks,
+    stored_dtype,
+)
 
 BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes
 
@@ -52,20 +54,23 @@ def elementwise_kernel(
     g_ptrs = None
     if g_ptr is not None:
         g_ptrs = g_ptr + offsets
-    zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # sums of (., 8, .), as the epilogue folds them
+    zero = tl.zeros((BLOCK_M // 8, 8, BLOCK_N), tl.float32)
     sums = (zero, zero, zero)
+    easy = False
+    mixed = col0 < N
     if image_ids_ptr is None:
-        mixed = (row0 + diagonal < col0 + BLOCK_N) & (col0 < row0 + diagonal + BLOCK_M)
-        mixed |= (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N)
-    else:
-        mixed = col0 < N
-    if mixed:
-        positive, valid = _pair_masks(
+        mixed = meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, BLOCK_N)
+        easy = (scale >= 0) & (tl.max(s) * scale + bias <= EASY_LOGIT) & ~mixed
+    if easy:
+        sums = epilogue(s, None, None, scale, bias, sums, g_ptrs, True, True, GRAD_SCALE, 1)
+    elif mixed:
+        positive, valid = pair_masks(
             row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, BLOCK_N
         )
-        sums = _epilogue(s, positive, valid, scale, bias, sums, g_ptrs, True, GRAD_SCALE)
+        sums = epilogue(s, positive, valid, scale, bias, sums, g_ptrs, False, True, GRAD_SCALE, 1)
     elif image_ids_ptr is None:
-        sums = _epilogue(s, None, None, scale, bias, sums, g_ptrs, True, GRAD_SCALE)
+        sums = epilogue(s, None, None, scale, bias, sums, g_ptrs, False, True, GRAD_SCALE, 1)
     loss, gs_sum, g_sum = sums
     blocks = tl.num_programs(0) * tl.num_programs(1)
     block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -80,12 +85,13 @@ class LibraryPanel:
     Similarities stay fp32, in a buffer of their own beside g.
     """
 
-    tile = shipped.TILE
+    tile = TILE
+    align = 1
     in_place = False
 
     @classmethod
     def _similarity(cls, dtype: torch.dtype) -> torch.dtype:
-        return _stored(dtype) if cls.in_place else torch.float32
+        return stored_dtype(dtype) if cls.in_place else torch.float32
 
     @staticmethod
     def _shape(rows: int, cols: int) -> tuple[int, int]:
@@ -96,7 +102,7 @@ class LibraryPanel:
         cls, rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
     ) -> int:
         elements = math.prod(cls._shape(rows, cols))
-        g = _stored(dtype).itemsize if write_g and not cls.in_place else 0
+        g = stored_dtype(dtype).itemsize if write_g and not cls.in_place else 0
         sums = 3 * torch.float32.itemsize * elements // math.prod(BLOCK)
         return elements * (cls._similarity(dtype).itemsize + g) + sums
 
@@ -115,7 +121,7 @@ class LibraryPanel:
         self.s = torch.zeros(shape, dtype=self._similarity(dtype), device=device)
         self.g = None
         if write_g:
-            self.g = self.s if self.in_place else empty(shape, dtype=_stored(dtype))
+            self.g = self.s if self.in_place else empty(shape, dtype=stored_dtype(dtype))
         self.partials = empty(3 * math.prod(shape) // math.prod(BLOCK), dtype=torch.float32)
         self.sums = 3 if scalar_grads else 1
         self.dtype = dtype
@@ -170,43 +176,23 @@ class InPlaceLibraryPanel(LibraryPanel):
     in_place = True
 
 
-class _WideConfig(PanelConfig):
-    def constants(self) -> dict[str, int]:
-        return super().constants() | {"BLOCK_N": WideTritonPanel.tile[1]}
+# for half operands on sm_90: no spills, one program a multiprocessor (tests/test_alternative.py)
+WIDE = PanelConfig(block_d=64, num_warps=8, num_stages=4, parts=16, fold=(8, 2, 8), tile=(128, 256))
 
 
 class WideTritonPanel(TritonPanel):
     """The shipped kernel, tiles of 128 x 256: fewer bytes from L2, one program a multiprocessor."""
 
-    tile = (128, 256)
+    tile = WIDE.tile
+
+    def config(self, dtype: torch.dtype, precision: str) -> PanelConfig:
+        return WIDE
 
 
-# for half operands on sm_90: 255 registers and no spills (tests/test_alternative.py)
-WIDE = _WideConfig(block_d=64, num_warps=8, num_stages=4, parts=16, fold=8)
-
-
-@contextlib.contextmanager
-def _sweep_with(panel: type[Panel]) -> Iterator[None]:
-    with (
-        mock.patch.object(engine, "panel_class", lambda name: panel),
-        mock.patch.object(plan, "panel_class", lambda name: panel),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _wide_tiles() -> Iterator[None]:
-    with (
-        _sweep_with(WideTritonPanel),
-        mock.patch.object(shipped, "TILE", WideTritonPanel.tile),
-        mock.patch.object(shipped, "panel_config", lambda *target: WIDE),
-    ):
-        yield
-
-
-# name in losses.ABLATIONS: a context in which siglip_loss(backend="triton") runs that variant
-VARIANTS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
-    "library_fp32": functools.partial(_sweep_with, LibraryPanel),
-    "library_in_place": functools.partial(_sweep_with, InPlaceLibraryPanel),
-    "tiles_128x256": _wide_tiles,
+VARIANTS: dict[str, type[Panel]] = {
+    "library_fp32": LibraryPanel,
+    "library_in_place": InPlaceLibraryPanel,
+    "tiles_128x256": WideTritonPanel,
 }
+# siglip_loss(backend=name) runs them from here on
+BACKENDS.update({name: (lambda panel=panel: panel) for name, panel in VARIANTS.items()})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -23,12 +24,13 @@ from triton.compiler import ASTSource
 
 from fused_siglip.kernels import GRAD_SCALE
 from fused_siglip.kernels.configs import PanelConfig, panel_config
+from fused_siglip.kernels.math import EASY_LOGIT
 from fused_siglip.kernels.panel_triton import panel_kernel
 
 from .alternative import WIDE
 from .harness import environment, write_results
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # dtype and, for fp32, how it is multiplied
 OPERANDS = (
     (torch.bfloat16, "ieee"),
@@ -37,7 +39,9 @@ OPERANDS = (
     (torch.float32, "ieee"),
 )
 # shared memory in bytes: of a multiprocessor, and the most one program may take
-SHARED = {"sm_80": (167936, 166912), "sm_90": (233472, 232448), "sm_100": (233472, 232448)}
+SHARED = {"sm_80": (167936, 166912)}
+SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), (102400, 101376))
+SHARED |= dict.fromkeys(("sm_90", "sm_100"), (233472, 232448))
 SHARED["gfx942"] = (65536, 65536)
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -57,6 +61,8 @@ class Compiled:
     special: int  # special-function instructions
     instructions: int
     occupancy: int | None  # programs a multiprocessor holds (CUDA)
+    # instructions a pair in the epilogue's three forms, by the name of the form: see _epilogues
+    epilogue: dict[str, float]
 
 
 def compile_panel(
@@ -135,7 +141,38 @@ def _inspect_cuda(kernel, config: PanelConfig, target: str) -> Compiled:
         occupancy=min(
             65536 // (threads * -(-registers // 8) * 8), SHARED[target][0] // (shared + 1024)
         ),
+        epilogue=_epilogues(sass),
     )
+
+
+_INSTRUCTION = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(.*)"
+
+
+def _epilogues(sass: str) -> dict[str, float]:
+    """Instructions a pair, from the basic blocks that hold exponentials: a part of a tile each.
+
+    "easy" has one special function a pair and selects nothing; "plain" has two, and selects once;
+    "masked" also tells pairs apart. What comes once a tile (its maximum, the last sums) is not in.
+    """
+    code = [(int(at, 16), op, rest) for at, op, rest in re.findall(_INSTRUCTION, sass, re.M)]
+    targets = {int(t, 16) for _, op, rest in code if op == "BRA"
+               for t in re.findall(r"0x([0-9a-f]+)", rest)}  # fmt: skip
+    blocks: list[list[str]] = [[]]
+    for at, op, _ in code:
+        if at in targets:
+            blocks.append([])
+        blocks[-1].append(op)
+        if op in ("BRA", "EXIT"):
+            blocks.append([])
+    found: dict[str, list[float]] = {}
+    for block in blocks:
+        special, selects = block.count("MUFU"), block.count("FSEL")
+        if special < 4:
+            continue
+        pairs = special / 2 if selects else special
+        form = "easy" if not selects else "plain" if selects <= pairs else "masked"
+        found.setdefault(form, []).append(len(block) / pairs)
+    return {form: statistics.median(costs) for form, costs in found.items()}
 
 
 def _inspect_amd(kernel, config: PanelConfig, target: str) -> Compiled:
@@ -157,6 +194,7 @@ def _inspect_amd(kernel, config: PanelConfig, target: str) -> Compiled:
         special=sum(op.startswith(("v_exp_f32", "v_rsq_f32")) for op in opcodes),
         instructions=len(opcodes),
         occupancy=None,
+        epilogue={},
     )
 
 
@@ -191,6 +229,7 @@ def _row(
         "block_m": config["BLOCK_M"],
         "block_n": config["BLOCK_N"],
         "num_warps": config["num_warps"],
+        "easy_logit": EASY_LOGIT.value,
         **found,
     }
 

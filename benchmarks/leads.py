@@ -49,35 +49,35 @@ def _account(rows: list[dict]) -> str:
     (half,) = select(rows, dtype="bf16", **hopper)
     (tf32,) = select(rows, precision="tf32", **hopper)
     (wide,) = select(rows, kind="compiled", shipped=False)
-    per_thread = half["block_m"] * half["block_n"] // (32 * half["num_warps"])
-    passes = (
-        2 * per_thread
-    )  # the diagonal's kernel holds the epilogue twice, with masks and without
-    arithmetic, special = half["arithmetic"] / passes, half["special"] / passes
+    easy, plain, masked = (half["epilogue"][form] for form in ("easy", "plain", "masked"))
     reuse, wide_reuse = (
         row["block_m"] * row["block_n"] / (row["block_m"] + row["block_n"]) for row in (half, wide)
     )
     points = (
-        f"**The elementwise pass** costs {arithmetic:.0f} floating-point and {special:.0f} "
-        "special-function instructions a pair, counted in the disassembly (the mean of the "
-        "epilogue with masks and the one without).",
+        f"**The elementwise pass** costs {plain:.1f} instructions a pair, stores and sums "
+        f"included, and {masked:.1f} where a tile meets the diagonal or the edge, counted in the "
+        "disassembly.",
         f"**Registers**: {half['registers']} a thread, {half['spills']} spills, "
         f"{half['stack_bytes']} bytes of stack, and {half['shared_bytes'] / 1024:.0f} KiB of "
         f"shared memory: {half['occupancy']} programs share a multiprocessor, so that one's "
         f"epilogue can run under the other's product. tf32 takes {tf32['registers']} and "
         f"{tf32['shared_bytes'] / 1024:.0f} KiB: {tf32['occupancy']}.",
         "**Warp specialisation** is not compiled in; overlap is left to the "
-        f"{half['occupancy']} programs.",
+        f"{half['occupancy']} programs. [performance-log.md](performance-log.md) says why.",
         f"**Tile traffic**: a tile of {half['block_m']} x {half['block_n']} does {reuse:.0f} FLOP "
         f"for each byte that it loads, one of {wide['block_m']} x {wide['block_n']} "
         f"{wide_reuse:.0f}. The larger one compiles with {wide['spills']} spills "
         f"({wide['registers']} registers), but then a multiprocessor holds {wide['occupancy']}. "
         f"Operands arrive by {half['async_copies']} asynchronous copy instructions in the "
         "program's text, not by the bulk copy engine.",
-        f"**Fewer special functions**: {special:.0f} a pair, one exponential and one reciprocal "
-        "square root. No shorter path for z well below 0 is compiled in.",
+        "**Fewer special functions**: a tile whose largest logit is at most "
+        f"{half['easy_logit']:g} takes {easy:.1f} instructions a pair, one of them a special "
+        "function instead of two, and is as "
+        "exact. To know it costs a maximum over the tile.",
         "**Accumulation in fp32** happens in the library's products, outside this kernel.",
     )
-    bullets = (textwrap.fill(f"- {p}", 100, subsequent_indent="  ") for p in points)
+    bullets = (
+        textwrap.fill(f"- {p}", 100, subsequent_indent="  ", break_on_hyphens=False) for p in points
+    )
     title = "What follows for sm_90 and bf16; only a device can say what it is worth."
     return f"{title}\n\n" + "\n".join(bullets)

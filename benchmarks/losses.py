@@ -103,10 +103,9 @@ def _not_installed(package: str, device_types: tuple[str, ...]) -> Callable[[str
 
 def _panel_variant(name: str) -> Loss:
     def loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
-        from .alternative import VARIANTS  # imports triton
+        from . import alternative  # noqa: F401  (imports triton, and makes the names backends)
 
-        with VARIANTS[name]():
-            return siglip_loss(x, y, t, b, backend="triton")
+        return siglip_loss(x, y, t, b, backend=name)
 
     return loss
 

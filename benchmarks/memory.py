@@ -36,8 +36,13 @@ def peak_extra_bytes(case: Case) -> int:
     """
     if torch.device(case.device).type == "cuda":
         return _measure(case)
+    return measured_elsewhere(case)
+
+
+def measured_elsewhere(case: Case, timeout: float | None = None) -> int:
+    """:func:`peak_extra_bytes` in a fresh process."""
     command = [sys.executable, "-m", f"{__package__}.memory", json.dumps(asdict(case))]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     if child.returncode == -signal.SIGKILL:
         raise MemoryError(f"{case} was killed, most likely for want of memory")
     if child.returncode != 0:

@@ -56,6 +56,10 @@ def _all_gather(out, tensor, group=None, **_) -> int:
     return _others(group) * tensor.nbytes
 
 
+def _all_to_all(out, tensor, group=None, **_) -> int:
+    return _others(group) * tensor.nbytes // (_others(group) + 1)
+
+
 def _reduce_scatter(out, tensor, group=None, **_) -> int:
     return _others(group) * out.nbytes
 
@@ -75,6 +79,7 @@ _WRAPPED: list[tuple[object, str, Callable[..., int]]] = [
     (dist, "batch_isend_irecv", _batch_isend_irecv),
     (dist, "all_gather", _all_gather),
     (dist, "all_reduce", _all_reduce),
+    (dist, "all_to_all_single", _all_to_all),
     (dist, "scatter", _scatter),
 ]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -71,12 +74,16 @@ class Worker:
                 return
 
     def close(self) -> None:
+        """End the process and what it has started, which would disturb what follows."""
         self.connection.close()
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # if it was too young to have a group of its own
         self.process.join()
 
 
 def _serve(connection) -> None:
+    os.setpgrp()  # close() ends the group
     while True:
         try:
             rows, run = connection.recv()

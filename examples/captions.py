@@ -72,6 +72,14 @@ class Tokenizer:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
+def tokenize_captions() -> tuple[Tokenizer, Tensor]:  # (digit, caption, word) int64
+    """A tokenizer of the training captions, and those captions in tokens."""
+    captions = training_captions()
+    flat = [caption for group in captions for caption in group]
+    tokenizer = Tokenizer(flat)
+    return tokenizer, tokenizer(flat).view(len(captions), len(captions[0]), -1)
+
+
 @dataclass(frozen=True)
 class Split:
     images: Tensor  # (N, 1, 8, 8) in [0, 1]

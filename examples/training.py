@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,20 +9,43 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from fused_siglip import siglip_loss
+from fused_siglip import LearnableSigLipLoss
 from fused_siglip.reference import eager_siglip_loss
 
-from .captions import LANGUAGES, Split, Tokenizer, test_prompts, training_captions
+from .captions import LANGUAGES, Split, Tokenizer, test_prompts, tokenize_captions
 
-LOSSES = {"fused": siglip_loss, "eager": eager_siglip_loss}
 EMBED_DIM = 64  # D, shared by both towers
 HIDDEN = 512  # of the image tower
 BATCH_SIZE = 512
 LEARNING_RATE = 2e-3
 
 
+class EagerSigLipLoss(LearnableSigLipLoss):
+    """The same scale and bias in the eager loss, which knows no group: that of this process."""
+
+    def __init__(self):
+        super().__init__()
+
+    def forward(
+        self,
+        image_features: Tensor,  # (M, D)
+        text_features: Tensor,  # (N, D)
+        *,
+        image_ids: Tensor,  # (M,)
+        text_ids: Tensor,  # (N,)
+    ) -> Tensor:  # ()
+        scalars = self.factor(), self.logit_bias
+        ids = {"image_ids": image_ids, "text_ids": text_ids}
+        return eager_siglip_loss(image_features, text_features, *scalars, **ids)
+
+
+LOSSES = {"fused": LearnableSigLipLoss, "eager": EagerSigLipLoss}
+
+
 class TwoTowers(nn.Module):
-    def __init__(self, vocabulary: int):
+    """The towers and their loss: all that learns, in one module, so that DDP averages all of it."""
+
+    def __init__(self, vocabulary: int, loss: LearnableSigLipLoss):
         super().__init__()
         self.image = nn.Sequential(
             nn.Flatten(), nn.Linear(8 * 8, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, EMBED_DIM)
@@ -32,9 +54,15 @@ class TwoTowers(nn.Module):
             nn.EmbeddingBag(vocabulary, EMBED_DIM, mode="mean", padding_idx=0),
             nn.Linear(EMBED_DIM, EMBED_DIM),
         )
-        # where arXiv 2303.15343 starts: t = exp(t') = 10, b = -10
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10)))
-        self.bias = nn.Parameter(torch.tensor(-10.0))
+        self.loss = loss
+
+    def forward(self, images: Tensor, tokens: Tensor, digits: Tensor) -> Tensor:  # ()
+        """The loss of images and captions of ``digits`` (B,).
+
+        Many captions of a batch mean the same digit: each is a positive of every such image.
+        """
+        features = self.encode_images(images), self.encode_texts(tokens)
+        return self.loss(*features, image_ids=digits, text_ids=digits)
 
     def encode_images(self, images: Tensor) -> Tensor:  # (B, 1, 8, 8) -> (B, D)
         return normalize(self.image(images), dim=-1)
@@ -62,12 +90,9 @@ def train(
     """Train from ``seed``: first weights, batches and captions depend on nothing else."""
     torch.manual_seed(seed)
     train_split, test_split = (split.to(device, dtype) for split in splits)
-    captions = training_captions()
-    tokenizer = Tokenizer([caption for group in captions for caption in group])
-    tokens = tokenizer([caption for group in captions for caption in group])
-    tokens = tokens.view(len(captions), -1, tokens.shape[1])  # (digit, caption, word)
+    tokenizer, tokens = tokenize_captions()
     tokens = tokens.to(device)
-    model = TwoTowers(len(tokenizer)).to(device, dtype)
+    model = TwoTowers(len(tokenizer), LOSSES[loss]()).to(device, dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
 
     losses = []
@@ -77,15 +102,7 @@ def train(
         batch = torch.randperm(len(train_split.digits))[:BATCH_SIZE].to(device)
         choice = torch.randint(tokens.shape[1], (BATCH_SIZE,)).to(device)
         digits = train_split.digits[batch]
-        # Many captions of a batch mean the same digit: each is a positive of every such image.
-        value = LOSSES[loss](
-            model.encode_images(train_split.images[batch]),
-            model.encode_texts(tokens[digits, choice]),
-            model.log_scale.exp(),
-            model.bias,
-            image_ids=digits,
-            text_ids=digits,
-        )
+        value = model(train_split.images[batch], tokens[digits, choice], digits)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

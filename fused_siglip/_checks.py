@@ -24,9 +24,19 @@ def _choices(names: tuple[str, ...]) -> str:
     return " or ".join(repr(name) for name in names)
 
 
+def _check_choice(name: str, value: object, choices: Collection[str], or_none: str = "") -> None:
+    expected = or_none + _choices(tuple(choices))
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is a {_kind(value)}: expected {expected}")
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: expected {expected}")
+
+
 def _check_tensor(name: str, value: object, expected: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {_kind(value)}: expected {expected}")
+    if value.is_nested:
+        raise TypeError(f"{name} is a nested tensor: expected a dense (strided) tensor")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor")
     if value.device.type == "meta":
@@ -68,8 +78,13 @@ def check_features(image_features: Tensor, text_features: Tensor) -> torch.dtype
     return image_features.dtype
 
 
-def check_scalar(name: str, value: float | Tensor, device: torch.device) -> None:
-    """Check logit_scale or logit_bias: a number, or a floating tensor of one element."""
+def check_scalar(
+    name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Check logit_scale or logit_bias: a number, or a floating tensor of one element.
+
+    A number must fit the dtype that features of ``dtype`` accumulate in; NaN and infinity do.
+    """
     if isinstance(value, Tensor):
         _check_tensor(name, value, "a number or a tensor of one element")
         if not value.dtype.is_floating_point:
@@ -82,6 +97,11 @@ def check_scalar(name: str, value: float | Tensor, device: torch.device) -> None
             raise ValueError(f"{name} is on {value.device}: expected {device}, as the features")
     elif not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} is a {_kind(value)}: expected a number or a tensor of one element")
+    else:
+        accumulate = torch.promote_types(dtype, torch.float32)
+        largest = torch.finfo(accumulate).max
+        if largest < abs(value) < math.inf:
+            raise ValueError(f"{name} does not fit {accumulate}: expected {largest:.2g} at most")
 
 
 def check_pairing(
@@ -110,9 +130,12 @@ def check_pairing(
         ("text_ids", text_ids, text_features),
     ):
         rows = features.shape[0]
-        _check_tensor(name, ids, f"an integer tensor of shape ({rows},)")
+        # no number of rows in words that are made ahead: torch.compile would take it for a constant
+        _check_tensor(name, ids, "an integer tensor of shape (batch,)")
         if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
             raise TypeError(f"{name} has dtype {ids.dtype}: expected an integer dtype")
+        if ids.dtype == torch.uint64:  # its upper half would turn negative, which means padding
+            raise TypeError(f"{name} has dtype torch.uint64: expected one that int64 can hold")
         if ids.shape != (rows,):
             raise ValueError(
                 f"{name} has shape {tuple(ids.shape)}: expected ({rows},), one id a row"
@@ -131,8 +154,7 @@ def check_options(
     dtype: torch.dtype,
 ) -> str:
     """Check the options that choose how the loss is computed; return the backend that will."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}: expected {_choices(REDUCTIONS)}")
+    _check_choice("reduction", reduction, REDUCTIONS)
     if workspace_bytes is not None:
         if not isinstance(workspace_bytes, int) or isinstance(workspace_bytes, bool):
             raise TypeError(
@@ -140,14 +162,23 @@ def check_options(
             )
         if workspace_bytes <= 0:
             raise ValueError(f"workspace_bytes is {workspace_bytes}: expected more than 0")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: expected None, {_choices(BACKENDS)}")
+        if workspace_bytes >= 2**63:
+            raise ValueError("workspace_bytes does not fit 63 bits: expected less than 2**63")
+    if backend is not None:
+        _check_choice("backend", backend, BACKENDS, "None, ")
     return resolve_backend(backend, device_type, dtype)
 
 
 def _check_dist_impl(dist_impl: str | None, known: Collection[str]) -> None:
-    if dist_impl is not None and dist_impl not in known:
-        raise ValueError(f"dist_impl is {dist_impl!r}: expected None, {_choices(tuple(known))}")
+    if dist_impl is not None:
+        _check_choice("dist_impl", dist_impl, known, "None, ")
+
+
+def _check_group_type(group: object) -> None:
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"group is a {_kind(group)}: expected a torch.distributed.ProcessGroup this rank is in"
+        )
 
 
 def check_group(
@@ -155,6 +186,7 @@ def check_group(
 ) -> dist.ProcessGroup | None:
     """Check group and dist_impl; return the group of the global batch, None for one process."""
     _check_dist_impl(dist_impl, known)
+    _check_group_type(group)
     if group is None and dist_impl is None:
         return None
     if not (dist.is_available() and dist.is_initialized()):
@@ -163,16 +195,22 @@ def check_group(
             "loss"
         )
     group = dist.group.WORLD if group is None else group
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"group is a {_kind(group)}: expected a torch.distributed.ProcessGroup this rank is in"
-        )
     return group if dist.get_world_size(group) > 1 else None
 
 
-def check_world(rank: int, world_size: int, dist_impl: str | None, known: Collection[str]) -> None:
+def check_world(
+    group: dist.ProcessGroup | None,
+    rank: int,
+    world_size: int,
+    dist_impl: str | None,
+    known: Collection[str],
+) -> None:
     """Check the constructor of SigLipLoss."""
     _check_dist_impl(dist_impl, known)
+    _check_group_type(group)
+    for name, value in (("rank", rank), ("world_size", world_size)):
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} is a {_kind(value)}: expected an int")
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}: expected at least 1")
     if not 0 <= rank < world_size:

@@ -13,13 +13,14 @@ from .engine import Needs, sweep
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 # An operator, so that torch.compile takes the sweep as one node instead of breaking its graph.
-# Besides the sums and the two gradients of sweep() it returns, with a group, the number of images
-# of the global batch per rank: the loss's divisor. What is not needed has no elements.
+# Besides the sums and the two gradients of sweep() it returns, with a group, this rank's divisor of
+# the sum. What is not needed has no elements.
 torch.library.define(
     "fused_siglip::sweep",
     "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, "
-    "Tensor? text_ids, bool diagonal, bool need_image_grad, bool need_text_grad, "
-    "bool need_scalar_grads, int? workspace_bytes, str backend, str? group_name, str? dist_impl) "
+    "Tensor? text_ids, bool negative_only, bool need_image_grad, bool need_text_grad, "
+    "bool need_scalar_grads, int? workspace_bytes, str backend, str? group_name, str? dist_impl, "
+    "str reduction) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -32,7 +33,7 @@ def _sweep(
     logit_bias,
     image_ids,
     text_ids,
-    diagonal,
+    negative_only,
     need_image_grad,
     need_text_grad,
     need_scalar_grads,
@@ -40,6 +41,7 @@ def _sweep(
     backend,
     group_name,
     dist_impl,
+    reduction,
 ):
     needs = Needs(need_image_grad, need_text_grad, need_scalar_grads)
     options = {"workspace_bytes": workspace_bytes, "backend": backend}
@@ -48,14 +50,14 @@ def _sweep(
     with torch.autocast(x.device.type, enabled=False):
         if group_name is not None:
             return distributed.global_sweep(
-                *inputs, diagonal, needs, group_name, dist_impl, **options
+                *inputs, negative_only, needs, group_name, dist_impl, reduction, **options
             )
         acc = logit_scale.dtype
         grad_x = x.new_empty(x.shape, dtype=acc) if needs.image else None
         grad_y = y.new_empty(y.shape, dtype=acc) if needs.text else None
         sums = sweep(
             *inputs,
-            0 if diagonal else None,
+            None if negative_only or image_ids is not None else 0,
             grad_x,
             grad_y,
             scalar_grads=needs.scalars,
@@ -78,7 +80,7 @@ def _(
     logit_bias,
     image_ids,
     text_ids,
-    diagonal,
+    negative_only,
     need_image_grad,
     need_text_grad,
     need_scalar_grads,
@@ -86,6 +88,7 @@ def _(
     backend,
     group_name,
     dist_impl,
+    reduction,
 ):
     acc = logit_scale.dtype
     return (
@@ -97,7 +100,7 @@ def _(
 
 
 class SigLipFunction(torch.autograd.Function):
-    """Sum of the loss over all pairs, and its divisor in the global batch (empty on one device).
+    """Sum of the loss over all pairs, and with a group its divisor on this rank (else empty).
 
     The gradients are computed with it, in the forward pass; backward multiplies them by the
     upstream scalar.
@@ -112,23 +115,24 @@ class SigLipFunction(torch.autograd.Function):
         logit_bias: Tensor,  # one element
         image_ids: Tensor | None,  # (M,)
         text_ids: Tensor | None,  # (N,)
-        diagonal: bool,
+        negative_only: bool,
         dtype: torch.dtype,  # of the products' operands: x's and y's own, or autocast's
         needs: Needs,
         workspace_bytes: int | None,
         backend: str,
         group_name: str | None,
         dist_impl: str | None,
+        reduction: str,
     ) -> tuple[Tensor, Tensor]:  # (), () or (0,)
         acc = torch.promote_types(dtype, torch.float32)
-        sums, grad_x, grad_y, images_per_rank = torch.ops.fused_siglip.sweep(
+        sums, grad_x, grad_y, divisor = torch.ops.fused_siglip.sweep(
             x.to(dtype),
             y.to(dtype),
             logit_scale.to(acc).reshape(()),
             logit_bias.to(acc).reshape(()),
             image_ids,
             text_ids,
-            diagonal,
+            negative_only,
             needs.image,
             needs.text,
             needs.scalars,
@@ -136,12 +140,13 @@ class SigLipFunction(torch.autograd.Function):
             backend,
             group_name,
             dist_impl,
+            reduction,
         )
         ctx.save_for_backward(sums, grad_x, grad_y, logit_scale)
         ctx.needs = needs
         ctx.like = [(t.shape, t.dtype) for t in (x, y, logit_scale, logit_bias)]
-        ctx.mark_non_differentiable(images_per_rank)
-        return sums[0], images_per_rank
+        ctx.mark_non_differentiable(divisor)
+        return sums[0], divisor
 
     @staticmethod
     def backward(ctx, upstream: Tensor, _):  # ()
@@ -157,7 +162,7 @@ class SigLipFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             trap = torch.empty(0, requires_grad=True)
             grads = [g if g is None else _NoDoubleBackward.apply(g, trap) for g in grads]
-        return (*grads, *[None] * 9)
+        return (*grads, *[None] * 10)
 
 
 class _NoDoubleBackward(torch.autograd.Function):

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import FEATURE_DTYPES
+from ._checks import FEATURE_DTYPES, REDUCTIONS
 from .engine import Needs, sweep
+from .plan import plan_panels
 
 logger = logging.getLogger("fused_siglip")
 
@@ -42,16 +43,17 @@ class _Terms(NamedTuple):
     dim: int
     dtype: int  # index into FEATURE_DTYPES
     has_ids: int
-    diagonal: int
+    negative_only: int
     dist_impl: int  # index into DIST_IMPLS, -1 for None
+    reduction: int  # index into REDUCTIONS
     rows: int  # texts on this rank
     images: int  # images on this rank, without padding
     need_text_grad: int
 
 
 # The fields all ranks must agree on, in the words of the public function.
-_AGREED = {"dim": "D", "dtype": "dtype", "has_ids": "ids", "diagonal": "negative_only",
-           "dist_impl": "dist_impl"}  # fmt: skip
+_AGREED = {"dim": "D", "dtype": "dtype", "has_ids": "ids", "negative_only": "negative_only",
+           "dist_impl": "dist_impl", "reduction": "reduction"}  # fmt: skip
 
 
 # torch 2.13 renamed the collectives over one tensor and warns of the old names
@@ -80,9 +82,13 @@ def _exchange(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
     on_cpu = "cpu:" in dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor(terms, dtype=torch.int64, device=device)
-    all_terms = mine.new_empty(dist.get_world_size(group) * len(terms))
+    world_size = dist.get_world_size(group)
+    all_terms = mine.new_empty(world_size * len(terms))
     with _contact(group, "exchange of sizes"):
-        _all_gather(all_terms, mine, group=group)
+        if on_cpu:  # everybody to everybody at once: gloo's all-gather goes round, rank by rank
+            dist.all_to_all_single(all_terms, mine.repeat(world_size), group=group)
+        else:
+            _all_gather(all_terms, mine, group=group)
     return [_Terms(*row) for row in all_terms.view(-1, len(terms)).tolist()]
 
 
@@ -105,8 +111,10 @@ def _agree(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
         if len(set(values)) > 1:
             if field == "dtype":
                 values = [FEATURE_DTYPES[v] for v in values]
-            elif field == "diagonal":  # which negative_only has switched off
-                values = [not v for v in values]
+            elif field == "negative_only":
+                values = [bool(v) for v in values]
+            elif field == "reduction":
+                values = [REDUCTIONS[v] for v in values]
             elif field == "has_ids":
                 values = ["given" if v else "missing" for v in values]
             elif field == "dist_impl":
@@ -132,29 +140,33 @@ def global_sweep(
     logit_bias: Tensor,  # ()
     image_ids: Tensor | None,  # (M,)
     text_ids: Tensor | None,  # (N,)
-    diagonal: bool,
+    negative_only: bool,
     needs: Needs,
     group_name: str,
     dist_impl: str | None,
+    reduction: str,
     *,
     workspace_bytes: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This rank's sums and gradients in the global batch, and its images per rank.
+    """This rank's sums and gradients in the global batch, and what its sum is divided by.
 
     As :func:`fused_siglip.engine.sweep`, with the texts of all ranks as columns; the gradient of
     this rank's texts holds the contributions of all ranks. What is not needed has no elements.
     """
     group = resolve_group(group_name)
     world_size = dist.get_world_size(group)
+    if workspace_bytes is not None:
+        _check_workspace(x, needs, workspace_bytes, backend, group)
     everyone = _agree(
         _Terms(
             valid=1,
             dim=x.shape[1],
             dtype=FEATURE_DTYPES.index(x.dtype),
             has_ids=image_ids is not None,
-            diagonal=diagonal,
+            negative_only=negative_only,
             dist_impl=-1 if dist_impl is None else list(DIST_IMPLS).index(dist_impl),
+            reduction=REDUCTIONS.index(reduction),
             rows=y.shape[0],
             images=x.shape[0] if image_ids is None else int((image_ids >= 0).sum()),
             need_text_grad=needs.text,
@@ -185,7 +197,7 @@ def global_sweep(
             logit_bias,
             image_ids,
             ids,
-            diagonal_here if diagonal else None,
+            diagonal_here if image_ids is None and not negative_only else None,
             grad_x,
             grad_texts,
             scalar_grads=needs.scalars,
@@ -198,13 +210,30 @@ def global_sweep(
     sums, grad_y = run(sweep_texts, y, text_ids, rows, acc, need_text_grad, group)
 
     nothing = [x.new_empty(0, dtype=acc) for _ in range(2)]
-    images = sum(t.images for t in everyone)
+    # the mean over the ranks is the loss of the global batch
+    images = sum(t.images for t in everyone) if reduction == "mean" else 1
     return (
         sums,
         nothing[0] if grad_x is None else grad_x,
         grad_y if needs.text else nothing[1],
         torch.full((), max(images, 1) / world_size, dtype=acc, device=x.device),
     )
+
+
+def _check_workspace(
+    x: Tensor, needs: Needs, workspace_bytes: int, backend: str, group: dist.ProcessGroup
+) -> None:
+    """Refuse a workspace that cannot hold a tile before other ranks wait for this one's sweep."""
+    try:
+        many = 1 << 20  # rows of images and texts: this rank does not know yet how many will come
+        plan_panels(
+            many, many, x.shape[1], x.dtype, x.device.type, backend,
+            need_image_grad=needs.image, need_text_grad=needs.text,
+            need_scalar_grads=needs.scalars, workspace_bytes=workspace_bytes,
+        )  # fmt: skip
+    except ValueError:
+        report_bad_arguments(group)
+        raise
 
 
 _TEXTS, _IDS, _GRADS = range(3)  # the channels between two neighbours

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import GRAD_SCALE, Positives, multiplies_half_into_fp32, panel_class
-from .plan import plan_panels
+from .kernels import GRAD_SCALE, Positives, aligned, multiplies_half_into_fp32, panel_class
+from .plan import PanelPlan, plan_panels
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ def sweep(
     """
     m, d = x.shape
     n = y.shape[0]
+    panel_type = panel_class(backend)
+    copies = image_ids is not None or not (
+        aligned(x, panel_type.align) and aligned(y, panel_type.align)
+    )
     plan = plan_panels(
         m,
         n,
@@ -59,7 +63,7 @@ def sweep(
         need_image_grad=grad_x is not None,
         need_text_grad=grad_y is not None,
         need_scalar_grads=scalar_grads,
-        copies_operands=image_ids is not None,
+        copies_operands=copies,
         multiprocessors=_multiprocessors(x.device),
         workspace_bytes=workspace_bytes,
     )
@@ -71,9 +75,7 @@ def sweep(
         return torch.zeros(3, dtype=plan.accumulate_dtype, device=x.device)
 
     write_g = grad_x is not None or grad_y is not None
-    panel = panel_class(backend)(
-        plan.rows, plan.cols, plan.operand_dtype, x.device, write_g, scalar_grads
-    )
+    panel = panel_type(plan.rows, plan.cols, plan.operand_dtype, x.device, write_g, scalar_grads)
     row_starts, col_starts = range(0, m, plan.rows), range(0, n, plan.cols)
     sums = torch.zeros(
         len(row_starts), len(col_starts), 3, dtype=plan.accumulate_dtype, device=x.device
@@ -82,17 +84,19 @@ def sweep(
 
     for a, i in enumerate(row_starts):
         rows = slice(i, min(i + plan.rows, m))
-        x_rows, x_ids = _operand(x, image_ids, rows, plan.operand_dtype)
+        x_rows, x_ids = _operand(x, image_ids, rows, plan, copies)
         for b, j in enumerate(col_starts):
             cols = slice(j, min(j + plan.cols, n))
-            y_cols, y_ids = _operand(y, text_ids, cols, plan.operand_dtype)
+            y_cols, y_ids = _operand(y, text_ids, cols, plan, copies)
             in_panel = None if diagonal is None else diagonal + i - j
             positives = Positives(in_panel, x_ids, y_ids)
             g = panel(x_rows, y_cols, logit_scale, logit_bias, positives, sums[a, b])
             if grad_x is not None:
-                _add_product(grad_x[rows], g, y_cols, alpha, fresh=j == 0 and not add_to_grad_x)
+                _add_product(
+                    grad_x[rows], g, y_cols[:, :d], alpha, fresh=j == 0 and not add_to_grad_x
+                )
             if grad_y is not None:
-                _add_product(grad_y[cols], g.T, x_rows, alpha, fresh=i == 0)
+                _add_product(grad_y[cols], g.T, x_rows[:, :d], alpha, fresh=i == 0)
     return sums.sum((0, 1))
 
 
@@ -103,17 +107,24 @@ def _multiprocessors(device: torch.device) -> int | None:
 
 
 def _operand(
-    features: Tensor, ids: Tensor | None, part: slice, dtype: torch.dtype
+    features: Tensor, ids: Tensor | None, part: slice, plan: PanelPlan, copies: bool
 ) -> tuple[Tensor, Tensor | None]:
     """A panel's rows (or columns) as they enter the products, and their ids.
 
-    Padded features are blanked: they may hold anything, and 0 * NaN would reach the gradients.
+    A copy has zeros beyond D, where the backend wants more features, and in padded rows: these may
+    hold anything, and 0 * NaN would reach the gradients.
     """
-    chunk = features[part].to(dtype)
-    if ids is None:
-        return chunk, None
-    ids = ids[part]
-    return torch.where(ids[:, None] < 0, 0, chunk), ids
+    features = features[part]
+    ids = None if ids is None else ids[part]
+    if not copies:
+        return features.to(plan.operand_dtype), ids
+    m, d = features.shape
+    copy = features.new_empty(m, plan.operand_dim, dtype=plan.operand_dtype)
+    copy[:, :d] = features
+    copy[:, d:] = 0
+    if ids is not None:
+        copy.masked_fill_(ids[:, None] < 0, 0)
+    return copy, ids
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:

@@ -78,10 +78,10 @@ def siglip_loss(
     try:
         dtype = _checks.check_features(image_features, text_features)
         device = image_features.device
-        _checks.check_scalar("logit_scale", logit_scale, device)
+        _checks.check_scalar("logit_scale", logit_scale, device, dtype)
         if logit_bias is None:
             logit_bias = 0.0
-        _checks.check_scalar("logit_bias", logit_bias, device)
+        _checks.check_scalar("logit_bias", logit_bias, device, dtype)
         _checks.check_pairing(image_features, text_features, image_ids, text_ids, negative_only)
         backend = _checks.check_options(reduction, workspace_bytes, backend, device.type, dtype)
     except (TypeError, ValueError):
@@ -101,25 +101,26 @@ def siglip_loss(
         image_ids, text_ids = image_ids.long(), text_ids.long()
         if negative_only:
             image_ids, text_ids = _never_equal(image_ids, text_ids)
-    total, images_per_rank = SigLipFunction.apply(
+    total, divisor = SigLipFunction.apply(
         image_features,
         text_features,
         scale,
         bias,
         image_ids,
         text_ids,
-        image_ids is None and not negative_only,
+        negative_only,
         dtype,
         needs,
         workspace_bytes,
         backend,
         None if group is None else group.group_name,
         dist_impl,
+        reduction,
     )
-    if reduction == "sum":
-        return total * (1 if group is None else dist.get_world_size(group))
     if group is not None:
-        return total / images_per_rank
+        return total / divisor
+    if reduction == "sum":
+        return total.clone()  # which callers may add to in place
     if image_ids is None:
         return total / max(image_features.shape[0], 1)
     return total / (image_ids >= 0).sum().clamp(min=1)
@@ -128,6 +129,7 @@ def siglip_loss(
 def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value
+    value = value if isinstance(value, float) else float(value)
     return torch.full((), value, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
 

@@ -31,6 +31,7 @@ class SigLipLoss(nn.Module):
         group: the process group; None for the default group.
 
     Raises:
+        TypeError: a rank, world_size or group of the wrong type.
         ValueError: an unknown dist_impl, a rank outside the world; in ``forward``, a rank or
             world_size that the process group does not confirm.
     """
@@ -46,7 +47,7 @@ class SigLipLoss(nn.Module):
         group: dist.ProcessGroup | None = None,
     ):
         super().__init__()
-        _checks.check_world(rank, world_size, dist_impl, DIST_IMPLS)
+        _checks.check_world(group, rank, world_size, dist_impl, DIST_IMPLS)
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,8 +17,6 @@ from torch import Tensor
 # written times this power of two, and the two products divide by it: exact, and |g| <= 1 cannot
 # overflow.
 GRAD_SCALE = {torch.float16: 2.0**15}
-
-BACKENDS = ("torch", "triton")
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -42,6 +41,7 @@ class Panel(Protocol):
     """What a backend does with one panel: product, scale and bias, log-sigmoid, dL/dz."""
 
     tile: tuple[int, int]  # panel sides are multiples of it (the last panel may be smaller)
+    align: int  # D and the rows' distance should be multiples of it, features adjacent: see aligned
 
     @staticmethod
     def workspace_bytes(
@@ -61,8 +61,8 @@ class Panel(Protocol):
 
     def __call__(
         self,
-        x: Tensor,  # (m, D) image features, m <= rows, any strides
-        y: Tensor,  # (n, D) text features, n <= cols, any strides
+        x: Tensor,  # (m, D) image features, m <= rows; right with any strides
+        y: Tensor,  # (n, D) text features, n <= cols; likewise
         logit_scale: Tensor,  # () in the accumulation dtype
         logit_bias: Tensor,  # () likewise
         positives: Positives,
@@ -98,12 +98,32 @@ def resolve_backend(name: str | None, device_type: str, dtype: torch.dtype) -> s
     return name
 
 
-def panel_class(name: str) -> type[Panel]:
-    """The class behind a backend's name; triton is imported only when it is asked for."""
-    if name == "triton":
-        from .panel_triton import TritonPanel
-
-        return TritonPanel
+def _torch_panel() -> type[Panel]:
     from .panel_torch import TorchPanel
 
     return TorchPanel
+
+
+def _triton_panel() -> type[Panel]:
+    from .panel_triton import TritonPanel
+
+    return TritonPanel
+
+
+# What ``backend=`` takes, and how to get the class behind it: triton is imported only when asked
+# for. benchmarks/alternative.py adds the panels that the shipped ones are compared with.
+BACKENDS: dict[str, Callable[[], type[Panel]]] = {"torch": _torch_panel, "triton": _triton_panel}
+
+
+def panel_class(name: str) -> type[Panel]:
+    """The class behind a backend's name."""
+    return BACKENDS[name]()
+
+
+def aligned(features: Tensor, align: int) -> bool:
+    """Whether (m, D) features suit a panel with this ``align``: else the sweep hands it a copy,
+    padded with zeros, since every row would be read element by element."""
+    if align == 1:
+        return True
+    rows, adjacent = features.stride()
+    return adjacent == 1 and rows % align == 0 and features.shape[1] % align == 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-# Every config computes tiles of this size, so that the workspace does not depend on the device.
+# The workspace is made of whole tiles: of one size, so that it does not depend on the device.
 TILE = (128, 128)
 
 
@@ -15,28 +15,32 @@ class PanelConfig:
     """How the panel kernel is compiled and launched.
 
     parts and fold follow the layout in which the tensor cores leave the accumulator: every thread
-    holds columns of each part, and columns that fold together belong to one thread. Other values
-    are correct too, but then threads exchange data in every part. What the compilers make of each
-    config is printed by benchmarks/compiled.py and held by tests/test_triton_compiled.py.
+    holds columns of each part, and what folds together belongs to one thread. Other values are
+    correct too, but then threads exchange data in every part, and more sums stay in registers. What
+    the compilers make of each config is printed by benchmarks/compiled.py and held by
+    tests/test_triton_compiled.py.
     """
 
     block_d: int  # features a step of the product takes
     num_warps: int
     num_stages: int  # steps in flight from global to shared memory
     parts: int  # column parts of the epilogue
-    fold: int  # columns of the running sums
-    maxnreg: int | None = None  # CUDA: registers a thread, to hold two programs on a multiprocessor
+    fold: tuple[int, int, int]  # shape of the running sums: OCTETS, PAIRED, COLS of _fold
+    maxnreg: int | None = None  # CUDA: registers a thread, at most
     group_m: int = 8  # tile rows that share a band of y in L2
+    tile: tuple[int, int] = TILE
 
     def constants(self) -> dict[str, int]:
         """The kernel's compile-time constants."""
         return {
-            "BLOCK_M": TILE[0],
-            "BLOCK_N": TILE[1],
+            "BLOCK_M": self.tile[0],
+            "BLOCK_N": self.tile[1],
             "BLOCK_D": self.block_d,
             "GROUP_M": self.group_m,
             "PARTS": self.parts,
-            "FOLD": self.fold,
+            "OCTETS": self.fold[0],
+            "PAIRED": self.fold[1],
+            "COLS": self.fold[2],
         }
 
     def options(self) -> dict[str, int | bool]:
@@ -53,19 +57,24 @@ class PanelConfig:
         return options
 
 
-# Four warps side by side take 8 columns each. 64 KiB at most: consumer chips have 99.
-_MMA = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=4, fold=32)
-_MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=32)
-# A thread holds 2 of every 8 columns of its rows. 128 registers and 96 KiB: two programs share a
-# multiprocessor, one's epilogue runs under the other's product.
-_WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=8, maxnreg=128)
-_WGMMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=4, parts=8, fold=8)
+# Half operands leave room for two programs on a multiprocessor: the epilogue of one runs under the
+# product of the other.
+
+# Two by two warps take 16 rows and 8 columns each; a thread holds rows 8 apart. 48 KiB: consumer
+# chips have 100 a multiprocessor.
+_MMA = PanelConfig(block_d=32, num_warps=4, num_stages=4, parts=8, fold=(2, 2, 16))
+# Two by four warps.
+_MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=(2, 2, 32))
+# Eight warps below one another take 16 rows each; a thread holds rows 8 apart, and 2 of every 8
+# columns.
+_WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(8, 2, 8), maxnreg=128)
+_WGMMA_TF32 = replace(_WGMMA, block_d=32)
 # A thread reads a whole row back from tensor memory.
-_TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=2)
-_TCGEN05_TF32 = PanelConfig(block_d=32, num_warps=4, num_stages=3, parts=8, fold=2)
+_TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=(16, 1, 2))
+_TCGEN05_TF32 = replace(_TCGEN05, block_d=32)
 # Products in full fp32 run outside the tensor cores and dwarf the epilogue: no spills is enough.
-_FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=8, fold=8)
-_MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=32)
+_FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=8, fold=(16, 1, 8))
+_MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=(4, 1, 32))
 
 
 def panel_config(target: tuple[int, int] | str, dtype: torch.dtype, precision: str) -> PanelConfig:

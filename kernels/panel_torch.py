@@ -20,6 +20,7 @@ class TorchPanel:
     """
 
     tile = (64, 64)
+    align = 1
 
     @staticmethod
     def _buffers(dtype: torch.dtype, write_g: bool, scalar_grads: bool) -> dict[str, torch.dtype]:

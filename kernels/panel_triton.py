@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import GRAD_SCALE, Positives
-from .configs import TILE, panel_config
-from .math import softplus_sigmoid
+from .configs import TILE, PanelConfig, panel_config
+from .math import EASY_LOGIT, easy_softplus_sigmoid, softplus_sigmoid
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _column_parts(s, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _pair_masks(
+def pair_masks(
     row0,
     col0,
     M,
@@ -100,39 +100,57 @@ def _pair_masks(
 
 
 @triton.jit
-def _fold_columns(t, WIDTH: tl.constexpr):
-    """(m, n) to (m, WIDTH): with the WIDTH of the config no other thread's values are added."""
-    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // WIDTH, WIDTH)), 1)
+def meets_diagonal_or_edge(
+    row0, col0, M, N, diagonal, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Whether a block holds a pair on the diagonal, or one past the last row or column."""
+    meets = (row0 + diagonal < col0 + BLOCK_N) & (col0 < row0 + diagonal + BLOCK_M)
+    return meets | (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N)
 
 
 @triton.jit
-def _epilogue(
+def _fold(t, OCTETS: tl.constexpr, PAIRED: tl.constexpr, COLS: tl.constexpr):
+    """(m, n) to (OCTETS, 8, COLS): with the fold of the config no other thread's values are added.
+
+    Row 8 i + j goes to (i, j), the columns to column modulo COLS; with PAIRED = 2 rows that are 8
+    apart are added first.
+    """
+    rows: tl.constexpr = t.shape[0] // (8 * OCTETS * PAIRED)
+    t = tl.reshape(t, (rows, OCTETS, PAIRED, 8, t.shape[1] // COLS, COLS))
+    return tl.sum(tl.sum(tl.sum(t, 4), 2), 0)
+
+
+@triton.jit
+def epilogue(
     s,  # (m, n) similarities of one column part
     positive,  # (m, n) or None: no pair is positive
     valid,  # (m, n) or None: every pair takes part
     scale,
     bias,
-    sums,  # 3 x (m, FOLD): running sums of softplus(u), g*s, g
+    sums,  # 3 running sums of softplus(u), g*s, g, each folded
     g_ptrs,  # (m, n) or None
+    EASY: tl.constexpr,  # every u is at most EASY_LOGIT
     SCALAR_GRADS: tl.constexpr,
     GRAD_SCALE: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     loss, gs_sum, g_sum = sums
     u = s * scale + bias
     if positive is not None:
         u = tl.where(valid, tl.where(positive, -u, u), float("-inf"))
         s = tl.where(valid, s, 0.0)  # a padded row may hold NaN
-    softplus, g = softplus_sigmoid(u)
+    if EASY:
+        softplus, g = easy_softplus_sigmoid(u)
+    else:
+        softplus, g = softplus_sigmoid(u)
     if positive is not None:
         g = tl.where(positive, -g, g)
-    loss += _fold_columns(softplus, loss.shape[1])
+    loss += _fold(softplus, loss.shape[0], PAIRED, loss.shape[2])
     if SCALAR_GRADS:
-        gs_sum += _fold_columns(g * s, loss.shape[1])
-        g_sum += _fold_columns(g, loss.shape[1])
+        gs_sum += _fold(g * s, loss.shape[0], PAIRED, loss.shape[2])
+        g_sum += _fold(g, loss.shape[0], PAIRED, loss.shape[2])
     if g_ptrs is not None:
         tl.store(g_ptrs, (g * GRAD_SCALE).to(g_ptrs.dtype.element_ty))
-    else:
-        tl.debug_barrier()  # as the store has: without it the compiler mixes the parts, and spills
     return loss, gs_sum, g_sum
 
 
@@ -163,7 +181,9 @@ def panel_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
-    FOLD: tl.constexpr,
+    OCTETS: tl.constexpr,
+    PAIRED: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     tile_m, tile_n = _grouped_tile(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -176,12 +196,17 @@ def panel_kernel(
     bias = tl.load(logit_bias_ptr)
 
     # The epilogue takes the tile a few columns at a time: taken whole, its temporaries do not fit
-    # the registers beside the accumulator. The branch in each part keeps the compiler from mixing
-    # the parts again.
+    # the registers beside the accumulator. The branches in each part (the easy one too) keep the
+    # compiler from mixing the parts again.
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     parts = _column_parts(tile, PARTS)
-    zero = tl.zeros((BLOCK_M, FOLD), tl.float32)
+    zero = tl.zeros((OCTETS, 8, COLS), tl.float32)
     sums = (zero, zero, zero)
+    easy = False
+    if image_ids_ptr is None:
+        # Early in training that is nearly every tile. (NaN stays NaN on either path.)
+        easy = (scale >= 0) & (tl.max(tile) * scale + bias <= EASY_LOGIT)
+        easy &= ~meets_diagonal_or_edge(row0, tile_n * BLOCK_N, M, N, diagonal, BLOCK_M, BLOCK_N)
     for part in tl.static_range(PARTS):
         col0 = tile_n * BLOCK_N + part * WIDTH
         g_ptrs = None
@@ -189,22 +214,30 @@ def panel_kernel(
             rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.int64)
             g_ptrs = g_ptr + rows[:, None] * stride_gm + (col0 + tl.arange(0, WIDTH))[None, :]
         if image_ids_ptr is None:
-            # Only where the part meets the diagonal or the edge are there pairs to tell apart.
-            mixed = (row0 + diagonal < col0 + WIDTH) & (col0 < row0 + diagonal + BLOCK_M)
-            mixed |= (row0 + BLOCK_M > M) | (col0 + WIDTH > N)
+            # Only there are pairs to tell apart.
+            mixed = meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, WIDTH)
         else:
             mixed = col0 < N
-        if mixed:
-            positive, valid = _pair_masks(
+        if easy:
+            sums = epilogue(
+                parts[part], None, None, scale, bias, sums, g_ptrs, True,
+                SCALAR_GRADS, GRAD_SCALE, PAIRED,
+            )  # fmt: skip
+        elif mixed:
+            positive, valid = pair_masks(
                 row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
             )
-            sums = _epilogue(
-                parts[part], positive, valid, scale, bias, sums, g_ptrs, SCALAR_GRADS, GRAD_SCALE
-            )
+            sums = epilogue(
+                parts[part], positive, valid, scale, bias, sums, g_ptrs, False,
+                SCALAR_GRADS, GRAD_SCALE, PAIRED,
+            )  # fmt: skip
         elif image_ids_ptr is None:
-            sums = _epilogue(
-                parts[part], None, None, scale, bias, sums, g_ptrs, SCALAR_GRADS, GRAD_SCALE
-            )
+            sums = epilogue(
+                parts[part], None, None, scale, bias, sums, g_ptrs, False,
+                SCALAR_GRADS, GRAD_SCALE, PAIRED,
+            )  # fmt: skip
+        if g_ptr is None:
+            tl.debug_barrier()  # as the store has: else the compiler mixes the parts, and spills
 
     loss, gs_sum, g_sum = sums
     tiles = tl.num_programs(0)
@@ -217,7 +250,7 @@ def panel_kernel(
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
 
 
-def _stored(dtype: torch.dtype) -> torch.dtype:
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the kernel writes g: the interpreter cuts bf16 off where devices round."""
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
@@ -229,17 +262,18 @@ class TritonPanel:
     """
 
     tile = TILE
+    align = 16  # what Triton tells apart: only then are loads wide
 
-    @staticmethod
-    def _tiles(rows: int, cols: int) -> tuple[int, int]:
-        return triton.cdiv(rows, TILE[0]), triton.cdiv(cols, TILE[1])
+    @classmethod
+    def _tiles(cls, rows: int, cols: int) -> tuple[int, int]:
+        return triton.cdiv(rows, cls.tile[0]), triton.cdiv(cols, cls.tile[1])
 
-    @staticmethod
+    @classmethod
     def workspace_bytes(
-        rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
+        cls, rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
     ) -> int:
-        tiles = math.prod(TritonPanel._tiles(rows, cols))
-        g = tiles * TILE[0] * TILE[1] * _stored(dtype).itemsize if write_g else 0
+        tiles = math.prod(cls._tiles(rows, cols))
+        g = tiles * math.prod(cls.tile) * stored_dtype(dtype).itemsize if write_g else 0
         return g + tiles * (3 if scalar_grads else 1) * torch.float32.itemsize
 
     def __init__(
@@ -279,10 +313,13 @@ class TritonPanel:
             self.sums * tiles_m * tiles_n, dtype=torch.float32, device=device
         )
         # Whole tiles, so that the kernel stores without a mask and rows stay aligned.
-        shape = (tiles_m * TILE[0], tiles_n * TILE[1])
-        self.g = torch.empty(shape, dtype=_stored(dtype), device=device) if write_g else None
+        shape = (tiles_m * self.tile[0], tiles_n * self.tile[1])
+        self.g = torch.empty(shape, dtype=stored_dtype(dtype), device=device) if write_g else None
         self.dtype = dtype
         self.grad_scale = GRAD_SCALE.get(dtype, 1.0)
+
+    def config(self, dtype: torch.dtype, precision: str) -> PanelConfig:
+        return panel_config(self.target, dtype, precision)
 
     def __call__(
         self,
@@ -299,7 +336,7 @@ class TritonPanel:
         precision = "ieee"
         if self.target != "hip" and torch.get_float32_matmul_precision() != "highest":
             precision = "tf32"
-        config = panel_config(self.target, x.dtype, precision)
+        config = self.config(x.dtype, precision)
         tiles = math.prod(self._tiles(m, n))
         partials = self.partials[: self.sums * tiles].view(self.sums, tiles)
         with torch.cuda.device_of(x):  # Triton launches on the current device

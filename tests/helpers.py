@@ -9,14 +9,9 @@ from torch import Tensor
 
 from fused_siglip.kernels import panel_class
 from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.rounding import excess, rounding_errors
 
 NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
-UNIT_ROUNDOFF = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
 
 
 @dataclass
@@ -100,54 +95,31 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return (difference / exact.abs().max().clamp(min=torch.finfo(torch.float64).tiny)).item()
 
 
-def conditions(inputs: Inputs, exact: list[Tensor | None], **options) -> list[float]:
-    """How much relative errors of the terms of [loss, dX, dY, dt, db] grow in their sums: the sum
-    of absolute terms over the largest absolute sum."""
-    x, y, t, b = (tensor.detach().double() for tensor in inputs.tensors())
-    z = (t * x @ y.T + b).requires_grad_()
-    identity = torch.eye(y.shape[0], dtype=torch.float64, device=y.device)
-    (g,) = torch.autograd.grad(eager_siglip_loss(z, identity, 1.0, **inputs.ids, **options), z)
-    g = g.abs()
-    absolute = [
-        t.abs() * g @ y.abs(),
-        t.abs() * g.T @ x.abs(),
-        (g * (x @ y.T).abs()).sum(),
-        g.sum(),
-    ]
-    grown = [1.0]
-    for terms, total in zip(absolute, exact[1:], strict=True):
-        largest = 0.0 if total is None or total.numel() == 0 else total.abs().max().item()
-        grown.append(terms.max().item() / largest if largest else 1.0)
-    return grown
-
-
-def assert_as_exact_as_eager(actual: list[Tensor | None], inputs: Inputs, **options) -> None:
-    """Hold loss and gradients to float64, within the error of the eager loss in the same dtype.
-
-    Twice that error, since both are a draw of rounding errors; and never less than two roundings of
-    the result plus what rounding z once does to exp(z) and to the sums of it, since a single number
-    can be exact by luck. In float64 the oracle is eager, so what is allowed is eager's error in
-    float32, scaled.
-    """
+def shares(
+    actual: list[Tensor | None],
+    inputs: Inputs,
+    *,
+    g_dtype: torch.dtype | None = None,
+    **options,
+) -> dict[str, float]:
+    """By output, how much of the error that rounding may cause there is against float64."""
     exact = oracle(inputs, **options)
-    dtype = inputs.image_features.dtype
-    measured_in = torch.float32 if dtype == torch.float64 else dtype
-    largest_z = (inputs.logit_scale.abs() + inputs.logit_bias.abs()).item()
-    rounding_z = largest_z * UNIT_ROUNDOFF[torch.promote_types(dtype, torch.float32)]
-    shrink = UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF[measured_in]
-    eager = loss_and_grads(eager_siglip_loss, inputs.to(measured_in), **options)
-    exact_there = oracle(inputs.to(measured_in), **options)
-    grown = conditions(inputs, exact, **options)
-    for name, a, e, there, x, growth in zip(
-        ("loss", *NAMES), actual, eager, exact_there, exact, grown, strict=True
-    ):
+    errors = rounding_errors(*inputs.tensors(), **inputs.ids, g_dtype=g_dtype, **options)
+    found = {}
+    for name, a, x, e in zip(("loss", *NAMES), actual, exact, errors, strict=True):
         if x is None:
             assert a is None, f"{name}: a gradient nobody asked for"
             continue
         assert a.shape == x.shape, name
-        floor = 2 * UNIT_ROUNDOFF[a.dtype] + rounding_z * growth
-        allowed = max(2 * shrink * error(e, there), floor)
-        assert error(a, x) <= allowed, f"{name}: {error(a, x):.2e}, allowed {allowed:.2e}"
+        found[name] = excess(a, x, e)
+    return found
+
+
+def assert_as_exact_as_eager(actual: list[Tensor | None], inputs: Inputs, **options) -> None:
+    """Hold loss and gradients to float64, each element within what rounding may do to eager's
+    formulas when their logits and sums are in float32 (float64 for float64 features)."""
+    for name, share in shares(actual, inputs, **options).items():
+        assert share <= 1, f"{name}: {share:.2f} times the error that rounding may cause"
 
 
 def one_tile(backend: str, dtype: torch.dtype) -> int:

@@ -25,12 +25,15 @@ runs_triton = pytest.mark.skipif(
 @pytest.mark.parametrize("ids", [False, True], ids=["diagonal", "ids"])
 @pytest.mark.parametrize("name", [pytest.param(n, id=f"triton-{n}") for n in VARIANTS])
 def test_variant_agrees_with_the_shipped_panel(name, ids, dtype):
+    hopper = not INTERPRETED and torch.cuda.get_device_capability()[0] == 9
+    if name == "tiles_128x256" and not (INTERPRETED or (hopper and dtype != torch.float32)):
+        pytest.skip("its config is for half operands on sm_90")
     inputs = make_inputs(300, 300, 48, dtype, ids=ids, device=DEVICE)
     workspace = 6 * 128 * 256 * 8  # several panels, of unequal sizes
-    run = {"backend": "triton", "workspace_bytes": workspace}
-    expected = loss_and_grads(siglip_loss, inputs, **run)
-    with VARIANTS[name]():
-        actual = loss_and_grads(siglip_loss, inputs, **run)
+    expected, actual = (
+        loss_and_grads(siglip_loss, inputs, backend=backend, workspace_bytes=workspace)
+        for backend in ("triton", name)
+    )
     exact = oracle(inputs)
     # rounded similarities cost accuracy of z, |z| <= 20, and all the rest agrees
     rounded = name == "library_in_place" and dtype != torch.float32

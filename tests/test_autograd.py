@@ -259,7 +259,7 @@ def test_operator_is_registered_soundly(ids):
         *inputs.tensors(),
         image_ids,
         text_ids,
-        not ids,
+        False,
         True,
         ids,
         True,
@@ -267,6 +267,7 @@ def test_operator_is_registered_soundly(ids):
         "torch",
         None,
         None,
+        "mean",
     )
     torch.library.opcheck(torch.ops.fused_siglip.sweep.default, arguments)
 

@@ -1,10 +1,14 @@
 """Every bad call: what was passed, which error it raises, and the words its message holds."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from fused_siglip import SigLipLoss, siglip_loss
+from fused_siglip.reference import eager_siglip_loss
 
 X = torch.randn(4, 8)
 IDS = torch.arange(4)
@@ -41,12 +45,28 @@ BAD_CALLS = [
     ("ids of rank 2", {"image_ids": IDS[:, None], "text_ids": IDS}, ValueError, "image_ids has shape (4, 1): expected (4,)"),
     ("float ids", {"image_ids": IDS, "text_ids": IDS.float()}, TypeError, "text_ids has dtype torch.float32: expected an integer dtype"),
     ("bool ids", {"image_ids": IDS > 1, "text_ids": IDS}, TypeError, "image_ids has dtype torch.bool: expected an integer dtype"),
-    ("list ids", {"image_ids": [0, 1, 2, 3], "text_ids": IDS}, TypeError, "image_ids is a list: expected an integer tensor of shape (4,)"),
+    ("list ids", {"image_ids": [0, 1, 2, 3], "text_ids": IDS}, TypeError, "image_ids is a list: expected an integer tensor of shape (batch,)"),
     ("negative_only = 1", {"negative_only": 1}, TypeError, "negative_only is a int: expected a bool"),
     ("unknown reduction", {"reduction": "none"}, ValueError, "reduction is 'none': expected 'mean' or 'sum'"),
     ("unknown backend", {"backend": "cuda"}, ValueError, "backend is 'cuda': expected None, 'torch' or 'triton'"),
     ("workspace of 0", {"workspace_bytes": 0}, ValueError, "workspace_bytes is 0: expected more than 0"),
     ("float workspace", {"workspace_bytes": 1e9}, TypeError, "workspace_bytes is a float: expected a number of bytes (int)"),
+    ("workspace of 2**63", {"workspace_bytes": 2**63}, ValueError, "workspace_bytes does not fit 63 bits: expected less than 2**63"),
+    ("negative workspace", {"workspace_bytes": -1}, ValueError, "workspace_bytes is -1: expected more than 0"),
+    ("bool workspace", {"workspace_bytes": True}, TypeError, "workspace_bytes is a bool: expected a number of bytes (int)"),
+    ("reduction of None", {"reduction": None}, TypeError, "reduction is a NoneType: expected 'mean' or 'sum'"),
+    ("scale beyond float32", {"logit_scale": 1e300}, ValueError, "logit_scale does not fit torch.float32: expected 3.4e+38 at most"),
+    ("bias of 401 digits", {"logit_bias": -(10**400)}, ValueError, "logit_bias does not fit torch.float32: expected 3.4e+38 at most"),
+    ("scale beyond float64", {"image_features": X.double(), "text_features": X.double(), "logit_scale": 10**400}, ValueError, "logit_scale does not fit torch.float64: expected 1.8e+308 at most"),
+    ("unsigned 64-bit ids", {"image_ids": IDS, "text_ids": IDS.to(torch.uint64)}, TypeError, "text_ids has dtype torch.uint64: expected one that int64 can hold"),
+    ("ids of another batch", {"image_ids": torch.arange(5), "text_ids": IDS}, ValueError, "image_ids has shape (5,): expected (4,), one id a row"),
+    ("no rows on one side", {"image_features": X[:0]}, ValueError, "text_features has 4 rows and image_features 0: expected the same number"),
+    ("D of 0 on one side", {"text_features": X[:, :0]}, ValueError, "text_features has D = 0 and image_features D = 8: expected the same"),
+    ("empty ids", {"image_ids": IDS[:0], "text_ids": IDS}, ValueError, "image_ids has shape (0,): expected (4,)"),
+    ("meta ids", {"image_ids": IDS, "text_ids": IDS.to("meta")}, ValueError, "text_ids is on the meta device"),
+    ("group that is a name", {"group": "world"}, TypeError, "group is a str: expected a torch.distributed.ProcessGroup this rank is in"),
+    ("group this rank is not in", {"group": dist.GroupMember.NON_GROUP_MEMBER}, TypeError, "group is a int: expected a torch.distributed.ProcessGroup this rank is in"),
+    ("dist_impl in a list", {"dist_impl": ["ring"]}, TypeError, "dist_impl is a list: expected None, 'ring' or 'gather'"),
     ("workspace below one tile", {"workspace_bytes": 100, "backend": "torch"}, ValueError, "workspace_bytes=100 cannot hold one 4 x 4 tile of the torch backend: expected at least 144"),
     ("float64 on triton", {"image_features": X.double(), "text_features": X.double(), "backend": "triton"}, ValueError, "backend='triton' cannot run here:"),
 ]  # fmt: skip
@@ -66,6 +86,130 @@ def test_bad_call(arguments, exception, words):
     with pytest.raises(exception) as caught:
         siglip_loss(**(good | arguments))
     assert words in str(caught.value)
+
+
+# Makers of values of the wrong kind, and the arguments for which each is right all the same.
+WRONG_KINDS = {
+    "numpy array": (lambda: np.ones((4, 8), np.float32), ()),
+    "numpy ids": (lambda: np.arange(4), ()),
+    "list": (lambda: [0.0, 1.0], ()),
+    "tuple": (lambda: (1,), ()),
+    "dict": (lambda: {}, ()),
+    "string": (lambda: "10", ()),
+    "bytes": (lambda: b"mean", ()),
+    "object": (lambda: object(), ()),
+    "function": (lambda: torch.relu, ()),
+    "class": (lambda: torch.Tensor, ()),
+    "None": (lambda: None, ("logit_bias", "backend", "workspace_bytes", "dist_impl", "group")),
+    "bool": (lambda: True, ("negative_only",)),
+    "complex": (lambda: 1j, ()),
+    "meta tensor": (lambda: X.to("meta"), ()),
+    "meta scalar": (lambda: torch.ones((), device="meta"), ()),
+    "sparse tensor": (lambda: X.to_sparse(), ()),
+    "sparse rows": (lambda: X.to_sparse_csr(), ()),
+    "nested tensor": (lambda: torch.nested.nested_tensor([X[0], X[1]]), ()),
+    "quantized tensor": (lambda: torch.quantize_per_tensor(X, 0.1, 0, torch.quint8), ()),
+    "complex tensor": (lambda: X + 0j, ()),
+    "bool tensor": (lambda: X > 0, ()),
+    "integer scalar": (lambda: torch.tensor(1), ()),
+    "one row": (lambda: X[0], ()),
+    "three axes": (lambda: X[None], ()),
+}
+ARGUMENTS = (
+    *("image_features", "text_features", "logit_scale", "logit_bias", "image_ids", "text_ids"),
+    *("negative_only", "reduction", "group", "dist_impl", "workspace_bytes", "backend"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype) st")  # torch's own, of sparse and nested
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("make,right_for", WRONG_KINDS.values(), ids=WRONG_KINDS)
+def test_every_wrong_kind_of_every_argument(name, make, right_for):
+    arguments = {"image_features": X, "text_features": X, "logit_scale": 10.0, "logit_bias": -10.0}
+    if name in ("image_ids", "text_ids"):
+        arguments |= {"image_ids": IDS, "text_ids": IDS}
+    arguments[name] = make()
+    if name in right_for:
+        assert siglip_loss(**arguments).isfinite()
+        return
+    with pytest.raises((TypeError, ValueError)) as caught:
+        siglip_loss(**arguments)
+    message = str(caught.value)
+    assert name in message
+    assert ("expected" in message) or ("meta device" in message)
+
+
+# What is no error, however odd: (what is odd, arguments, what comes out)
+NAN, INF = float("nan"), float("inf")
+ODD_CALLS = [
+    ("scale of 0", {"logit_scale": 0.0}, "as eager"),
+    ("scale below 0", {"logit_scale": -5.0}, "as eager"),
+    ("integer scale", {"logit_scale": 10}, "as eager"),
+    ("large integer scale", {"logit_scale": 2**70}, "as eager"),
+    ("numpy scalar", {"logit_scale": np.float32(3), "logit_bias": np.int64(-2)}, "as eager"),
+    ("fraction", {"logit_scale": Fraction(7, 2)}, "as eager"),
+    ("NaN scale", {"logit_scale": NAN}, "nan"),
+    ("NaN bias", {"logit_bias": NAN}, "nan"),
+    ("infinite bias", {"logit_bias": INF}, "inf"),
+    ("infinite bias below", {"logit_bias": -INF}, "inf"),
+    ("infinite scale", {"logit_scale": INF}, "inf"),
+    ("NaN scale tensor", {"logit_scale": torch.tensor(NAN)}, "nan"),
+    ("NaN images", {"image_features": X * NAN}, "nan"),
+    ("infinite texts", {"text_features": X + INF}, "nan"),
+    ("small ids", {"image_ids": IDS.to(torch.uint8), "text_ids": IDS.to(torch.int16)}, "as eager"),
+    ("ids of 32 bits without sign", dict.fromkeys(("image_ids", "text_ids"), (IDS + 2**31).to(torch.uint32)), "as eager"),
+    ("the largest ids", dict.fromkeys(("image_ids", "text_ids"), 2**63 - 1 - IDS), "as eager"),
+    ("the smallest ids", {"image_ids": IDS - 2**63, "text_ids": IDS}, "0"),
+    ("no rows", {"image_features": X[:0], "text_features": X[:0]}, "0"),
+    ("no images", {"image_features": X[:0], "negative_only": True}, "0"),
+    ("no texts", {"text_features": X[:0], "negative_only": True}, "0"),
+    ("no features", {"image_features": X[:, :0], "text_features": X[:, :0]}, "as eager"),
+    ("no rows with ids", {"image_features": X[:0], "image_ids": IDS[:0], "text_ids": IDS}, "0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments,expected", [row[1:] for row in ODD_CALLS], ids=[row[0] for row in ODD_CALLS]
+)
+def test_odd_call_that_is_no_error(arguments, expected):
+    call = {
+        "image_features": X,
+        "text_features": X.flip(0),
+        "logit_scale": 10.0,
+        "logit_bias": -1.0,
+    }
+    call |= arguments
+    leaves = {
+        k: call[k].detach().clone().requires_grad_() for k in ("image_features", "text_features")
+    }
+    loss = siglip_loss(**(call | leaves))
+    loss.backward()
+    if expected == "as eager":
+        scalars = {k: float(call[k]) for k in ("logit_scale", "logit_bias")}
+        ids = {k: v.long() for k, v in call.items() if k.endswith("ids")}
+        doubles = {k: v.detach().double().requires_grad_() for k, v in leaves.items()}
+        exact = eager_siglip_loss(**(call | doubles | scalars | ids))
+        exact.backward()
+        torch.testing.assert_close(loss.double(), exact)
+        for name, leaf in leaves.items():
+            torch.testing.assert_close(leaf.grad.double(), doubles[name].grad, rtol=1e-4, atol=1e-5)
+    else:
+        torch.testing.assert_close(loss, torch.tensor(float(expected)), equal_nan=True)
+        assert expected != "0" or not any(leaf.grad.any() for leaf in leaves.values())
+
+
+def test_rows_further_apart_than_31_bits(backend, device):
+    """Offsets are 64-bit: the memory between the rows is never touched."""
+    apart = 2**31 // 3 + 1
+    wide = torch.empty(3 * apart + 8, dtype=torch.float16, device=device).as_strided(
+        (4, 8), (apart, 1)
+    )
+    wide.copy_(X)
+    call = {"logit_scale": 10.0, "logit_bias": -10.0, "backend": backend}
+    expected = siglip_loss(X.half().to(device), X.half().to(device), **call)
+    assert torch.equal(siglip_loss(wide, X.half().to(device), **call), expected)
+    assert torch.equal(siglip_loss(X.half().to(device), wide, **call), expected)
 
 
 def test_devices_that_differ():
@@ -108,6 +252,13 @@ def test_triton_asked_for_where_it_is_not_installed(monkeypatch):
         ({"rank": 1}, ValueError, "rank is 1: expected 0 to 0"),
         ({"rank": -1}, ValueError, "rank is -1"),
         ({"world_size": 0}, ValueError, "world_size is 0: expected at least 1"),
+        ({"world_size": "2"}, TypeError, "world_size is a str: expected an int"),
+        ({"world_size": None}, TypeError, "world_size is a NoneType: expected an int"),
+        ({"rank": 0.0}, TypeError, "rank is a float: expected an int"),
+        ({"rank": torch.tensor(0)}, TypeError, "rank is a torch.Tensor: expected an int"),
+        ({"rank": True, "world_size": 2}, TypeError, "rank is a bool: expected an int"),
+        ({"group": 0}, TypeError, "group is a int: expected a torch.distributed.ProcessGroup"),
+        ({"dist_impl": ["ring"]}, TypeError, "dist_impl is a list: expected None, 'ring' or"),
     ],
 )
 def test_bad_constructor_call(arguments, exception, words):

@@ -266,10 +266,14 @@ def disagreeing(rank: int, world_size: int, what: str) -> None:
     dtype = torch.bfloat16 if (what, rank) == ("dtype", 1) else torch.float32
     inputs = make_inputs(4, 4, d, dtype)
     options = {"dist_impl": "gather" if (what, rank) == ("dist_impl", 1) else "ring"}
-    if (what, rank) == ("negative_only", 1):
+    if (what.split()[0], rank) == ("negative_only", 1):
         options["negative_only"] = True
-    if (what, rank) == ("ids", 1):
+    if (what, rank) == ("reduction", 1):
+        options["reduction"] = "sum"
+    if (what, rank) == ("ids", 1) or what.endswith("with ids"):
         options |= {"image_ids": torch.arange(4), "text_ids": torch.arange(4)}
+    if (what, rank) == ("workspace", 1):
+        options["workspace_bytes"] = 1000
     if (what, rank) == ("bad arguments", 1):
         inputs.text_features = inputs.text_features[:, :3]
     siglip_loss(*inputs.tensors(), **options)
@@ -280,6 +284,8 @@ DISAGREEMENTS = {
     "dtype": ("torch.float32", "torch.bfloat16"),
     "dist_impl": ("ring", "gather"),
     "negative_only": ("False", "True"),
+    "negative_only with ids": ("False", "True"),
+    "reduction": ("mean", "sum"),
     "ids": ("missing", "given"),
 }
 
@@ -287,10 +293,11 @@ DISAGREEMENTS = {
 @pytest.mark.parametrize("what", DISAGREEMENTS)
 def test_disagreement_is_an_error_on_every_rank(what):
     mine, other = DISAGREEMENTS[what]
+    name = what.split()[0]
     for kind, message in launch(disagreeing, 3, what):
         assert kind == "raised"
         assert message.startswith(
-            f"ValueError: ranks disagree on {what}: {mine} on rank 0 and {other} on rank 1 of the"
+            f"ValueError: ranks disagree on {name}: {mine} on rank 0 and {other} on rank 1 of the"
         )
 
 
@@ -299,6 +306,13 @@ def test_bad_arguments_on_one_rank_are_an_error_on_every_rank():
     assert [kind for kind, _ in results] == ["raised"] * 3
     messages = [message for _, message in results]
     assert "text_features has D = 3 and image_features D = 8" in messages[1]
+    for message in (messages[0], messages[2]):
+        assert "bad arguments on rank 1 of the group" in message
+
+
+def test_a_workspace_too_small_on_one_rank_is_an_error_on_every_rank():
+    messages = [message for kind, message in launch(disagreeing, 3, "workspace")]
+    assert "workspace_bytes=1000 cannot hold one 64 x 64 tile" in messages[1]
     for message in (messages[0], messages[2]):
         assert "bad arguments on rank 1 of the group" in message
 

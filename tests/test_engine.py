@@ -8,9 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import Case
 from benchmarks.memory import peak_extra_bytes
+from fused_siglip import siglip_loss
 from fused_siglip.engine import Needs, sweep
-from fused_siglip.kernels import panel_class
+from fused_siglip.kernels import BACKENDS, aligned, panel_class
 from fused_siglip.plan import plan_panels, waves
+from helpers import loss_and_grads, make_inputs
 
 SIZES = [(1, 1), (64, 64), (65, 1), (1000, 1000), (2100, 2100), (8192, 8192), (32768, 100)]
 BUDGETS = [None, 1 << 20, 100 << 20]
@@ -133,3 +135,47 @@ def test_only_the_products_that_are_needed(needs, products, workspace):
         )
     assert counter.get_total_flops() == products * 2 * m * n * d
     assert torch.all(sums[1:] != 0) if needs.scalars else torch.all(sums[1:] == 0)
+
+
+@pytest.mark.parametrize("ids", [False, True], ids=["diagonal", "ids"])
+@pytest.mark.parametrize("layout", ["D = 65", "rows 72 apart", "transposed", "as it comes"])
+def test_operands_are_padded_where_the_backend_asks(monkeypatch, layout, ids):
+    """Copies of one panel at a time, zeros beyond D, the same loss and gradients."""
+    seen = []
+
+    class Picky(panel_class("torch")):
+        align = 16
+
+        def __call__(self, x, y, *rest):
+            seen.append((x, y))
+            assert aligned(x, 16) and aligned(y, 16)
+            return super().__call__(x, y, *rest)
+
+    monkeypatch.setitem(BACKENDS, "picky", lambda: Picky)
+    d = 65 if layout == "D = 65" else 64
+    inputs = make_inputs(300, 300, d, ids=ids)
+    if layout == "rows 72 apart":
+        wide = torch.nn.functional.pad(inputs.text_features.detach(), (0, 8))
+        inputs.text_features = wide[:, :d].requires_grad_()
+    if layout == "transposed":
+        inputs.image_features = inputs.image_features.detach().T.contiguous().T.requires_grad_()
+    expected, actual = (
+        loss_and_grads(siglip_loss, inputs, backend=name, workspace_bytes=1 << 20)
+        for name in ("torch", "picky")
+    )
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    x = seen[0][0]
+    assert x.shape[1] == (80 if d == 65 else 64) and not x[:, d:].any()
+    in_place = x.data_ptr() == inputs.image_features.data_ptr()
+    assert in_place == (layout == "as it comes" and not ids)
+
+
+def test_padded_operands_are_in_the_planned_peak():
+    pytest.importorskip("triton")
+    plans = {d: plan_panels(4096, 4096, d, torch.bfloat16, "cuda", "triton") for d in (1000, 1008)}
+    assert [plan.operand_dim for plan in plans.values()] == [1008, 1008]
+    accumulators = {d: 2 * 4096 * d * 4 for d in plans}
+    beyond = {d: plan.peak_bytes - accumulators[d] for d, plan in plans.items()}
+    assert beyond[1000] - beyond[1008] == 2 * 4096 * 1008 * 2
+    assert plan_panels(4096, 4096, 1000, torch.bfloat16, "cuda", "torch").operand_dim == 1000

@@ -9,7 +9,7 @@ import torch
 from conftest import HAS_GPU, INTERPRETED
 
 from fused_siglip.kernels import GRAD_SCALE, Positives
-from helpers import UNIT_ROUNDOFF
+from fused_siglip.rounding import UNIT_ROUNDOFF
 
 triton = pytest.importorskip("triton")
 if not (HAS_GPU or INTERPRETED):
@@ -20,7 +20,12 @@ if not (HAS_GPU or INTERPRETED):
 
 import triton.language as tl  # noqa: E402
 
-from fused_siglip.kernels.math import log1p_unit  # noqa: E402
+from fused_siglip.kernels.math import (  # noqa: E402
+    EASY_LOGIT,
+    easy_softplus_sigmoid,
+    log1p_unit,
+    softplus_sigmoid,
+)
 from fused_siglip.kernels.panel_triton import TritonPanel  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -233,3 +238,89 @@ def test_log1p_relative_error():
     worst = ((out - exact).abs() / exact.clamp(min=1e-300)).max().item()
     # 3.3e-8 of the polynomial; the rounding of e^2 Q without fused multiply-add makes up the rest
     assert worst <= 2.8 * UNIT_ROUNDOFF[torch.float32]
+
+
+@triton.jit
+def _softplus_sigmoid_kernel(u_ptr, out_ptr, EASY: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    u = tl.load(u_ptr + i)
+    if EASY:
+        softplus, sigmoid = easy_softplus_sigmoid(u)
+    else:
+        softplus, sigmoid = softplus_sigmoid(u)
+    tl.store(out_ptr + i, softplus)
+    tl.store(out_ptr + N + i, sigmoid)
+
+
+def softplus_and_sigmoid(u, easy):
+    out = torch.empty(2, len(u), device=DEVICE)
+    _softplus_sigmoid_kernel[(1,)](u, out, EASY=easy, N=len(u))
+    return out
+
+
+def allowed(u):
+    """Relative error of exp(u) with its exponent rounded once, and what follows it.
+
+    That is 4 roundings, and on a device its approximations: exp2 to 2^-22, rsqrt^2 to 2^-21.4.
+    """
+    after = 4 if INTERPRETED else 16
+    return (1.5 * u.double().abs() + after) * UNIT_ROUNDOFF[torch.float32]
+
+
+@pytest.mark.parametrize("easy", [False, True])
+def test_softplus_and_sigmoid(easy):
+    top = EASY_LOGIT.value if easy else 80.0
+    u = torch.cat([torch.linspace(-80, top, 4096 - 3), torch.tensor([-1e30, -torch.inf, top])])
+    u = u.to(DEVICE)
+    exact = torch.stack([torch.logaddexp(u.double(), u.double() * 0), torch.sigmoid(u.double())])
+    exact[:, u == -torch.inf] = 0
+    actual = softplus_and_sigmoid(u, easy)
+    # below, exp2 may flush what is subnormal
+    deviation = (actual - exact).abs() - 2.0**-125
+    assert (deviation <= allowed(u.clamp(-128, 0)) * exact).all()
+    assert softplus_and_sigmoid(torch.full((16,), torch.nan, device=DEVICE), easy).isnan().all()
+
+
+def one_feature(logits, n):
+    """Features whose similarities are these numbers: pair (i, j) has logits[i]."""
+    x, y = (torch.zeros(k, 16, device=DEVICE) for k in (len(logits), n))
+    x[:, 0], y[:, 0] = logits, 1
+    return x, y
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 1])
+def test_a_tile_at_the_threshold(steps):
+    """Easy up to and with EASY_LOGIT; either path is as exact as the other."""
+    largest = torch.tensor(EASY_LOGIT.value)
+    for _ in range(abs(steps)):
+        largest = torch.nextafter(largest, largest + steps)
+    logits = torch.linspace(-80, EASY_LOGIT.value - 0.01, 128)
+    logits[77] = largest
+    sums, g = run(*one_feature(logits, 128), t=1.0, b=0.0)
+    exact = logits.double().to(DEVICE)
+    sigmoid = exact.sigmoid()[:, None]
+    assert ((g - sigmoid).abs() <= allowed(exact)[:, None] * sigmoid).all()
+    terms = [torch.log1p(exact.exp()), exact.sigmoid() * exact, exact.sigmoid()]
+    for actual, t in zip(sums.double(), terms, strict=True):
+        assert (actual - 128 * t.sum()).abs() <= 128 * (allowed(exact) * t.abs()).sum()
+    if INTERPRETED:  # which path it was: a device may fuse other operations in another kernel
+        _, expected = softplus_and_sigmoid(logits, easy=steps <= 0)
+        assert torch.equal(g[:, 5].float(), expected)
+
+
+@pytest.mark.parametrize("t", [1.0, -1.0])
+def test_tiles_are_easy_by_their_largest_logit(t):
+    """A negative scale turns the order round; a single pair above the threshold counts."""
+    for logits in (torch.linspace(-90, 3, 128), torch.linspace(-3, 90, 128)):
+        check(*one_feature(logits, 256), t=t, b=0.0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_nan_and_inf_in_an_easy_tile(value):
+    logits = torch.full((128,), -20.0)
+    logits[3] = value
+    sums, g = run(*one_feature(logits, 128), t=1.0, b=0.0)
+    assert torch.equal(g[3].isnan(), torch.full((128,), value != value, device=DEVICE))
+    assert value != value or not g[3].any()
+    assert not g[4:].isnan().any()
+    assert sums[0].isnan() == (value != value) and sums[1].isnan()  # 0 * inf, as in torch

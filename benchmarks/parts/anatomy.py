@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -15,8 +14,7 @@ from fused_siglip.kernels import GRAD_SCALE, Positives, panel_class
 
 from ..cases import Case
 from ..harness import interleaved, median, summary
-from ..memory import ROOT
-from .checks import cuda_tool
+from .checks import cuda_tool, in_time
 from .run import Run, Skipped
 from .timings import plan_of
 
@@ -123,19 +121,12 @@ def _hardware_counters(run: Run, size: int, dim: int) -> Iterator[dict]:
     command += ["--kernel-name", "panel_kernel"]
     command += [argument for section in SECTIONS for argument in ("--section", section)]
     command += [sys.executable, "-c", ONE_STEP, run.fused, str(size), str(dim)]
-    limit = max(run.seconds_left(), 1)
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        raise Skipped("no time left for the hardware counters") from None
-    table = done.stdout[done.stdout.find('"ID"') :]
-    rows = list(csv.DictReader(io.StringIO(table))) if table.startswith('"ID"') else []
+    done = in_time(command, run)
+    rows = counter_table(done.stdout)
     if not rows:
         said = " ".join((done.stdout + done.stderr).split())
         raise Skipped(f"no hardware counters: {said[-300:]}")
     for row in rows:
-        if not row["Metric Name"]:
-            continue  # advice
         yield {
             "kind": "counter",
             "device": run.device,
@@ -146,3 +137,10 @@ def _hardware_counters(run: Run, size: int, dim: int) -> Iterator[dict]:
             "unit": row["Metric Unit"],
             "value": row["Metric Value"],
         }
+
+
+def counter_table(output: str) -> list[dict[str, str]]:
+    """The rows of ncu's CSV, which follows what ncu and the program print; none where it failed."""
+    table = output[output.find('"ID"') :]
+    rows = csv.DictReader(io.StringIO(table)) if table.startswith('"ID"') else ()
+    return [row for row in rows if row.get("Metric Name")]  # the others are advice

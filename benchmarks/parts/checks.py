@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import re
@@ -9,8 +10,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
 
@@ -27,20 +28,19 @@ OPERANDS = (
     ("float32", "highest"),
     ("float32", "high"),  # tf32
 )
-# what the checkers of the CUDA toolkit run: ragged tiles, ids, every kernel variant
+# What the checkers of the CUDA toolkit run: ragged tiles, every kernel variant. D = 72 is padded.
 SMALL_CASES = """
 import torch
 from fused_siglip import siglip_loss
-for dtype in (torch.bfloat16, torch.float32):
-    for size, ids in ((200, False), (130, True)):
-        x, y = (torch.randn(size, 72, device="cuda", dtype=dtype) / 9 for _ in range(2))
-        t, b = torch.tensor(10.0, device="cuda"), torch.tensor(-10.0, device="cuda")
-        labels = torch.arange(size, device="cuda") // 2 - 1
-        options = dict(image_ids=labels, text_ids=labels) if ids else {}
-        with torch.no_grad():
-            siglip_loss(x, y, t, b, backend="triton", **options)
-        leaves = [v.requires_grad_() for v in (x, y, t, b)]
-        siglip_loss(*leaves, backend="triton", **options).backward()
+for dtype, ids in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)):
+    x, y = (torch.randn(200, 72, device="cuda", dtype=dtype) / 9 for _ in range(2))
+    t, b = torch.tensor(10.0, device="cuda"), torch.tensor(-10.0, device="cuda")
+    labels = torch.arange(200, device="cuda") // 2 - 1
+    options = dict(image_ids=labels, text_ids=labels) if ids else {}
+    leaves = [v.requires_grad_() for v in (x, y, t, b)]
+    siglip_loss(*leaves, backend="triton", **options).backward()
+with torch.no_grad():
+    siglip_loss(x, y, t, b, backend="triton")
 torch.cuda.synchronize()
 print("small cases done")
 """
@@ -50,22 +50,44 @@ SUMMARY = {
 }
 
 
+# Warnings of other versions than those the tests are pinned to are not what is tested here; and
+# pytest-benchmark, where installed, warns of xdist.
+PYTEST = ("-m", "pytest", "-q", "--tb=line", "-W", "default", "-p", "no:benchmark")
+
+
 def tests(run: Run) -> Iterator[dict]:
     """The tests that mean something on this device, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", *run.sizes.tests]
+    command = [sys.executable, *PYTEST, *run.sizes.tests]
     if run.on_gpu and importlib.util.find_spec("xdist"):
         command += ["-n", "8"]  # most of the time goes into compiling kernels
-    limit = None if run.seconds_left() == float("inf") else run.seconds_left()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-    found = re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)
-    counts = {word: int(number) for number, word in found}
+    done = in_time(command, run)
     row = {"kind": "tests", "device": run.device, "exit_code": done.returncode}
-    row |= {word: counts.get(word, 0) for word in ("passed", "failed", "error", "skipped")}
-    row["failures"] = re.findall(r"^(?:FAILED|ERROR) (.{1,300})", done.stdout, re.MULTILINE)[:20]
-    yield row
+    yield row | pytest_summary(done.stdout)
     if done.returncode:
         last = (done.stdout + done.stderr).strip().splitlines()[-3:]
         raise RuntimeError(f"pytest ended with code {done.returncode}: " + "; ".join(last))
+
+
+def pytest_summary(output: str) -> dict:
+    """How many tests passed, failed, ... according to pytest's last line, and which failed."""
+    lines = output.strip().splitlines() or [""]
+    counts = {
+        word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])
+    }
+    found: dict = {word: counts.get(word, 0) for word in ("passed", "failed", "error", "skipped")}
+    return found | {"failures": re.findall(r"^(?:FAILED|ERROR) (.{1,300})", output, re.M)[:20]}
+
+
+def in_time(command: list[str], run: Run, **options: object) -> subprocess.CompletedProcess:
+    """Run a command until the part's deadline; Skipped, with what it said last, beyond that."""
+    limit = None if run.seconds_left() == float("inf") else max(run.seconds_left(), 1)
+    options = {"cwd": ROOT, "capture_output": True, "text": True, **options}
+    try:
+        return subprocess.run(command, timeout=limit, **options)
+    except subprocess.TimeoutExpired as ended:
+        said = b"".join(filter(None, (ended.stdout, ended.stderr)))  # bytes, even so
+        said = " ".join(said.decode(errors="replace").split())[-200:]
+        raise Skipped(f"no time left to end {Path(command[0]).name}: {said}") from None
 
 
 def correctness(run: Run) -> Iterator[dict]:
@@ -75,9 +97,13 @@ def correctness(run: Run) -> Iterator[dict]:
     for (dtype, precision), (size, dim), t in product(OPERANDS, run.sizes.accuracy, SCALES):
         if (precision == "high" and not run.on_gpu) or (dtype == "float16" and t != SCALES[0]):
             continue  # a CPU has no tf32
+        if dtype != "bfloat16" and (size, dim) != run.sizes.accuracy[0]:
+            continue  # every shape and dtype is compiled anew
+        run.needs(5, f"{dtype}, {precision}, B = {size}")
         with matmul_precision(precision):
             yield from accuracy(_cases(names, size, dim, dtype, run), t, BIAS)
     for (size, dim), t in product(run.sizes.sampled, SCALES):
+        run.needs(5, f"B = {size}")
         generator = torch.Generator(run.device).manual_seed(0)
         sample = torch.randperm(size, generator=generator, device=run.device)[:COMPARED_ROWS]
         fits = names if size <= EAGER_FITS else [n for n in names if n != "eager"]
@@ -102,7 +128,11 @@ def determinism(run: Run) -> Iterator[dict]:
         case = Case(run.fused, size, dim, dtype, run.device)
         step = case.step(case.inputs())
         first = step()
-        same = [all(map(torch.equal, step(), first)) for _ in range(run.sizes.runs - 1)]
+        same = []
+        for _ in range(run.sizes.runs - 1):
+            same.append(all(map(torch.equal, step(), first)))
+            if run.seconds_left() < 1:
+                break
         yield {
             "kind": "determinism",
             "loss": case.loss,
@@ -110,15 +140,19 @@ def determinism(run: Run) -> Iterator[dict]:
             "dim": dim,
             "dtype": dtype,
             "device": run.device,
-            "runs": run.sizes.runs,
+            "runs": 1 + len(same),
             "different": same.count(False),
         }
 
 
+TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")  # NVIDIA's default folders
+
+
 def cuda_tool(name: str) -> str:
     """Path of a tool of the CUDA toolkit."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    path = shutil.which(name) or shutil.which(name, path=f"{home}/bin")
+    folders = [f"{os.environ['CUDA_HOME']}/bin"] if "CUDA_HOME" in os.environ else []
+    folders += [folder for pattern in TOOLS for folder in sorted(glob.glob(pattern), reverse=True)]
+    path = shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
     if path is None:
         raise Skipped(f"{name} is not installed")
     return path
@@ -131,26 +165,27 @@ def sanitizer(run: Run) -> Iterator[dict]:
     tool_path = cuda_tool("compute-sanitizer")
     # torch's caching allocator would hide an access beyond a tensor
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    python = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, env=environment)
-    compiles = python([sys.executable, "-c", SMALL_CASES])  # unwatched, for that would be slow
+    small_cases = [sys.executable, "-c", SMALL_CASES]
+    compiles = in_time(small_cases, run, env=environment)  # unwatched, for that would be slow
     if compiles.returncode:
         raise RuntimeError(f"the small cases fail: {compiles.stderr[-500:]}")
-    for tool, summary in SUMMARY.items():
-        watch = [tool_path, "--tool", tool, "--kernel-regex", "kns=panel_kernel"]
-        try:
-            done = python(
-                [*watch, sys.executable, "-c", SMALL_CASES], timeout=max(run.seconds_left(), 1)
-            )
-        except subprocess.TimeoutExpired:
-            raise Skipped(f"no time left to end {tool}") from None
-        found = re.search(summary, done.stdout + done.stderr)
-        ended = "small cases done" in done.stdout
+    for tool in SUMMARY:
+        watch = [tool_path, "--tool", tool, "--kernel-name", "kns=panel_kernel"]
+        done = in_time([*watch, *small_cases], run, env=environment)
+        said = done.stdout + done.stderr
+        found = findings(tool, said)
         yield {
             "kind": "sanitizer",
             "device": run.device,
             "tool": tool,
-            "findings": int(found[1]) if found and ended else None,
-            "output": (done.stdout + done.stderr)[-1500:],
+            "findings": found,
+            "output": said[-1500:],
         }
-        if not (found and ended):
+        if found is None:
             raise RuntimeError(f"{tool} did not reach the end of the small cases")
+
+
+def findings(tool: str, output: str) -> int | None:
+    """How many errors or hazards a checker counted; None where it did not get to the end."""
+    found = re.search(SUMMARY[tool], output)
+    return int(found[1]) if found and "small cases done" in output else None

@@ -18,16 +18,20 @@ from .run import Point, Run, Skipped, matmul_precision, usable
 
 
 def speed(run: Run) -> Iterator[dict]:
-    names = run.contestants(but=() if run.on_gpu else ("compiled",))
+    names = run.contestants(but=("compiled",))
     yield from usable(names, run)
     for point in run.sizes.speed:
-        if run.seconds_left() < 10:
-            raise Skipped(f"no time left for {point} and what follows")
-        cases = _cases(point, names, run)
+        run.needs(40 if point.only else 8, point)
+        chosen = [name for name in point.only if name in run.contestants()]
+        yield from usable(chosen, run)
+        cases = _cases(point, chosen if point.only else names, run)
+        if not cases:
+            continue
         with matmul_precision(point.precision):
             try:
                 rows = measure(cases, run.sizes.repeats, **_options(run))
             except torch.OutOfMemoryError:  # each fits, but not beside the floor's matrices
+                torch.cuda.empty_cache()
                 ours = [case for case in cases if case.loss == run.fused]
                 rows = measure(ours, run.sizes.repeats, **_options(run))
         yield from rows
@@ -41,9 +45,9 @@ def _options(run: Run) -> dict:
 
 
 def _cases(point: Point, names: list[str], run: Run) -> list[Case]:
-    left_out = set() if point.compiled else {"compiled"}
+    left_out = set()
     if point.dtype != "bfloat16":
-        left_out |= {"siglip_kernel", "open_clip", "row_chunked"}
+        left_out = {"siglip_kernel", "open_clip", "row_chunked"}
     shape = (point.batch_size, point.dim, point.dtype, run.device)
     cases = [Case(name, *shape) for name in names if name not in left_out]
     if point.modes:
@@ -59,6 +63,7 @@ def alternative(run: Run) -> Iterator[dict]:
     names = [name for name in ABLATIONS if wide or not name.startswith("tiles")]
     yield from usable(names, run)
     for size, dim in run.sizes.alternative:
+        run.needs(8, f"B = {size}, D = {dim}")
         cases = [Case(n, size, dim, "bfloat16", run.device) for n in (run.fused, *names)]
         for row in measure(cases, run.sizes.repeats, **_options(run)):
             yield {**row, "kind": "ablation"}
@@ -120,6 +125,7 @@ def latency(run: Run) -> Iterator[dict]:
     names = run.main_contestants()
     yield from usable(names, run)
     for size in run.sizes.latency:
+        run.needs(4, f"B = {size}")
         inputs = make_inputs(size, dim, "bfloat16", run.device)
         steps = {name: Case(name, size, dim, "bfloat16", run.device).step(inputs) for name in names}
         functions: dict[tuple[str, bool], Callable] = {(n, False): f for n, f in steps.items()}

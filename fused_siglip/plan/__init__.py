@@ -24,6 +24,7 @@ class PanelPlan:
 
     ``rows`` x ``cols`` is the panel's shape (the last ones may be smaller), ``operand_dtype`` what
     enters the three products, ``accumulate_dtype`` what they and the sums accumulate in.
+    ``operand_dim`` is D, rounded up to what the backend asks for.
     ``workspace_bytes`` is the backend's panel workspace, ``peak_bytes`` all that the sweep
     allocates: workspace, operand copies and the gradient accumulators it returns.
     """
@@ -31,6 +32,7 @@ class PanelPlan:
     rows: int
     cols: int
     operand_dtype: torch.dtype
+    operand_dim: int
     accumulate_dtype: torch.dtype
     workspace_bytes: int
     peak_bytes: int
@@ -86,7 +88,8 @@ def plan_panels(
     then cut back to where the products dX and dY fill whole waves of its ``multiprocessors``;
     elsewhere they are evened out, so that the last panel is not a sliver.
 
-    ``copies_operands`` says that the sweep copies rows before use (padding must be blanked out).
+    ``copies_operands`` says that the sweep copies rows before use, whatever D: padding must be
+    blanked out, or the features' strides do not suit the backend.
 
     Raises ValueError when ``workspace_bytes`` cannot hold one tile.
     """
@@ -96,6 +99,7 @@ def plan_panels(
     # and columns are converted when it is their turn.
     half_products = multiplies_half_into_fp32(device_type)
     operand_dtype = dtype if backend == "triton" or half_products else accumulate_dtype
+    operand_dim = _ceil_div(d, panel.align) * panel.align
     write_g = need_image_grad or need_text_grad
 
     def workspace(rows: int, cols: int) -> int:
@@ -121,8 +125,8 @@ def plan_panels(
 
     used = workspace(rows, cols)
     peak = used + (need_image_grad * m + need_text_grad * n) * d * accumulate_dtype.itemsize
-    if copies_operands or operand_dtype != dtype:
-        peak += (rows + cols) * d * operand_dtype.itemsize
+    if copies_operands or operand_dim != d or operand_dtype != dtype:
+        peak += (rows + cols) * operand_dim * operand_dtype.itemsize
     if operand_dtype != accumulate_dtype and not half_products:  # Triton's g and operands on ROCm
         peak += write_g * (rows * cols + max(rows, cols) * d) * accumulate_dtype.itemsize
-    return PanelPlan(rows, cols, operand_dtype, accumulate_dtype, used, peak)
+    return PanelPlan(rows, cols, operand_dtype, operand_dim, accumulate_dtype, used, peak)

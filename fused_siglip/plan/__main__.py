@@ -68,7 +68,7 @@ def assumptions(name: str, dtype: torch.dtype, world_size: int) -> str:
         "  gradients home; gather: nothing overlaps",
         "- peak memory is what torch allocates beyond the features, the returned gradients",
         "  included, the transport's own buffers not",
-        f"- left out: the exchange of sizes (gloo: {world_size - 1} hops on the hosts), passes",
+        "- left out: the exchange of sizes (gloo: all to all on the hosts), passes",
         "  bound by memory, other traffic on the links",
     ]
     return "\n".join(lines)

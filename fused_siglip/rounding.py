@@ -1,0 +1,117 @@
+"""What rounding may do to the loss and its gradients: tolerance of the tests and the self-check."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels import GRAD_SCALE
+
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+
+
+@torch.no_grad()
+def rounding_errors(
+    image_features: Tensor,  # (M, D)
+    text_features: Tensor,  # (N, D)
+    logit_scale: Tensor,  # one element
+    logit_bias: Tensor,  # one element
+    *,
+    image_ids: Tensor | None = None,  # (M,)
+    text_ids: Tensor | None = None,  # (N,)
+    negative_only: bool = False,
+    reduction: str = "mean",
+    g_dtype: torch.dtype | None = None,
+) -> list[Tensor]:  # (), (M, D), (N, D), (), ()
+    """What rounding may do to each element of [loss, dX, dY, dt, db], in float64.
+
+    The worst case, to first order in the unit roundoff u of the accumulation (float32's; float64's
+    for float64 features): an n-term sum errs by n u of its absolute terms, and comes near that
+    where all terms are equal. Similarities sum D products; logits are rounded three times (the
+    exponential rounds its argument once more); log-sigmoid and sigmoid err by 8 u (Triton's
+    reciprocal square root by 4 u); the two products sum N and M terms, sums over all pairs are made
+    in blocks. ``g_dtype`` is the dtype in which dL/dz enters the products, by default the features'
+    own. Rounding the results themselves is left to :func:`excess`. Float64 in the oracle errs too,
+    and is counted; products on a GPU may be cut off instead of rounded, which errs twice as much.
+    """
+    dtype = image_features.dtype
+    x, y, t, b = (
+        tensor.detach().double()
+        for tensor in (image_features, text_features, logit_scale, logit_bias)
+    )
+    t, b = t.reshape(()), b.reshape(())
+    accumulate = torch.promote_types(dtype, torch.float32)
+    u = UNIT_ROUNDOFF[accumulate] + UNIT_ROUNDOFF[torch.float64]
+    u_sum = 2 * u if x.is_cuda else u
+    (m, d), n = x.shape, y.shape[0]
+
+    positive = torch.zeros(m, n, dtype=torch.bool, device=x.device)
+    valid, images = ~positive, m
+    if image_ids is not None:
+        valid = (image_ids >= 0)[:, None] & (text_ids >= 0)
+        images = int((image_ids >= 0).sum())
+        x = torch.where(image_ids[:, None] < 0, 0, x)  # padding may hold anything
+        y = torch.where(text_ids[:, None] < 0, 0, y)
+        positive = image_ids[:, None] == text_ids
+    elif not negative_only:
+        positive.fill_diagonal_(True)
+    if negative_only:
+        positive = torch.zeros_like(positive)
+    divisor = max(images, 1) if reduction == "mean" else 1
+
+    s = x @ y.T
+    z = t * s + b
+    v = torch.where(positive, -z, z)
+    ds = d * u_sum * (x.abs() @ y.T.abs())
+    dz = t.abs() * ds + u * (t.abs() * s.abs() + 3 * z.abs())
+    p, q = v.sigmoid(), (-v).sigmoid()
+    softplus = v.clamp(min=0) + torch.log1p(torch.exp(-v.abs()))
+    grown = torch.expm1(dz.clamp(max=700))  # sigmoid'(v) is p q, and changes by exp(dz) at most
+    tiny = torch.finfo(accumulate).tiny  # exponentials may be flushed to 0 below
+    d_term = torch.minimum(p * grown, dz) + 8 * u * softplus + tiny
+    d_g = (p * q * grown).clamp(max=1) + 8 * u * p + tiny
+    p, softplus, d_term, d_g = (torch.where(valid, w, 0) for w in (p, softplus, d_term, d_g))
+    stored = d_g  # in the dtype of the products
+    g_dtype = dtype if g_dtype is None else g_dtype
+    if g_dtype != accumulate:
+        stored = d_g + UNIT_ROUNDOFF[g_dtype] * (p + d_g)
+        stored += valid * smallest(g_dtype) / GRAD_SCALE.get(g_dtype, 1.0)
+
+    pairs = min(m * n, 128)
+    errors = [
+        d_term.sum() + pairs * u * softplus.sum(),
+        t.abs() * (stored @ y.abs() + (n + 3) * u_sum * (p @ y.abs())),
+        t.abs() * (stored.T @ x.abs() + (m + 3) * u_sum * (p.T @ x.abs())),
+        (s.abs() * d_g + p * ds).sum() + (pairs + 2) * u * (p * s.abs()).sum(),
+        d_g.sum() + pairs * u * p.sum(),
+    ]
+    return [e / divisor for e in errors]
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest subnormal number."""
+    info = torch.finfo(dtype)
+    return info.tiny * info.eps
+
+
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding ``value`` to ``dtype`` may do to it."""
+    return UNIT_ROUNDOFF[dtype] * value.abs().double() + smallest(dtype)
+
+
+def excess(actual: Tensor, exact: Tensor, errors: Tensor) -> float:
+    """The largest deviation over what is allowed: ``errors``, and rounding the result to its dtype.
+
+    NaN counts as infinite. A result beyond the largest finite number may be that or infinity.
+    """
+    if exact.numel() == 0:
+        return 0.0
+    largest = torch.finfo(actual.dtype).max
+    a, x = (v.double().clamp(-largest, largest).reshape(errors.shape) for v in (actual, exact))
+    allowed = errors + rounded(x.abs() + errors, actual.dtype)
+    return ((a - x).abs() / allowed).nan_to_num(torch.inf).max().item()

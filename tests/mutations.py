@@ -1,0 +1,230 @@
+"""``make mutations``: break the package on purpose, one line at a time; some test must notice.
+
+Every mutation is made in a scratch copy of the tree, where the quick tests run until the first
+failure. The table says which test that was; a mutation that none catches is a status of 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# The tests that run for a mutation, the first to fail being the one that caught it.
+QUICK = {
+    "torch": ["tests/test_properties.py", "tests/test_loss.py", "tests/test_autograd.py",
+              "-k", "torch or not triton"],
+    "triton": ["tests/test_properties.py", "tests/test_loss.py", "tests/test_triton_panel.py",
+               "-k", "triton"],
+    "panel": ["tests/test_triton_panel.py"],
+    "distributed": ["tests/test_distributed.py", "-k", "test_every_split and (2 or 3)"],
+}  # fmt: skip
+
+
+class Mutation(NamedTuple):
+    what: str
+    tests: str  # which of QUICK
+    file: str
+    old: str  # occurs once
+    new: str
+
+
+ENGINE, AUTOGRAD, FUNCTIONAL, DISTRIBUTED = (
+    f"fused_siglip/{name}.py" for name in ("engine", "autograd", "functional", "distributed")
+)
+TORCH, TRITON, MATH = (f"kernels/{name}.py" for name in ("panel_torch", "panel_triton", "math"))
+
+MUTATIONS = (
+    # signs
+    Mutation("positives keep the sign of negatives", "torch", TORCH, "values.diagonal(positives.diagonal).neg_()", "values.diagonal(positives.diagonal)"),
+    Mutation("positives by id keep the sign", "torch", TORCH, "torch.where(positive, negated, values, out=values)", "values.copy_(values)"),
+    Mutation("bias subtracted", "torch", TORCH, "u.add_(logit_bias)", "u.sub_(logit_bias)"),
+    Mutation("g of positives not negated", "torch", TORCH, "        self._negate_positives(g, positives)\n", ""),
+    Mutation("sign of a positive logit", "triton", TRITON, "tl.where(positive, -u, u)", "u"),
+    Mutation("sign of a positive's g", "triton", TRITON, "        g = tl.where(positive, -g, g)\n", "        g = g\n"),
+    Mutation("branches of the sigmoid swapped", "triton", MATH, "tl.where(u >= 0, 1.0, e)", "tl.where(u >= 0, e, 1.0)"),
+    # masks
+    Mutation("padded images take part", "torch", TORCH, "torch.where(positives.image_ids < 0, -torch.inf, 0.0)", "torch.where(positives.image_ids < 0, 0.0, 0.0)"),
+    Mutation("padded texts take part", "torch", TORCH, "torch.where(positives.text_ids < 0, -torch.inf, logit_bias)", "torch.where(positives.text_ids < 0, logit_bias, logit_bias)"),
+    Mutation("id 0 is padding", "torch", TORCH, "torch.where(positives.image_ids < 0,", "torch.where(positives.image_ids <= 0,"),
+    Mutation("padding pairs with padding", "torch", TORCH, "torch.where(positives.text_ids < 0, -2, positives.text_ids)", "torch.where(positives.text_ids < 0, -1, positives.text_ids)"),
+    Mutation("padded features are not blanked", "torch", ENGINE, "return torch.where(ids[:, None] < 0, 0, chunk), ids", "return chunk, ids"),
+    Mutation("ids compared in 32 bits", "torch", TORCH, "torch.eq(images[:, None], texts, out=positive)", "torch.eq(images[:, None].int(), texts.int(), out=positive)"),
+    Mutation("negative_only forgotten with ids", "torch", FUNCTIONAL, "torch.where(text_ids < 0, -1, 1)", "torch.where(text_ids < 0, -1, 0)"),
+    Mutation("padded texts take part", "triton", TRITON, "(image_ids >= 0)[:, None] & (text_ids >= 0)[None, :]", "(image_ids >= 0)[:, None] & (text_ids >= -1)[None, :]"),
+    Mutation("id 0 is padding", "triton", TRITON, "valid = (image_ids >= 0)[:, None]", "valid = (image_ids > 0)[:, None]"),
+    Mutation("NaN in padding reaches the sum of g*s", "panel", TRITON, "s = tl.where(valid, s, 0.0)  # a padded row may hold NaN", "s = s"),
+    # off by one
+    Mutation("last row of a panel left out", "torch", ENGINE, "min(i + plan.rows, m)", "min(i + plan.rows, m - 1)"),
+    Mutation("last column of a panel left out", "torch", ENGINE, "min(j + plan.cols, n)", "min(j + plan.cols - 1, n)"),
+    Mutation("diagonal moves the wrong way", "torch", ENGINE, "diagonal + i - j", "diagonal - i + j"),
+    Mutation("diagonal at a panel's corner lost", "torch", TORCH, "-m < positives.diagonal < n", "-m < positives.diagonal < n - 1"),
+    Mutation("one row too many at the edge", "triton", TRITON, "valid = (rows < M)[:, None]", "valid = (rows <= M)[:, None]"),
+    Mutation("one column too few at the edge", "triton", TRITON, "& (cols < N)[None, :]", "& (cols < N - 1)[None, :]"),
+    Mutation("tile edge taken for the inside", "triton", TRITON, "(row0 + BLOCK_M > M)", "(row0 + BLOCK_M > M + 1)"),
+    Mutation("diagonal missed in a tile's last part", "triton", TRITON, "(row0 + diagonal < col0 + WIDTH)", "(row0 + diagonal < col0 + WIDTH - 1)"),
+    Mutation("diagonal of the wrong sign", "triton", TRITON, "(rows + diagonal)[:, None] == cols", "(rows - diagonal)[:, None] == cols"),
+    Mutation("last step of the product left out", "triton", TRITON, "for start in range(0, D, BLOCK_D):", "for start in range(0, D - D % BLOCK_D, BLOCK_D):"),
+    Mutation("second band of tiles computes the first", "triton", TRITON, "first = pid // band * GROUP_M", "first = pid // band"),
+    # precision
+    Mutation("gradients accumulated in the features' dtype", "torch", AUTOGRAD, "grad_x = x.new_empty(x.shape, dtype=acc) if needs.image else None\n        grad_y", "grad_x = x.new_empty(x.shape) if needs.image else None\n        grad_y"),
+    Mutation("similarities rounded to bfloat16", "torch", TORCH, "        torch.mul(s, logit_scale, out=u)\n", "        torch.mul(s.bfloat16(), logit_scale, out=u)\n"),
+    Mutation("panel sums added up in bfloat16", "torch", ENGINE, "return sums.sum((0, 1))", "return sums.bfloat16().sum((0, 1)).to(sums.dtype)"),
+    Mutation("default threshold of softplus", "torch", TORCH, "_SOFTPLUS_THRESHOLD = 40.0", "_SOFTPLUS_THRESHOLD = 20.0"),
+    Mutation("float64 computed in float32", "torch", TORCH, "torch.mm(x, y.T, out=s)", "s.copy_(x.float() @ y.float().T)"),
+    Mutation("product accumulated in bfloat16", "triton", TRITON, "s = tl.dot(x, y, s, input_precision=INPUT_PRECISION)", "s = tl.dot(x, y, s, input_precision=INPUT_PRECISION).to(tl.bfloat16).to(tl.float32)"),
+    Mutation("fp16 g not scaled up when written", "triton", TRITON, "(g * GRAD_SCALE).to(", "g.to("),
+    Mutation("fp16 g not scaled down in the products", "triton", ENGINE, "alpha = 1.0 / GRAD_SCALE.get(plan.operand_dtype, 1.0)", "alpha = 1.0"),
+    Mutation("a coefficient of log1p in its fourth digit", "triton", MATH, "q = q * e + 3.332132995128632e-1", "q = q * e + 3.331132995128632e-1"),
+    # what is added to what
+    Mutation("only the last panel's dX is kept", "torch", ENGINE, "fresh=j == 0 and not add_to_grad_x", "fresh=True"),
+    Mutation("dY starts from what memory held", "torch", ENGINE, "alpha, fresh=i == 0)", "alpha, fresh=False)"),
+    Mutation("scale missing from the gradients", "torch", AUTOGRAD, "factor = upstream * logit_scale.to(sums.dtype).reshape(())", "factor = upstream"),
+    Mutation("upstream missing from dt and db", "torch", AUTOGRAD, "(upstream * total).reshape", "total.reshape"),
+    Mutation("dt and db exchanged", "torch", AUTOGRAD, "zip(sums[1:].unbind(),", "zip(sums[1:].flip(0).unbind(),"),
+    Mutation("saved gradients reused where the graph is kept", "torch", AUTOGRAD, "not torch.compiler.is_compiling() and not _graph_is_kept()", "not torch.compiler.is_compiling()"),
+    Mutation("g*s sums logits instead of similarities", "torch", TORCH, "torch.mul(s, g, out=terms)", "torch.mul(s * logit_scale, g, out=terms)"),
+    Mutation("mean over texts", "torch", FUNCTIONAL, "total / max(image_features.shape[0], 1)", "total / max(text_features.shape[0], 1)"),
+    Mutation("mean counts padding", "torch", FUNCTIONAL, "total / (image_ids >= 0).sum().clamp(min=1)", "total / max(len(image_ids), 1)"),
+    Mutation("nothing but padding divides by 0", "torch", FUNCTIONAL, "(image_ids >= 0).sum().clamp(min=1)", "(image_ids >= 0).sum()"),
+    Mutation("sums of g*s and g exchanged", "triton", TRITON, "tl.store(partials_ptr + tiles + pid, tl.sum(gs_sum))", "tl.store(partials_ptr + tiles + pid, tl.sum(g_sum))"),
+    # the global batch
+    Mutation("ring: texts taken for those of another rank", "distributed", DISTRIBUTED, "owner = (ring.rank - step) % ring.size", "owner = (ring.rank + step) % ring.size"),
+    Mutation("ring: every chunk has a diagonal", "distributed", DISTRIBUTED, "0 if step == 0 else None,", "0,"),
+    Mutation("ring: what arrived is not added", "distributed", DISTRIBUTED, "computed.add_(arriving)", "computed"),
+    Mutation("gather: diagonal of the first rank", "distributed", DISTRIBUTED, "rank * capacity)]", "0)]"),
+    Mutation("loss divided by the local batch", "distributed", DISTRIBUTED, "images = sum(t.images for t in everyone)", "images = everyone[0].images * world_size"),
+)  # fmt: skip
+
+
+def check(root: Path, mutation: Mutation) -> str:
+    """The text of the file; ValueError where the mutation does not name one place in it."""
+    text = (root / mutation.file).read_text()
+    if text.count(mutation.old) != 1:
+        raise ValueError(
+            f"{mutation.what}: {mutation.file} holds {mutation.old!r} {text.count(mutation.old)} "
+            "times: expected once"
+        )
+    return text
+
+
+@contextmanager
+def scratch_copy() -> Iterator[Path]:
+    """The tree as it is installed: kernels lies inside the package."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "tree")
+        ignore = shutil.ignore_patterns("__pycache__", ".*", "results", "*.png", "*.egg-info")
+        for name in ("fused_siglip", "tests", "benchmarks"):
+            shutil.copytree(ROOT / name, root / name, ignore=ignore)
+        shutil.copytree(ROOT / "kernels", root / "fused_siglip/kernels", ignore=ignore)
+        (root / "kernels").symlink_to("fused_siglip/kernels")
+        shutil.copy(ROOT / "pytest.ini", root)
+        yield root
+
+
+def _run_pytest(root: str, arguments: list[str], interpret: bool, output: str) -> None:
+    """In a process of its own, which has torch but nothing of the package yet."""
+    os.chdir(root)
+    sys.path[:0] = [root, f"{root}/tests"]
+    sys.dont_write_bytecode = True  # .pyc files cannot tell edits within a second apart
+    os.environ |= {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ["TRITON_INTERPRET"] = str(int(interpret))
+    os.environ["COLUMNS"] = "250"  # pytest cuts what a test said to the width of the terminal
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import hypothesis
+    import torch
+
+    import fused_siglip.kernels
+
+    if not fused_siglip.kernels.__file__.startswith(root):
+        raise RuntimeError(f"not the scratch copy is imported but {fused_siglip.kernels.__file__}")
+    torch.set_num_threads(1)
+    hypothesis.settings.register_profile("first failure", phases=[hypothesis.Phase.generate])
+    hypothesis.settings.load_profile("first failure")  # and no time to make it smaller
+    quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore:Module already imported"]
+    sys.exit(pytest.main(["-x", *quiet, *arguments]))
+
+
+def first_failure(root: Path, group: str, arguments: list[str]) -> tuple[str, str] | None:
+    """The first of these tests that fails in ``root`` and what it says, or None."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "hypothesis", "pytest"])
+    output = root.parent / "output"
+    process = context.Process(
+        target=_run_pytest, args=(str(root), arguments, group in ("triton", "panel"), str(output))
+    )
+    process.start()
+    process.join()
+    said = output.read_text()
+    found = re.search(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - (.*))?$", said, re.MULTILINE)
+    if process.exitcode == pytest.ExitCode.TESTS_FAILED and found:
+        return found[1], found[2] or ""
+    if process.exitcode != pytest.ExitCode.OK:
+        raise RuntimeError(f"pytest ended with {process.exitcode}:\n{said[-2000:]}")
+    return None
+
+
+def run(mutations: Sequence[Mutation]) -> Iterator[dict]:
+    """A row for each mutation. At the end, what caught one must pass without any."""
+    caught: dict[str, set[str]] = {}
+    with scratch_copy() as root:
+        for mutation in mutations:
+            text = check(root, mutation)
+            (root / mutation.file).write_text(text.replace(mutation.old, mutation.new))
+            start = time.monotonic()
+            failed = first_failure(root, mutation.tests, QUICK[mutation.tests])
+            (root / mutation.file).write_text(text)
+            if failed:
+                caught.setdefault(mutation.tests, set()).add(failed[0])
+            yield {
+                "kind": "mutation",
+                **mutation._asdict(),
+                "caught_by": failed and failed[0].removeprefix("tests/"),
+                "said": failed and failed[1],
+                "seconds": time.monotonic() - start,
+            }
+        for group, tests in caught.items():
+            failed = first_failure(root, group, sorted(tests))
+            if failed:
+                raise RuntimeError(f"{failed[0]} fails without a mutation")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="mutations", description=__doc__)
+    parser.add_argument("--only", default="", help="mutations whose description holds this")
+    parser.add_argument("--tests", nargs="+", choices=QUICK, default=list(QUICK), help="groups")
+    parser.add_argument("--output", type=Path, help="write a results file")
+    args = parser.parse_args(arguments)
+    # only here: the processes that run the tests must not have the package already
+    from benchmarks.harness import environment, write_results
+
+    chosen = [m for m in MUTATIONS if args.only in m.what and m.tests in args.tests]
+    found, rows = environment(), []
+    for row in run(chosen):
+        rows.append(row)
+        print(f"{row['what']} ({row['tests']}): {row['caught_by'] or 'CAUGHT BY NONE'}", flush=True)
+        if args.output is not None:
+            write_results("mutations", found, rows, args.output)
+    missed = [row["what"] for row in rows if row["caught_by"] is None]
+    print(f"\n{len(rows) - len(missed)} of {len(rows)} caught")
+    for what in missed:
+        print(f"caught by none: {what}")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
