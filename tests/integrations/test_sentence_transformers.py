@@ -40,7 +40,8 @@ from fused_siglip.integrations.sentence_transformers import (
     SigLipLoss,
 )
 from fused_siglip.reference import eager_siglip_loss
-from helpers import UNIT_ROUNDOFF, error
+from fused_siglip.rounding import UNIT_ROUNDOFF
+from helpers import error
 
 KINDS = {"plain": SigLipLoss, "cached": lambda m, **o: CachedSigLipLoss(m, mini_batch_size=5, **o)}
 both = pytest.mark.parametrize("kind", list(KINDS))
@@ -327,14 +328,8 @@ import sys
 sys.modules["fused_siglip"] = None  # as if it were not installed
 sys.path.insert(0, {here!r})
 import torch
-try:
-    import torchvision
-except RuntimeError:
-    schemas = torch.library.Library("torchvision", "DEF")
-    schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-except ImportError:
-    pass
+from torchvision_on_cpu import define_schemas
+define_schemas()
 from sentence_transformers import SentenceTransformer
 model = SentenceTransformer({folder!r}, device="cpu")
 assert type(model) is SentenceTransformer and not hasattr(model, "logit_scale_and_bias")
