@@ -26,9 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = {
     "torch": ["tests/test_properties.py", "tests/test_loss.py", "tests/test_autograd.py",
               "-k", "torch or not triton"],
-    "triton": ["tests/test_properties.py", "tests/test_loss.py", "tests/test_triton_panel.py",
+    "triton": ["tests/test_triton_panel.py", "tests/test_properties.py", "tests/test_loss.py",
                "-k", "triton"],
-    "panel": ["tests/test_triton_panel.py"],
     "distributed": ["tests/test_distributed.py", "-k", "test_every_split and (2 or 3)"],
 }  # fmt: skip
 
@@ -65,7 +64,7 @@ MUTATIONS = (
     Mutation("negative_only forgotten with ids", "torch", FUNCTIONAL, "torch.where(text_ids < 0, -1, 1)", "torch.where(text_ids < 0, -1, 0)"),
     Mutation("padded texts take part", "triton", TRITON, "(image_ids >= 0)[:, None] & (text_ids >= 0)[None, :]", "(image_ids >= 0)[:, None] & (text_ids >= -1)[None, :]"),
     Mutation("id 0 is padding", "triton", TRITON, "valid = (image_ids >= 0)[:, None]", "valid = (image_ids > 0)[:, None]"),
-    Mutation("NaN in padding reaches the sum of g*s", "panel", TRITON, "s = tl.where(valid, s, 0.0)  # a padded row may hold NaN", "s = s"),
+    Mutation("NaN in padding reaches the sum of g*s", "triton", TRITON, "s = tl.where(valid, s, 0.0)  # a padded row may hold NaN", "s = s"),
     # off by one
     Mutation("last row of a panel left out", "torch", ENGINE, "min(i + plan.rows, m)", "min(i + plan.rows, m - 1)"),
     Mutation("last column of a panel left out", "torch", ENGINE, "min(j + plan.cols, n)", "min(j + plan.cols - 1, n)"),
@@ -165,7 +164,7 @@ def first_failure(root: Path, group: str, arguments: list[str]) -> tuple[str, st
     context.set_forkserver_preload(["torch", "hypothesis", "pytest"])
     output = root.parent / "output"
     process = context.Process(
-        target=_run_pytest, args=(str(root), arguments, group in ("triton", "panel"), str(output))
+        target=_run_pytest, args=(str(root), arguments, group == "triton", str(output))
     )
     process.start()
     process.join()

@@ -72,9 +72,17 @@ def test_two_streams_get_the_same_bits(backend):
         assert all(torch.equal(v, e) for v, e in zip(values, expected[k % 2], strict=True))
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handling of it, also where the tests run in the background (nohup, cron)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("grads", [False, True])
-def test_ctrl_c_ends_a_large_loss_at_once_and_the_next_is_right(monkeypatch, grads):
+def test_ctrl_c_ends_a_large_loss_at_once_and_the_next_is_right(ctrl_c, monkeypatch, grads):
     """The signal arrives from another thread while a panel is computed; no other is begun."""
     inputs = make_inputs(4000, 4000, 32, requires_grad=(grads,) * 4)
     expected = loss_and_grads(siglip_loss, inputs)

@@ -13,17 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision_on_cpu import define_schemas
 
-try:
-    import torchvision  # noqa: F401
-except (
-    RuntimeError
-):  # a wheel for CUDA beside a torch for the CPU lacks what it registers fakes for
-    _schemas = torch.library.Library("torchvision", "DEF")
-    _schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-except ImportError:
-    pass
+define_schemas()  # also in the processes that have no conftest.py
 
 from datasets import Dataset
 from PIL import Image
