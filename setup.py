@@ -25,7 +25,7 @@ EXTRAS = {
 # What each integration was tried with. Its own file says the same.
 STACKS = {
     "open-clip": ["open_clip_torch>=3.0,<5"],
-    "transformers": ["transformers>=5.0,<6"],
+    "transformers": ["transformers>=5.4,<6"],
     "sentence-transformers": ["sentence-transformers>=6.0,<7"],
 }
 EXTRAS["dev"] = sorted({name for extra in EXTRAS.values() for name in extra} | {"ruff"})

@@ -169,7 +169,7 @@ def check_options(
     return resolve_backend(backend, device_type, dtype)
 
 
-def _check_dist_impl(dist_impl: str | None, known: Collection[str]) -> None:
+def check_dist_impl(dist_impl: str | None, known: Collection[str]) -> None:
     if dist_impl is not None:
         _check_choice("dist_impl", dist_impl, known, "None, ")
 
@@ -185,7 +185,7 @@ def check_group(
     group: dist.ProcessGroup | None, dist_impl: str | None, known: Collection[str]
 ) -> dist.ProcessGroup | None:
     """Check group and dist_impl; return the group of the global batch, None for one process."""
-    _check_dist_impl(dist_impl, known)
+    check_dist_impl(dist_impl, known)
     _check_group_type(group)
     if group is None and dist_impl is None:
         return None
@@ -206,7 +206,7 @@ def check_world(
     known: Collection[str],
 ) -> None:
     """Check the constructor of SigLipLoss."""
-    _check_dist_impl(dist_impl, known)
+    check_dist_impl(dist_impl, known)
     _check_group_type(group)
     for name, value in (("rank", rank), ("world_size", world_size)):
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):

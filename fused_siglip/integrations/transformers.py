@@ -96,7 +96,7 @@ def patch_siglip(
         raise TypeError(
             f"group is {group!r}: expected None, 'world' or a torch.distributed.ProcessGroup"
         )
-    _checks.check_world(None, 0, 1, dist_impl, DIST_IMPLS)  # of these only dist_impl can be wrong
+    _checks.check_dist_impl(dist_impl, DIST_IMPLS)
     settings = _Settings("world" if group is None and dist_impl else group, dist_impl)
 
     target = _find(model_or_class)
