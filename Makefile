@@ -77,10 +77,10 @@ clean:
 
 # torch first and pinned: any other package would bring its own choice. open_clip without its
 # dependencies: the tests load its loss, which needs torch alone.
-$(VENV)/ready: setup.py Makefile constraints.txt
+$(VENV)/ready: setup.py Makefile .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(TRITON) -e .[dev]
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TRITON) -e .[dev]
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OPEN_CLIP)
 	touch $@
 

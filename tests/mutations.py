@@ -134,7 +134,7 @@ def scratch_copy() -> Iterator[Path]:
             shutil.copytree(ROOT / name, root / name, ignore=ignore)
         shutil.copytree(ROOT / "kernels", root / "fused_siglip/kernels", ignore=ignore)
         (root / "kernels").symlink_to("fused_siglip/kernels")
-        shutil.copy(ROOT / "pytest.ini", root)
+        shutil.copy(ROOT / "pyproject.toml", root)
         yield root
 
 

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CONSTRAINTS = ROOT / ".ci/constraints.txt"
 FOREIGN = {"pickle", "marshal", "shelve", "socket", "ssl", "urllib", "http", "requests", "ctypes"}
 SOURCES = [*(ROOT / "fused_siglip").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
 
 
 def test_tools_of_the_dev_extra_are_pinned():
-    pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    pinned = set(re.findall(r"^([\w.-]+)==", CONSTRAINTS.read_text(), re.MULTILINE))
     setup = (ROOT / "setup.py").read_text()
     extras = re.search(r"^EXTRAS = \{.*?^\}", setup, re.MULTILINE | re.DOTALL)[0]
     named = set(re.findall(r'"([\w-]+)"[,\]]', extras))
     assert {"pytest", "hypothesis", "numpy"} <= named
     assert named <= pinned
-    assert "-c constraints.txt" in (ROOT / "Makefile").read_text()
+    assert "-c .ci/constraints.txt" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
