@@ -467,7 +467,7 @@ def test_memory_of_the_cached_step_is_the_mini_batches():
     plain = [peak_step_bytes("SigLipLoss", n) for n in (256, 1024)]
     per_row, plain_per_row = (cached[1] - cached[0]) / 1024, (plain[1] - plain[0]) / 768
     assert per_row < plain_per_row / 20
-    assert peak_step_bytes("CachedSigLipLoss", 1024, mini_batch_size=128) > 1.5 * cached[0]
+    assert peak_step_bytes("CachedSigLipLoss", 1024, mini_batch_size=256) > 2 * max(cached)
 
 
 @pytest.mark.parametrize(
