@@ -26,7 +26,7 @@ EXTRAS = {
 STACKS = {
     "open-clip": ["open_clip_torch>=3.0,<5"],
     "transformers": ["transformers>=5.4,<6"],
-    "sentence-transformers": ["sentence-transformers>=6.0,<7"],
+    "sentence-transformers": ["sentence-transformers[train]>=6.0,<7"],
 }
 EXTRAS["dev"] = sorted({name for extra in EXTRAS.values() for name in extra} | {"ruff"})
 

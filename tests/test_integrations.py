@@ -1,8 +1,10 @@
 """The integrations where no training stack is installed: errors, and nothing imported too early."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,17 @@ def test_nothing_is_imported_before_it_is_used():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "[]"], done.stderr
+
+
+def test_extras_ask_for_the_versions_that_the_integrations_take():
+    root = Path(__file__).parents[1]
+    setup = (root / "setup.py").read_text()
+    stacks = re.search(r"^STACKS = \{.*?^\}", setup, re.MULTILINE | re.DOTALL)[0]
+    extras = dict(re.findall(r'\["([\w-]+)(?:\[\w+\])?([^"]+)"\]', stacks))
+    required = {}
+    for file in (root / "fused_siglip/integrations").glob("[a-z]*.py"):
+        required |= dict(re.findall(r'require\("([\w-]+)", "([^"]+)"\)', file.read_text()))
+    assert len(extras) == 3 and extras == required
 
 
 def test_a_missing_stack_is_named():

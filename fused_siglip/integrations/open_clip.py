@@ -13,13 +13,11 @@ import sys
 from ..modules import SigLipLoss
 from . import require
 
-VERSIONS = ">=3.0,<5"
-
 _replaced: dict[str, type] = {}  # open_clip's own class, by the module that held it
 
 
 def _modules():
-    require("open_clip_torch", VERSIONS)
+    require("open_clip_torch", ">=3.0,<5")
     import open_clip.factory
     import open_clip.loss
 
