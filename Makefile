@@ -10,7 +10,7 @@ STEPS = 10000
 RUN = $(VENV)/bin/python
 CORE = $(foreach part,loss autograd checks engine properties distributed long_runs modules,tests/test_$(part).py)
 
-.PHONY: demo test fuzz mutations longrun coverage test-integrations test-newest-triton test-oldest test-newest bench lint clean
+.PHONY: demo test fuzz mutations longrun coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations lint clean
 
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
@@ -67,6 +67,11 @@ test-oldest test-newest:
 
 bench: $(VENV)/ready
 	$(RUN) -m benchmarks.bench_loss
+
+bench-integrations: VENV = .venv-integrations
+bench-integrations:
+	$(MAKE) VENV=$(VENV) $(VENV)/stacks
+	PYTHONPATH=tests:tests/integrations $(RUN) -m benchmarks.bench_integrations
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

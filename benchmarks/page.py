@@ -1,4 +1,5 @@
-"""Builds docs/performance.md and README's table from the newest results files.
+"""Builds docs/performance.md, and the tables of README and docs/integrations.md, from the newest
+results files.
 
 ``python -m benchmarks.page`` rewrites them, ``--check`` fails where they are not what it would
 write: no number on these pages is typed by hand.
@@ -18,7 +19,7 @@ from .leads import compiled_section
 from .markdown import Results
 from .memory import ROOT
 from .plots import main_shape, plot_costs
-from .sections import cost_table, cpu_section, demo_section, gpu_sections, savings
+from .sections import cost_table, cpu_section, demo_section, gpu_sections, savings, stacks_table
 from .targets import select
 
 BLOCK = re.compile(r"(<!-- results:begin -->\n).*(<!-- results:end -->)", re.DOTALL)
@@ -64,6 +65,7 @@ class Pages:
         self.cpu = first(on("loss", gpu=False))
         self.demo = first(found.get("demo", []))
         self.compiled = first(found.get("compiled", []))
+        self.stacks = first(found.get("integrations", []))
 
     def plots(self) -> dict[str, Results]:
         """File under docs/, and what it shows."""
@@ -82,15 +84,20 @@ class Pages:
         ]
         return "\n\n".join(parts) + "\n"
 
-    def readme(self, before: str) -> str:
-        """README with its block replaced."""
-        block = "\n\n".join(self._readme_parts())
+    def filled(self, name: str, before: str) -> str:
+        """A page of :data:`FILLED` with its block replaced."""
+        block = "\n\n".join(
+            list(filter(None, FILLED[name](self))) or ["No results file exists yet."]
+        )
         after, count = BLOCK.subn(lambda match: f"{match[1]}{block}\n{match[2]}", before)
         if count != 1:
-            raise ValueError(f"README.md has {count} blocks of results: expected one")
+            raise ValueError(f"{name} has {count} blocks of results: expected one")
         return after
 
-    def _readme_parts(self) -> list[str]:
+    def stacks_parts(self) -> list[str]:
+        return [] if self.stacks is None else [stacks_table(self.stacks)]
+
+    def readme_parts(self) -> list[str]:
         parts = []
         shown = [("gpu", results) for results in self.gpu]
         shown += [("cpu", self.cpu)] if self.cpu is not None else []
@@ -105,7 +112,11 @@ class Pages:
                 cost_table(cost, README_SIZES[kind], ("r", "MiB")),
                 savings(results.rows),
             ]
-        return list(filter(None, parts)) or ["No results file exists yet."]
+        return parts
+
+
+# Pages that are written by hand but for their block, and what it holds.
+FILLED = {"README.md": Pages.readme_parts, "docs/integrations.md": Pages.stacks_parts}
 
 
 def _ran_on_gpu(results: Results) -> bool:
@@ -119,20 +130,22 @@ def _plot_name(results: Results) -> str:
 
 def stale(pages: Pages, root: Path = ROOT) -> list[str]:
     """The files that are not what would be written. Of plots only whether they exist."""
-    page, readme = root / "docs/performance.md", root / "README.md"
+    page = root / "docs/performance.md"
     names = []
     if not page.exists() or page.read_text() != pages.performance():
         names.append("docs/performance.md")
-    if readme.read_text() != pages.readme(readme.read_text()):
-        names.append("README.md")
+    for name in FILLED:
+        before = (root / name).read_text()
+        if before != pages.filled(name, before):
+            names.append(name)
     return names + [f"docs/{n}" for n in pages.plots() if not (root / "docs" / n).exists()]
 
 
 def write(pages: Pages, root: Path = ROOT) -> None:
     (root / "docs").mkdir(exist_ok=True)
     (root / "docs/performance.md").write_text(pages.performance())
-    readme = root / "README.md"
-    readme.write_text(pages.readme(readme.read_text()))
+    for name in FILLED:
+        (root / name).write_text(pages.filled(name, (root / name).read_text()))
     for name, results in pages.plots().items():
         plot_costs(results.rows, results.environment, root / "docs" / name)
 

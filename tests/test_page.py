@@ -10,10 +10,16 @@ pytest.importorskip("matplotlib")
 
 from test_device import quick  # noqa: F401  (a fixture)
 
-from benchmarks.page import Pages, load, stale, write
+from benchmarks.page import FILLED, Pages, load, stale, write
 
 ROOT = Path(__file__).resolve().parents[1]
-README = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
+PAGE = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
+
+
+def skeleton(root: Path) -> None:
+    (root / "docs").mkdir()
+    for name in FILLED:
+        (root / name).write_text(PAGE)
 
 
 def test_pages_are_what_the_results_say():
@@ -21,9 +27,9 @@ def test_pages_are_what_the_results_say():
 
 
 def test_without_any_results(tmp_path):
-    (tmp_path / "README.md").write_text(README)
+    skeleton(tmp_path)
     pages = Pages(load(tmp_path))
-    assert stale(pages, tmp_path) == ["docs/performance.md", "README.md"]
+    assert stale(pages, tmp_path) == ["docs/performance.md", "README.md", "docs/integrations.md"]
     write(pages, tmp_path)
     assert stale(pages, tmp_path) == []
     assert "No GPU result exists yet" in (tmp_path / "docs/performance.md").read_text()
@@ -38,7 +44,7 @@ def test_with_results_of_a_gpu(quick, tmp_path):  # noqa: F811
     (tmp_path / "2026-01-02-some-gpu-device.json").write_text(json.dumps(results))
     older = {**results, "environment": {**results["environment"], "date": "2000-01-01"}}
     (tmp_path / "2000-01-01-some-gpu-device.json").write_text(json.dumps(older))
-    (tmp_path / "README.md").write_text(README)
+    skeleton(tmp_path)
     pages = Pages(load(tmp_path))
     write(pages, tmp_path)
     text = (tmp_path / "docs/performance.md").read_text()
@@ -52,4 +58,4 @@ def test_with_results_of_a_gpu(quick, tmp_path):  # noqa: F811
 
 def test_a_readme_without_its_block_is_an_error():
     with pytest.raises(ValueError, match="0 blocks"):
-        Pages({}).readme("nothing here")
+        Pages({}).filled("README.md", "nothing here")
