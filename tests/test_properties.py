@@ -19,7 +19,7 @@ SLICE = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow],
 }
-EXAMPLES = {"torch": 60, "triton": 4}
+EXAMPLES = {"torch": 40, "triton": 3}
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
