@@ -34,6 +34,14 @@ def test_law(backend, law):
     holds()
 
 
+def test_one_row_and_column_short_of_a_tile(backend):
+    """Edges are one off where a tile is taken for whole, away from the diagonal."""
+    case = random_case(random.Random(0), (backend,))
+    case = replace(case, m=255, n=255, d=3, dtype="float32", t=10.0, b=-5.0, features="matched")
+    case = replace(case, ids=None, negative_only=False, tiles=4, requires_grad=(True,) * 4)
+    assert all(share <= 1 for share in hold(case, "upstream").values())
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_more_tile_rows_than_a_band(backend):
     """The Triton kernel walks tiles in bands of 8 tile rows: here the second band is cut off."""
