@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_siglip import siglip_loss
-from fused_siglip.kernels import resolve_backend, triton_obstacle
+from fused_siglip.kernels import default_backend, triton_obstacle
 from fused_siglip.reference import eager_siglip_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -134,4 +134,4 @@ def obstacles(device: str) -> dict[str, str | None]:
 
 def default_fused(device: str) -> str:
     """The contestant a user gets who names no backend."""
-    return f"fused_{resolve_backend(None, torch.device(device).type, torch.float32)}"
+    return f"fused_{default_backend(device, torch.float32)}"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .kernels import BACKENDS, resolve_backend
+from .kernels import BACKENDS, check_backend
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum")
@@ -152,8 +152,8 @@ def check_options(
     backend: str | None,
     device_type: str,
     dtype: torch.dtype,
-) -> str:
-    """Check the options that choose how the loss is computed; return the backend that will."""
+) -> None:
+    """Check the options that choose how the loss is computed."""
     _check_choice("reduction", reduction, REDUCTIONS)
     if workspace_bytes is not None:
         if not isinstance(workspace_bytes, int) or isinstance(workspace_bytes, bool):
@@ -166,7 +166,7 @@ def check_options(
             raise ValueError("workspace_bytes does not fit 63 bits: expected less than 2**63")
     if backend is not None:
         _check_choice("backend", backend, BACKENDS, "None, ")
-    return resolve_backend(backend, device_type, dtype)
+    check_backend(backend, device_type, dtype)
 
 
 def check_dist_impl(dist_impl: str | None, known: Collection[str]) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import distributed
 from .engine import Needs, sweep
+from .kernels import default_backend
 
 # Whether the running backward keeps its graph: what torch's compiled backward asks before it reuses
 # saved memory (donated buffers). Should torch drop it, gradients are copied instead.
@@ -19,7 +20,7 @@ torch.library.define(
     "fused_siglip::sweep",
     "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, "
     "Tensor? text_ids, bool negative_only, bool need_image_grad, bool need_text_grad, "
-    "bool need_scalar_grads, int? workspace_bytes, str backend, str? group_name, str? dist_impl, "
+    "bool need_scalar_grads, int? workspace_bytes, str? backend, str? group_name, str? dist_impl, "
     "str reduction) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -44,6 +45,7 @@ def _sweep(
     reduction,
 ):
     needs = Needs(need_image_grad, need_text_grad, need_scalar_grads)
+    backend = backend or default_backend(x.device, x.dtype)
     options = {"workspace_bytes": workspace_bytes, "backend": backend}
     inputs = (x, y, logit_scale, logit_bias, image_ids, text_ids)
     # the dtypes are settled: autocast must not round the products inside once more
@@ -119,7 +121,7 @@ class SigLipFunction(torch.autograd.Function):
         dtype: torch.dtype,  # of the products' operands: x's and y's own, or autocast's
         needs: Needs,
         workspace_bytes: int | None,
-        backend: str,
+        backend: str | None,
         group_name: str | None,
         dist_impl: str | None,
         reduction: str,

@@ -57,8 +57,8 @@ def siglip_loss(
             stays small, otherwise the ring. open_clip's "bidir", "shift" and "reduce" are accepted
             for the same numbers. Without ``group`` it means the default group.
         workspace_bytes: upper bound of the panel workspace; None lets the planner choose.
-        backend: "torch" (any device), "triton" (CUDA, ROCm), or None: triton on a GPU where it is
-            installed, otherwise torch.
+        backend: "torch" (any device), "triton" (CUDA, ROCm), or None: triton on a GPU where it
+            can run (not in float64, not below compute capability 8.0), otherwise torch.
 
     Returns:
         The loss: a float32 scalar (float64 for float64 features), 0 for an empty batch. Logits and
@@ -83,7 +83,7 @@ def siglip_loss(
             logit_bias = 0.0
         _checks.check_scalar("logit_bias", logit_bias, device, dtype)
         _checks.check_pairing(image_features, text_features, image_ids, text_ids, negative_only)
-        backend = _checks.check_options(reduction, workspace_bytes, backend, device.type, dtype)
+        _checks.check_options(reduction, workspace_bytes, backend, device.type, dtype)
     except (TypeError, ValueError):
         if group is not None:
             distributed.report_bad_arguments(group)

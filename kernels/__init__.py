@@ -18,6 +18,8 @@ from torch import Tensor
 # overflow.
 GRAD_SCALE = {torch.float16: 2.0**15}
 
+OLDEST_CAPABILITY = (8, 0)  # of CUDA devices that the Triton kernel is compiled for
+
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -83,19 +85,31 @@ def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def resolve_backend(name: str | None, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs: ``name``, or for None Triton on a GPU where it can, else torch.
+def check_backend(name: str | None, device_type: str, dtype: torch.dtype) -> None:
+    """Raise ValueError where Triton was asked for by name and cannot run."""
+    obstacle = triton_obstacle(device_type, dtype) if name == "triton" else None
+    if obstacle is not None:
+        raise ValueError(f"backend='triton' cannot run here: {obstacle}")
 
-    Raises ValueError where Triton was asked for by name and cannot run.
-    """
-    if name is None:
-        usable = device_type == "cuda" and triton_obstacle(device_type, dtype) is None
-        return "triton" if usable else "torch"
-    if name == "triton":
-        obstacle = triton_obstacle(device_type, dtype)
-        if obstacle is not None:
-            raise ValueError(f"backend='triton' cannot run here: {obstacle}")
-    return name
+
+def default_obstacle(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why Triton is not what a caller gets who names no backend, or None where it is."""
+    device = torch.device(device)
+    obstacle = triton_obstacle(device.type, dtype)
+    if obstacle is not None:
+        return obstacle
+    if device.type != "cuda":
+        return f"it is only chosen on a CUDA or ROCm device, not on {device.type}"
+    if torch.version.hip is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < OLDEST_CAPABILITY:
+            return f"it needs CUDA compute capability 8.0 or newer, this device has {major}.{minor}"
+    return None
+
+
+def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:
+    """The backend for a caller who names none: Triton on a GPU where it can, else torch."""
+    return "triton" if default_obstacle(device, dtype) is None else "torch"
 
 
 def _torch_panel() -> type[Panel]:

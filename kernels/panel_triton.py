@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import GRAD_SCALE, Positives
+from . import GRAD_SCALE, OLDEST_CAPABILITY, Positives
 from .configs import TILE, PanelConfig, panel_config
 from .math import EASY_LOGIT, easy_softplus_sigmoid, softplus_sigmoid
 
@@ -301,7 +301,7 @@ class TritonPanel:
             self.target = "hip"
         else:
             self.target = torch.cuda.get_device_capability(device)
-            if self.target < (8, 0):
+            if self.target < OLDEST_CAPABILITY:
                 major, minor = self.target
                 raise ValueError(
                     "the Triton backend needs CUDA compute capability 8.0 or newer, "

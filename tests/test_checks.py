@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fused_siglip import SigLipLoss, siglip_loss
+from fused_siglip.kernels import default_backend, default_obstacle
 from fused_siglip.reference import eager_siglip_loss
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -233,6 +234,26 @@ def test_triton_asked_for_on_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs a CUDA or ROCm device, not cpu"):
         siglip_loss(X, X, 1.0, backend="triton")
+
+
+@pytest.mark.parametrize(
+    "capability,dtype,expected",
+    [
+        ((8, 0), torch.bfloat16, "triton"),
+        ((9, 0), torch.float32, "triton"),
+        ((7, 5), torch.float16, "torch"),
+        ((9, 0), torch.float64, "torch"),
+    ],
+)
+def test_what_a_cuda_device_gets_by_default(monkeypatch, capability, dtype, expected):
+    monkeypatch.setattr("fused_siglip.kernels._TRITON_INSTALLED", True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert default_backend("cuda", dtype) == expected
+    obstacle = default_obstacle("cuda", dtype)
+    assert (obstacle is None) == (expected == "triton")
+    if capability < (8, 0):
+        assert "compute capability 8.0 or newer, this device has 7.5" in obstacle
 
 
 def test_triton_asked_for_where_it_is_not_installed(monkeypatch):

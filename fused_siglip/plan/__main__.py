@@ -9,7 +9,7 @@ import torch
 
 from .. import cost
 from ..distributed import choose_impl
-from ..kernels import resolve_backend
+from ..kernels import default_backend
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     sizes = (args.world_size, args.local_batch, args.dim)
     dtype, device = DTYPES[args.dtype], cost.DEVICES[args.device]
-    backend = resolve_backend(None, "cuda", dtype)
+    backend = default_backend("cuda", dtype)
     impls = [args.dist_impl] if args.dist_impl else ["ring", "gather"]
     print(
         f"{args.world_size} x {args.device}, {args.local_batch} rows each (global batch "
