@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_siglip import siglip_loss
 from fused_siglip.kernels import BACKENDS, GRAD_SCALE, Panel, Positives, multiplies_half_into_fp32
 from fused_siglip.kernels.configs import TILE, PanelConfig
 from fused_siglip.kernels.math import EASY_LOGIT
@@ -194,5 +195,12 @@ VARIANTS: dict[str, type[Panel]] = {
     "library_in_place": InPlaceLibraryPanel,
     "tiles_128x256": WideTritonPanel,
 }
-# siglip_loss(backend=name) runs them from here on
-BACKENDS.update({name: (lambda panel=panel: panel) for name, panel in VARIANTS.items()})
+
+
+def variant_loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor, *, backend: str, **options) -> Tensor:
+    """siglip_loss with a panel of VARIANTS, which is a backend for the time of the call."""
+    BACKENDS[backend] = lambda: VARIANTS[backend]
+    try:
+        return siglip_loss(x, y, t, b, backend=backend, **options)
+    finally:
+        del BACKENDS[backend]

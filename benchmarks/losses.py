@@ -103,9 +103,9 @@ def _not_installed(package: str, device_types: tuple[str, ...]) -> Callable[[str
 
 def _panel_variant(name: str) -> Loss:
     def loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
-        from . import alternative  # noqa: F401  (imports triton, and makes the names backends)
+        from .alternative import variant_loss  # which imports triton
 
-        return siglip_loss(x, y, t, b, backend=name)
+        return variant_loss(x, y, t, b, backend=name)
 
     return loss
 

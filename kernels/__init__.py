@@ -125,7 +125,7 @@ def _triton_panel() -> type[Panel]:
 
 
 # What ``backend=`` takes, and how to get the class behind it: triton is imported only when asked
-# for. benchmarks/alternative.py adds the panels that the shipped ones are compared with.
+# for.
 BACKENDS: dict[str, Callable[[], type[Panel]]] = {"torch": _torch_panel, "triton": _triton_panel}
 
 
