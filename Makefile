@@ -37,6 +37,9 @@ coverage: $(VENV)/ready
 	$(VENV)/bin/coverage run -m pytest
 	$(VENV)/bin/coverage combine --quiet
 	$(VENV)/bin/coverage report --fail-under=95
+	mkdir -p build
+	$(VENV)/bin/coverage json --quiet -o build/coverage.json
+	$(RUN) -m benchmarks.covered build/coverage.json
 
 # The training stacks themselves, each with a tiny model.
 test-integrations: VENV = .venv-integrations
