@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(RUN) -m pytest
-	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
+	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton -n 2
 
 # The laws of the loss on random calls, until a miss.
 fuzz: $(VENV)/ready
@@ -45,15 +45,15 @@ coverage: $(VENV)/ready
 test-integrations: VENV = .venv-integrations
 test-integrations:
 	$(MAKE) VENV=$(VENV) $(VENV)/stacks
-	cd tests/integrations && ../../$(RUN) -m pytest
+	cd tests/integrations && ../../$(RUN) -m pytest -n 2 --dist loadfile
 
 # The kernels again, on the newest release of triton.
 test-newest-triton: TRITON = triton
 test-newest-triton: VENV = .venv-newest
 test-newest-triton:
 	$(MAKE) VENV=$(VENV) TRITON=$(TRITON) $(VENV)/ready
-	$(RUN) -m pytest tests/test_triton_compiled.py
-	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
+	$(RUN) -m pytest tests/test_triton_compiled.py -n 2
+	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton -n 2
 
 # The ends of what setup.py allows. Both are CUDA builds: gigabytes, minutes to install.
 test-oldest: TORCH = torch==2.10.0

@@ -12,6 +12,7 @@ EXTRAS = {
     "test": [
         "pytest",
         "pytest-benchmark",
+        "pytest-xdist",
         "hypothesis",
         "coverage",
         "numpy",

@@ -80,7 +80,7 @@ def compile_panel(
     hip = target.startswith("gfx")
     arch = target if hip else int(target.removeprefix("sm_"))
     if config is None:
-        config = panel_config("hip" if hip else divmod(arch, 10), dtype, precision)
+        config = panel_config("hip" if hip else divmod(arch, 10), dtype, precision, write_g)
     constants = {
         "stride_xd": 1,
         "stride_yd": 1,

@@ -72,16 +72,21 @@ _WGMMA_TF32 = replace(_WGMMA, block_d=32)
 # A thread reads a whole row back from tensor memory.
 _TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=(16, 1, 2))
 _TCGEN05_TF32 = replace(_TCGEN05, block_d=32)
+# Where no g is written, sums folded to two columns spill with Triton 3.9.
+_TCGEN05_SUMS = (16, 1, 8)
 # Products in full fp32 run outside the tensor cores and dwarf the epilogue: no spills is enough.
 _FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=8, fold=(16, 1, 8))
 _MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=(4, 1, 32))
 
 
-def panel_config(target: tuple[int, int] | str, dtype: torch.dtype, precision: str) -> PanelConfig:
+def panel_config(
+    target: tuple[int, int] | str, dtype: torch.dtype, precision: str, write_g: bool
+) -> PanelConfig:
     """The configuration for a device and operands.
 
     target: CUDA compute capability, or "hip". dtype: of the operands. precision: "ieee" or "tf32",
-    how fp32 operands are multiplied (no meaning for the other dtypes).
+    how fp32 operands are multiplied (no meaning for the other dtypes). write_g: whether the kernel
+    writes dL/dz, or only sums.
     """
     if dtype == torch.float32 and precision == "ieee":
         return _FMA
@@ -91,5 +96,6 @@ def panel_config(target: tuple[int, int] | str, dtype: torch.dtype, precision: s
     if target[0] == 9:
         return _WGMMA_TF32 if tf32 else _WGMMA
     if target[0] == 10:
-        return _TCGEN05_TF32 if tf32 else _TCGEN05
+        config = _TCGEN05_TF32 if tf32 else _TCGEN05
+        return config if write_g else replace(config, fold=_TCGEN05_SUMS)
     return _MMA_TF32 if tf32 else _MMA

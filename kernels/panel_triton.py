@@ -319,7 +319,7 @@ class TritonPanel:
         self.grad_scale = GRAD_SCALE.get(dtype, 1.0)
 
     def config(self, dtype: torch.dtype, precision: str) -> PanelConfig:
-        return panel_config(self.target, dtype, precision)
+        return panel_config(self.target, dtype, precision, self.g is not None)
 
     def __call__(
         self,
