@@ -24,10 +24,7 @@ REASONS = {
     "fused_siglip/engine.py _multiprocessors": f"{ON_CUDA}: its multiprocessors",
     "fused_siglip/plan/__init__.py plan_panels": "Triton's operands and g on ROCm, which takes no "
     "half operands; the tests in Triton's interpreter reach it",
-    "fused_siglip/reference.py eager_siglip_loss": "eager without a bias: no test needs it",
     "kernels/__init__.py default_obstacle": "Triton's interpreter: it could run, and is not chosen",
-    "kernels/__init__.py aligned": "operands for Triton; the tests in its interpreter reach it",
-    "kernels/__init__.py _triton_panel": "the tests in Triton's interpreter reach it",
     "kernels/panel_torch.py TorchPanel.__call__": f"{ON_CUDA}: half operands that stay half",
 }
 
