@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 OPEN_CLIP = open_clip_torch==3.3.0
+OPEN_CLIP_NEEDS = ftfy==6.3.1 regex==2026.11.15 webdataset==1.0.2 pandas==3.1.1
 STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 accelerate==1.15.0 datasets==5.2.0
 VENV = .venv
 MINUTES = 5
@@ -95,6 +96,6 @@ $(VENV)/ready: setup.py Makefile .ci/constraints.txt
 # torch is named again, so that no stack brings another. timm and torchvision without their
 # dependencies: torchvision asks for a torch of its own build.
 $(VENV)/stacks: $(VENV)/ready
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) $(STACKS) ftfy regex webdataset pandas
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps timm torchvision==0.28.0
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TORCH) $(STACKS) $(OPEN_CLIP_NEEDS)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 torchvision==0.28.0
 	touch $@
