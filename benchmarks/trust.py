@@ -148,11 +148,17 @@ def coverage(found: Results) -> str:
 
 def versions(found: Results) -> str:
     lines = (
-        [r["which"], r["torch"], r["triton"], *(f"{r[key]:,}" for key in COUNTS.values())]
+        [
+            r["which"],
+            r["torch"],
+            r["triton"],
+            r["tests_commit"][:8],
+            *(f"{r[key]:,}" for key in COUNTS.values()),
+        ]
         for r in select(found.rows, kind="versions")
     )
     return "\n\n".join(
-        [found.source("../"), table(["", "torch", "triton", *COUNTS], lines, left=3)]
+        [found.source("../"), table(["", "torch", "triton", "tests at", *COUNTS], lines, left=4)]
     )
 
 
