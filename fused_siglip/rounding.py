@@ -25,6 +25,7 @@ def rounding_errors(
     image_ids: Tensor | None = None,  # (M,)
     text_ids: Tensor | None = None,  # (N,)
     negative_only: bool = False,
+    kept: Tensor | None = None,  # (M, N) bool
     reduction: str = "mean",
     g_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:  # (), (M, D), (N, D), (), ()
@@ -62,6 +63,8 @@ def rounding_errors(
         positive.fill_diagonal_(True)
     if negative_only:
         positive = torch.zeros_like(positive)
+    if kept is not None:
+        valid = valid & (kept | positive)
     divisor = max(images, 1) if reduction == "mean" else 1
 
     s = x @ y.T
