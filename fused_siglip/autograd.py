@@ -22,7 +22,7 @@ torch.library.define(
     "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, "
     "Tensor? text_ids, bool negative_only, bool need_image_grad, bool need_text_grad, "
     "bool need_scalar_grads, int? workspace_bytes, str? backend, str? group_name, str? dist_impl, "
-    "str reduction, str? negatives, float keep, int seed) "
+    "str reduction, str? negatives, float keep, SymInt seed) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 

@@ -18,7 +18,7 @@ from .kernels import (
     aligned,
     panel_class,
 )
-from .negatives import largest_norm, least_kept, threshold_factors
+from .negatives import COUNTED_ROWS, largest_norm, least_kept, threshold_factors
 from .plan import PanelPlan, plan_panels
 
 
@@ -116,10 +116,6 @@ def count_negatives(
         panel.count(x_rows, y_cols, positives, factors[rows], chosen, counts[rows])
 
 
-# Images whose histograms are kept at one time: 16 MiB of counts, and twice that to add them up.
-_COUNTED_ROWS = 4096
-
-
 def find_thresholds(
     x: Tensor,  # (M, D)
     y: Tensor,  # (N, D)
@@ -136,8 +132,8 @@ def find_thresholds(
     """Each image's threshold for the hardest or easiest share of its negatives, in two sweeps."""
     factors = threshold_factors(x, largest_norm(y, text_ids, logit_scale.dtype), logit_scale, kind)
     least = torch.empty_like(factors)
-    for start in range(0, x.shape[0], _COUNTED_ROWS):
-        rows = slice(start, start + _COUNTED_ROWS)
+    for start in range(0, x.shape[0], COUNTED_ROWS):
+        rows = slice(start, start + COUNTED_ROWS)
 
         def count(selected: Tensor | None, rows: slice = rows) -> Tensor:
             counts = x.new_zeros(len(x[rows]), BINS, dtype=torch.int32)

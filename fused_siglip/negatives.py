@@ -154,10 +154,18 @@ def least_kept(
     return selected * BINS + within - BINS**2 // 2
 
 
+# Images whose histograms exist at one time (in a group: whose cumulated copies do), 16 MiB each.
+COUNTED_ROWS = 4096
+
+
 def _last_bin(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) int64
     """The highest bin that with those above it holds ``wanted``; and what those above it hold."""
-    reached = counts.flip(1).cumsum(1, dtype=torch.int32)  # from the highest bin down
-    later = (reached < wanted[:, None]).sum(1).clamp(max=counts.shape[1] - 1)
-    last = counts.shape[1] - 1 - later
-    above = reached.gather(1, later[:, None]) - counts.gather(1, last[:, None])
-    return last, above[:, 0].long()
+    last, above = torch.empty_like(wanted), torch.empty_like(wanted)
+    for start in range(0, len(counts), COUNTED_ROWS):
+        rows = slice(start, start + COUNTED_ROWS)
+        reached = counts[rows].flip(1).cumsum(1, dtype=torch.int32)  # from the highest bin down
+        later = (reached < wanted[rows, None]).sum(1, keepdim=True).clamp(max=BINS - 1)
+        highest = BINS - 1 - later
+        last[rows] = highest[:, 0]
+        above[rows] = (reached.gather(1, later) - counts[rows].gather(1, highest))[:, 0]
+    return last, above

@@ -190,7 +190,7 @@ class TorchPanel:
         m, n = pairs.shape
         if positives.image_ids is not None:
             torch.gt(pairs, self._positive(m, n, positives), out=pairs)
-        elif positives.diagonal is not None and -m < positives.diagonal < n:
+        elif positives.diagonal is not None:
             pairs.diagonal(positives.diagonal).fill_(False)
 
     def _positive(self, m: int, n: int, positives: Positives) -> Tensor:  # (m, n) bool, of ids
@@ -214,5 +214,5 @@ class TorchPanel:
             positive = self._positive(m, n, positives)
             negated = torch.neg(values, out=self._view("terms", m, n))
             torch.where(positive, negated, values, out=values)
-        elif positives.diagonal is not None and -m < positives.diagonal < n:
+        elif positives.diagonal is not None:
             values.diagonal(positives.diagonal).neg_()

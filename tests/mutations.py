@@ -73,7 +73,6 @@ MUTATIONS = (
     Mutation("last row of a panel left out", "torch", ENGINE, "min(i + plan.rows, m)", "min(i + plan.rows, m - 1)"),
     Mutation("last column of a panel left out", "torch", ENGINE, "min(j + plan.cols, n)", "min(j + plan.cols - 1, n)"),
     Mutation("diagonal moves the wrong way", "torch", ENGINE, "diagonal + i - j", "diagonal - i + j"),
-    Mutation("diagonal at a panel's corner lost", "torch", TORCH, "-m < positives.diagonal < n", "-m < positives.diagonal < n - 1"),
     Mutation("one row too many at the edge", "triton", TRITON, "valid = (rows < M)[:, None]", "valid = (rows <= M)[:, None]"),
     Mutation("one column too few at the edge", "triton", TRITON, "& (cols < N)[None, :]", "& (cols < N - 1)[None, :]"),
     Mutation("tile edge taken for the inside", "triton", TRITON, "(row0 + BLOCK_M > M)", "(row0 + BLOCK_M > M + 1)"),
