@@ -28,8 +28,9 @@ QUICK = {
               "tests/test_negatives.py",
               "-k", "torch or not triton"],
     "triton": ["tests/test_triton_panel.py", "tests/test_properties.py", "tests/test_loss.py",
-               "-k", "triton"],
-    "distributed": ["tests/test_distributed.py", "-k", "test_every_split and (2 or 3)"],
+               "tests/test_negatives.py", "-k", "triton"],
+    "distributed": ["tests/test_distributed.py", "tests/test_negatives.py",
+                    "-k", "test_every_split and (2 or 3)"],
 }  # fmt: skip
 
 

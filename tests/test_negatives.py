@@ -9,6 +9,7 @@ from launch import launch, returned
 from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random, engine, siglip_loss
 from fused_siglip.distributed import DIST_IMPLS
 from fused_siglip.kernels import panel_class
+from fused_siglip.kernels.products import add_product
 from helpers import NAMES, Inputs, error, loss_and_grads, make_inputs, one_tile, oracle, shares
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -194,7 +195,20 @@ def test_nothing_kept_costs_no_product(monkeypatch):
     assert held == [None, None]
 
 
-def test_module_and_compiled(backend, device):
+@pytest.mark.parametrize("nothing", [False, True])
+def test_a_sparse_product_does_not_read_what_memory_held(nothing):
+    g = torch.zeros(5, 7)
+    if not nothing:
+        g[2, 3] = 2.0
+    y = torch.randn(7, 4)
+    out = torch.full((5, 4), torch.nan)
+    add_product(out, g.to_sparse(), y, 0.5, fresh=True)
+    assert torch.equal(out, 0.5 * g @ y)
+    add_product(out, g.to_sparse(), y, 0.5, fresh=False)
+    assert torch.equal(out, g @ y)
+
+
+def test_module(backend, device):
     inputs = make_inputs(60, 60, 8, device=device)
     module = LearnableSigLipLoss(backend=backend).to(device)
     features = [f.detach() for f in (inputs.image_features, inputs.text_features)]
