@@ -138,14 +138,14 @@ class TorchPanel:
     ) -> None:
         m, n = x.shape[0], y.shape[0]
         place = self._similarities(x, y, "u").mul_(factors[:, None]).floor_()
-        bins = self._view("bits", m, n).copy_(place.clamp_(-(BINS**2 // 2), BINS**2 // 2 - 1))
+        bins = self._view("bits", m, n).copy_(place)
         bins.add_(BINS**2 // 2).clamp_(0, BINS**2 - 1)  # NaN may have become any integer
-        coarse = torch.bitwise_right_shift(bins, _BIN_BITS, out=self._scratch(m, n))
         counted = self._view("dropped", m, n)
         if selected is None:
-            bins.copy_(coarse)
+            bins.bitwise_right_shift_(_BIN_BITS)
             counted.fill_(True)
         else:
+            coarse = torch.bitwise_right_shift(bins, _BIN_BITS, out=self._scratch(m, n))
             torch.eq(coarse, selected[:, None], out=counted)
             bins.bitwise_and_(BINS - 1)
         self._except_positives(counted, positives)
