@@ -75,8 +75,8 @@ def pair_hash(image_keys, text_keys):
 def place(value, BINS: tl.constexpr):
     """fp32 value in +-BINS^2 / 2 to uint32 below BINS^2: rounded down, counted from the lowest."""
     HALF: tl.constexpr = BINS * BINS // 2
-    # minimum first: NaN is kept, so it counts as the largest
-    value = tl.maximum(tl.minimum(tl.floor(value), HALF - 1.0), -HALF * 1.0)
+    value = tl.where(value < HALF - 1, tl.floor(value), HALF - 1)  # NaN, always kept, is a largest
+    value = tl.maximum(value, -HALF)
     return (value.to(tl.int32) + HALF).to(tl.uint32)
 
 

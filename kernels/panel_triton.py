@@ -521,7 +521,7 @@ class TritonPanel:
             return
         tiles = self._tiles(*g.shape)
         flags = self.flags[: math.prod(tiles)].view(tiles)
-        whole, tile = self.g, self.tile  # g is a view of it
+        whole, tile = _multiplied(self.g.to(self.dtype)), self.tile  # g is a view of it
         if transposed:
             whole, flags, tile = whole.T, flags.T, tile[::-1]
         other, precision = _multiplied(other), self._precision()

@@ -13,6 +13,18 @@ from .math import column_parts
 BLOCK_D = 128  # features a program of the product computes
 
 
+@triton.jit
+def _bound(number):
+    """The end of a loop."""
+    return number
+
+
+if not isinstance(_bound, triton.JITFunction):
+    # The interpreter holds numbers as arrays of one, which NumPy 2.4 does not take for an index.
+    def _bound(number):
+        return number.handle.data.item()
+
+
 @triton.jit(do_not_specialize=["tiles", "stride_line", "stride_tile"])
 def list_tiles_kernel(
     flags_ptr,  # 0 for a tile without gradient
@@ -63,11 +75,11 @@ def product_kernel(
     g_ptrs = g_ptr + rows.to(tl.int64)[:, None] * stride_gm + k.to(tl.int64)[None, :] * stride_gk
     x_ptrs = other_ptr + k.to(tl.int64)[:, None] * stride_xk + d.to(tl.int64)[None, :] * stride_xd
     list_ptr = lists_ptr + line * (2 + TILES)
-    kept = tl.load(list_ptr)
     STEPS: tl.constexpr = TILE_K // BLOCK_K
+    steps = tl.load(list_ptr) * STEPS
     product = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tile = tl.load(list_ptr + 1)
-    for step in range(0, kept * STEPS):
+    for step in range(0, _bound(steps)):
         start = tile * TILE_K + step % STEPS * BLOCK_K
         g = tl.load(g_ptrs + start.to(tl.int64) * stride_gk)
         x = tl.load(
@@ -79,7 +91,7 @@ def product_kernel(
         tile = tl.load(list_ptr + 1 + (step + 1) // STEPS)  # past the last one: not used
 
     # A few columns at a time: addresses of all of them do not fit the registers.
-    if FRESH | (kept > 0):
+    if FRESH | (steps > 0):
         WIDTH: tl.constexpr = BLOCK_D // PARTS
         parts = column_parts(product, PARTS)
         for part in tl.static_range(PARTS):
