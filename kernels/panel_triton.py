@@ -104,25 +104,23 @@ def kept_pairs(
     col0,
     M,
     N,
-    image_keys_ptr,  # (M,) int32, of negatives kept by their hash; or None
+    image_keys_ptr,  # (M,) int32, of negatives kept by their hash
     text_keys_ptr,  # (N,) int32
     below,
-    factors_ptr,  # (M,) fp32, of negatives kept by their logit; or None
+    factors_ptr,  # (M,) fp32, of negatives kept by their logit; or None: by their hash
     least_ptr,  # (M,) fp32
 ):
-    """Which pairs of a block are kept if they are negatives, (m, n); or None: all are."""
+    """Which pairs of a block are kept if they are negatives, (m, n)."""
     rows = row0 + tl.arange(0, s.shape[0])
     cols = col0 + tl.arange(0, s.shape[1])
     if factors_ptr is not None:
         factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
         least = tl.load(least_ptr + rows, mask=rows < M, other=0.0)
         return ~(s * factors[:, None] < least[:, None])
-    elif image_keys_ptr is not None:
+    else:
         image_keys = tl.load(image_keys_ptr + rows, mask=rows < M, other=0)
         text_keys = tl.load(text_keys_ptr + cols, mask=cols < N, other=0)
         return pair_hash(image_keys[:, None], text_keys[None, :]) < below
-    else:
-        return None
 
 
 @triton.jit
@@ -233,6 +231,7 @@ def panel_kernel(
     # the registers beside the accumulator. The branches in each part (the easy one too) keep the
     # compiler from mixing the parts again.
     WIDTH: tl.constexpr = BLOCK_N // PARTS
+    CHOSEN: tl.constexpr = image_keys_ptr is not None or factors_ptr is not None
     parts = column_parts(tile, PARTS)
     zero = tl.zeros((OCTETS, 8, COLS), tl.float32)
     sums = (zero, zero, zero)
@@ -255,10 +254,12 @@ def panel_kernel(
         else:
             mixed = col0 < tl.cdiv(N, BLOCK_N) * BLOCK_N  # the product reads whole tiles
         if easy:
-            kept = kept_pairs(
-                parts[part], row0, col0, M, N,
-                image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
-            )  # fmt: skip
+            kept = None
+            if CHOSEN:
+                kept = kept_pairs(
+                    parts[part], row0, col0, M, N,
+                    image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
+                )  # fmt: skip
             sums = epilogue(
                 parts[part], None, kept, scale, bias, sums, g_ptrs, True,
                 SCALAR_GRADS, GRAD_SCALE, PAIRED,
@@ -267,21 +268,22 @@ def panel_kernel(
             positive, valid = pair_masks(
                 row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
             )
-            kept = kept_pairs(
-                parts[part], row0, col0, M, N,
-                image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
-            )  # fmt: skip
-            if kept is not None:
-                valid &= positive | kept
+            if CHOSEN:
+                valid &= positive | kept_pairs(
+                    parts[part], row0, col0, M, N,
+                    image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
+                )  # fmt: skip
             sums = epilogue(
                 parts[part], positive, valid, scale, bias, sums, g_ptrs, False,
                 SCALAR_GRADS, GRAD_SCALE, PAIRED,
             )  # fmt: skip
         elif image_ids_ptr is None:
-            kept = kept_pairs(
-                parts[part], row0, col0, M, N,
-                image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
-            )  # fmt: skip
+            kept = None
+            if CHOSEN:
+                kept = kept_pairs(
+                    parts[part], row0, col0, M, N,
+                    image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
+                )  # fmt: skip
             sums = epilogue(
                 parts[part], None, kept, scale, bias, sums, g_ptrs, False,
                 SCALAR_GRADS, GRAD_SCALE, PAIRED,
