@@ -1,0 +1,132 @@
+"""A study: its runs, one file of results that a run resumes from, and its section of the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy.stats import t as student
+
+SEEN, NOT_SEEN, OPPOSITE = "Seen", "Not seen at this scale", "Opposite"
+CLAIM = re.compile(rf"^\*\*({SEEN}|{NOT_SEEN}|{OPPOSITE})\*\*: (.+?) \[paper, (.+?)\]", re.M)
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str  # results/<name>.json, docs/paper_<name>.png
+    cells: Callable[[bool], list[dict]]  # quick -> parameters of each run: JSON-able, all different
+    run: Callable[[dict], dict]  # one cell -> result, JSON-able; seeded: nothing else decides it
+    # rows {**cell, **result, "seconds"}, folder for the PNG -> Markdown, from "## Title" on
+    section: Callable[[list[dict], Path], str]
+    alone: bool = False  # it measures time: runs by itself with all threads, not beside other cells
+
+
+class ResultsFile:
+    """One study's rows. Written after every cell, whole or not at all: a kill loses no other."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = json.loads(path.read_text()) if path.exists() else {}
+        self.environment: dict | None = content.get("environment")
+        self.rows: list[dict] = content.get("rows", [])
+
+    def missing(self, cells: list[dict]) -> list[dict]:
+        """The cells that are not here yet; rows of cells nobody asks for any more are dropped."""
+        asked = [_key(cell) for cell in cells]
+        if len(set(asked)) != len(asked):
+            raise ValueError(f"{self.path.stem} has two cells of the same parameters")
+        names = [set(cell) for cell in cells]
+        found: dict[str, dict] = {}
+        for row in self.rows:
+            for fields in names:
+                key = _key({name: row[name] for name in fields if name in row})
+                if key in asked:
+                    found[key] = row
+        self.rows = [found[key] for key in asked if key in found]
+        return [cell for cell, key in zip(cells, asked, strict=True) if key not in found]
+
+    def add(self, cell: dict, result: dict, seconds: float, environment: dict) -> None:
+        """Rows know the commit they come from: a file may have been filled by several."""
+        taken = set(cell) & set(result)
+        if taken:
+            raise ValueError(f"{self.path.stem}: a result must not rename its cell's {taken}")
+        self.environment = environment
+        self.rows.append(
+            {**cell, **result, "seconds": round(seconds, 2), "commit": environment["commit"]}
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(
+            json.dumps({"environment": self.environment, "rows": self.rows}, indent=1) + "\n"
+        )
+        os.replace(part, self.path)
+
+
+def _key(cell: dict) -> str:
+    return json.dumps(cell, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """95% interval of a mean over seeds (Student's t)."""
+
+    mean: float
+    half: float  # width on either side; infinite for a single value
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+
+def interval(values: Iterable[float]) -> Interval:
+    values = list(values)
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return Interval(mean, float("inf"))
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+    return Interval(mean, float(student.ppf(0.975, n - 1)) * (variance / n) ** 0.5)
+
+
+def above(differences: Iterable[float], bound: float = 0.0) -> str:
+    """Verdict on "more than ``bound``", of differences that are paired by seed.
+
+    Seen where the 95% interval of their mean lies above the bound, opposite where it lies below,
+    otherwise not seen.
+    """
+    found = interval(differences)
+    if found.low > bound:
+        return SEEN
+    return OPPOSITE if found.high < bound else NOT_SEEN
+
+
+def within(differences: Iterable[float], margin: float) -> str:
+    """Verdict on "no more than ``margin`` apart": seen where the whole 95% interval lies within,
+    opposite where all of it lies outside, otherwise not seen.
+    """
+    found = interval(differences)
+    if -margin < found.low and found.high < margin:
+        return SEEN
+    return OPPOSITE if found.low > margin or found.high < -margin else NOT_SEEN
+
+
+def claim(verdict: str, text: str, source: str, why: str) -> str:
+    """The line that states a verdict; the page's first table is collected from these.
+
+    ``text``: the claim in our words, without a full stop; ``source``: "section 4.2"; ``why``: the
+    rule with the numbers it was applied to.
+    """
+    return f"**{verdict}**: {text} [paper, {source}]. {why}"
+
+
+def claims(section: str) -> list[tuple[str, str, str]]:
+    """(verdict, text, source) of every claim of a section."""
+    return CLAIM.findall(section)
