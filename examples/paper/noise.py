@@ -86,8 +86,8 @@ def cells(quick: bool) -> list[dict]:
     sweep = [
         {"role": "sweep", "loss": loss, "kind": CLEAN, "p": 0.0, "rate": rate, "seed": seed}
         for loss in RATE
-        for rate in RATES
-        for seed in SWEEP_SEEDS[: 1 if quick else None]
+        for rate in (RATES[:1] if quick else RATES)
+        for seed in SWEEP_SEEDS
     ]
     return [{**cell, **sizes} for cell in sweep + study]
 
