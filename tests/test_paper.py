@@ -291,8 +291,8 @@ def test_verdicts_of_languages(gains, expected, tmp_path):
 @pytest.mark.parametrize(
     ("ratio", "gains", "expected"),
     [
-        (0.7, {"locked": 0.2, "unlocked": 0.1}, [SEEN, SEEN, SEEN]),
-        (0.8, {"locked": -0.2, "unlocked": 0.0}, [OPPOSITE, OPPOSITE, NOT_SEEN]),
+        (0.7, {"locked": 0.2, "unlocked": 0.1}, [SEEN] * 5),
+        (0.8, {"locked": -0.2, "unlocked": 0.0}, [*[OPPOSITE] * 3, *[NOT_SEEN] * 2]),
     ],
 )
 def test_verdicts_of_the_locked_tower(ratio, gains, expected, tmp_path):

@@ -53,6 +53,9 @@ class Pictures:
 
     digits: Split
 
+    def first(self, count: int) -> Pictures:
+        return Pictures(Split(self.digits.images[:count], self.digits.digits[:count]))
+
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images (count, 8, 24) in [0, 1], and which number of words.NUMBERS each shows."""
         chosen = torch.randint(len(self.digits.digits), (count, 3), generator=generator)
