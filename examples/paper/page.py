@@ -68,7 +68,7 @@ def build(studies: list[Study], folders: Folders, plots: Path) -> str:
             raise ValueError(f"the section of {study.name} needs a title and a verdict")
         anchor = re.sub(r"[^\w\- ]", "", title[1].lower()).replace(" ", "-")
         lines += [(text, source, f"[{verdict}](#{anchor})") for verdict, text, source in found]
-        sections.append(f"{section}\n\n{_source(results, folders)}")
+        sections.append(f"{section}\n\n{_source(study, results, folders)}")
     verdicts = table(("claim", "where in the paper", "verdict here"), lines, left=3)
     siglip2 = (HERE / "siglip2.md").read_text().strip()
     parts = [INTRODUCTION, "## Verdicts", verdicts, *map(_wrapped, sections), siglip2]
@@ -96,14 +96,15 @@ def _filled(block: str) -> str:
     )
 
 
-def _source(results: ResultsFile, folders: Folders) -> str:
+def _source(study: Study, results: ResultsFile, folders: Folders) -> str:
     where = results.environment
     commits = dict.fromkeys((run["commit"] or "unknown")[:8] for run in results)
     link = Path(os.path.relpath(results.path, folders.docs)).as_posix()
     seconds = sum(row["seconds"] for row in results.rows)
+    cores = "all cores" if study.alone else "one core"
     return (
-        f"Results: [{results.path.name}]({link}), {len(results.rows)} runs, {seconds:.0f} s of one "
-        f"core in all; {where['device']}, torch {where['torch']}, {where['date'][:10]}, "
+        f"Results: [{results.path.name}]({link}), {len(results.rows)} runs, {seconds:.0f} s of "
+        f"{cores} in all; {where['device']}, torch {where['torch']}, {where['date'][:10]}, "
         f"commit {', '.join(commits)}."
     )
 
