@@ -122,7 +122,7 @@ def _claims(rows: list[dict]) -> list[str]:
         lines.append(
             claim(
                 above(lead),
-                f"corrupted by {kind}, the sigmoid loss stays ahead of the softmax loss",
+                f"with corrupted {kind}, the sigmoid loss stays ahead of the softmax loss",
                 "section 4.10",
                 f"Lead: {interval(lead).points()}.",
             )
