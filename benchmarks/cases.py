@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import LOSSES, Loss
+from fused_siglip.negatives import KINDS
+
+from .losses import LOSSES, Loss, masked_loss
 
 
 class Inputs(NamedTuple):
@@ -38,6 +41,7 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     mode: str = "full"  # of MODES
+    negatives: str | None = None  # which are kept, such as "hardest 0.1"; None: all
 
     @property
     def products(self) -> int:
@@ -48,7 +52,15 @@ class Case:
 
     def step(self, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
         """A function that computes the loss and the gradients: (loss, *gradients)."""
-        return step(LOSSES[self.loss].loss, inputs, self.mode)
+        loss = LOSSES[self.loss].loss
+        if self.negatives is not None:
+            kind, keep = self.negatives.split()
+            choice = KINDS[kind](float(keep))
+            if self.loss == "eager":
+                loss = functools.partial(masked_loss, negatives=choice)
+            else:
+                loss = functools.partial(loss, negatives=choice)
+        return step(loss, inputs, self.mode)
 
 
 def step(loss: Loss, inputs: Inputs, mode: str = "full") -> Callable[[], tuple[Tensor, ...]]:

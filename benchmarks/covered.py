@@ -20,7 +20,7 @@ REASONS = {
     "fused_siglip/__main__.py describe": "the self-check on a GPU",
     "fused_siglip/__main__.py _version": "triton not installed: its version line",
     "fused_siglip/distributed.py _exchange": "a group without gloo: the exchange goes by NCCL",
-    "fused_siglip/engine.py _add_product": f"{ON_CUDA}: half operands with a float32 sum",
+    "kernels/products.py add_product": f"{ON_CUDA}: half operands with a float32 sum",
     "fused_siglip/engine.py _multiprocessors": f"{ON_CUDA}: its multiprocessors",
     "fused_siglip/plan/__init__.py plan_panels": "Triton's operands and g on ROCm, which takes no "
     "half operands; the tests in Triton's interpreter reach it",

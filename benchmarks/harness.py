@@ -175,7 +175,7 @@ def measure(
 
 
 def _label(case: Case) -> str:
-    return f"{case.loss} {case.mode}"
+    return f"{case.loss} {case.mode} {case.negatives}"
 
 
 def _floor_label(products: int) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_siglip import siglip_loss
+from fused_siglip import Easiest, Hardest, Random, siglip_loss
 from fused_siglip.kernels import default_backend, triton_obstacle
 from fused_siglip.reference import eager_siglip_loss
 
@@ -69,6 +69,24 @@ def open_clip_loss_module() -> ModuleType:
 
 def open_clip_loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
     return open_clip_loss_module().SigLipLoss()(x, y, t, b)
+
+
+def masked_loss(
+    x: Tensor, y: Tensor, t: Tensor, b: Tensor, *, negatives: Random | Hardest | Easiest
+) -> Tensor:
+    """What one writes without ``negatives=``: the eager loss and a B x B mask of kept pairs."""
+    size = x.shape[0]
+    if isinstance(negatives, Random):
+        kept = torch.rand(size, size, device=x.device) < negatives.keep
+    else:
+        with torch.no_grad():
+            similarities = (x @ y.T).fill_diagonal_(-torch.inf)
+            if isinstance(negatives, Easiest):
+                similarities.neg_().fill_diagonal_(-torch.inf)
+            wanted = max(round(negatives.keep * (size - 1)), 1)
+            last = similarities.sort(dim=1, descending=True).values[:, wanted - 1, None]
+            kept = similarities >= last
+    return eager_siglip_loss(x, y, t, b, kept=kept)
 
 
 def siglip_kernel_loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Builds docs/performance.md, and the tables of README and docs/integrations.md, from the newest
-results files.
+"""Builds docs/performance.md, and the tables of README and of other pages, from the newest results
+files.
 
 ``python -m benchmarks.page`` rewrites them, ``--check`` fails where they are not what it would
 write: no number on these pages is typed by hand.
@@ -18,8 +18,16 @@ from .harness import RESULTS
 from .leads import compiled_section
 from .markdown import Results
 from .memory import ROOT
-from .plots import main_shape, plot_costs
-from .sections import cost_table, cpu_section, demo_section, gpu_sections, savings, stacks_table
+from .plots import main_shape, plot_costs, plot_negatives
+from .sections import (
+    cost_table,
+    cpu_section,
+    demo_section,
+    gpu_sections,
+    negatives_table,
+    savings,
+    stacks_table,
+)
 from .targets import select
 
 BLOCK = re.compile(r"(<!-- results:begin -->\n).*(<!-- results:end -->)", re.DOTALL)
@@ -66,6 +74,7 @@ class Pages:
         self.demo = first(found.get("demo", []))
         self.compiled = first(found.get("compiled", []))
         self.stacks = first(found.get("integrations", []))
+        self.negatives = first(found.get("negatives", []))
 
     def plots(self) -> dict[str, Results]:
         """File under docs/, and what it shows."""
@@ -97,6 +106,9 @@ class Pages:
     def stacks_parts(self) -> list[str]:
         return [] if self.stacks is None else [stacks_table(self.stacks)]
 
+    def negatives_parts(self) -> list[str]:
+        return [] if self.negatives is None else [negatives_table(self.negatives)]
+
     def readme_parts(self) -> list[str]:
         parts = []
         shown = [("gpu", results) for results in self.gpu]
@@ -116,7 +128,11 @@ class Pages:
 
 
 # Pages that are written by hand but for their block, and what it holds.
-FILLED = {"README.md": Pages.readme_parts, "docs/integrations.md": Pages.stacks_parts}
+FILLED = {
+    "README.md": Pages.readme_parts,
+    "docs/integrations.md": Pages.stacks_parts,
+    "docs/negatives.md": Pages.negatives_parts,
+}
 
 
 def _ran_on_gpu(results: Results) -> bool:
@@ -138,7 +154,8 @@ def stale(pages: Pages, root: Path = ROOT) -> list[str]:
         before = (root / name).read_text()
         if before != pages.filled(name, before):
             names.append(name)
-    return names + [f"docs/{n}" for n in pages.plots() if not (root / "docs" / n).exists()]
+    plots = [*pages.plots(), *(["negatives.png"] if pages.negatives else [])]
+    return names + [f"docs/{name}" for name in plots if not (root / "docs" / name).exists()]
 
 
 def write(pages: Pages, root: Path = ROOT) -> None:
@@ -148,6 +165,9 @@ def write(pages: Pages, root: Path = ROOT) -> None:
         (root / name).write_text(pages.filled(name, (root / name).read_text()))
     for name, results in pages.plots().items():
         plot_costs(results.rows, results.environment, root / "docs" / name)
+    if pages.negatives is not None:
+        found = pages.negatives
+        plot_negatives(found.rows, found.environment, root / "docs/negatives.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -70,3 +70,32 @@ def _line(axis: Axes, rows: list[dict], label: str) -> None:
     if measured:
         color = COLORS[len(axis.lines) % len(COLORS)]
         axis.plot(*zip(*measured, strict=True), label=label, color=color, marker="o", markersize=4)
+
+
+def plot_negatives(rows: list[dict], environment: dict, path: Path) -> None:
+    """Time over that with all negatives, against the share that is kept."""
+    cost = select(rows, kind="cost")
+    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    (everything,) = select(cost, loss=fused_name(cost), negatives=None)
+    for kind, color in zip(("random", "hardest", "easiest"), COLORS, strict=False):
+        points = sorted(
+            (float(row["negatives"].split()[1]), row["seconds"] / everything["seconds"])
+            for row in select(cost, loss=everything["loss"])
+            if row["negatives"] and row["negatives"].startswith(kind)
+        )
+        axis.plot(*zip(*points, strict=True), label=kind, color=color, marker="o", markersize=4)
+    axis.axhline(1, color="#777777", linestyle="--", linewidth=1)
+    axis.text(1, 1.02, "all negatives", color="#777777", ha="right", va="bottom", fontsize=9)
+    axis.set(xscale="log", xlabel="share of the negatives that is kept", ylim=(0, None))
+    axis.set_title("time over that with all negatives", loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axis.legend(frameon=False, fontsize=9)
+    shape = everything
+    figure.suptitle(
+        f"B = {shape['batch_size']}, D = {shape['dim']}, {shape['dtype']}; "
+        f"{environment['device']}, torch {environment['torch']}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)

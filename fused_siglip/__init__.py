@@ -2,6 +2,7 @@
 
 from .functional import siglip_loss
 from .modules import LearnableSigLipLoss, SigLipLoss
+from .negatives import Easiest, Hardest, Random
 
 __version__ = "0.1.0"
-__all__ = ["LearnableSigLipLoss", "SigLipLoss", "siglip_loss"]
+__all__ = ["Easiest", "Hardest", "LearnableSigLipLoss", "Random", "SigLipLoss", "siglip_loss"]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .kernels import BACKENDS, check_backend
+from .negatives import Negatives
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum")
@@ -144,6 +145,15 @@ def check_pairing(
             raise ValueError(
                 f"{name} is on {ids.device}: expected {features.device}, as the features"
             )
+
+
+def check_negatives(negatives: Negatives | None) -> None:
+    # what they hold was checked when they were made
+    if negatives is not None and not isinstance(negatives, Negatives):
+        raise TypeError(
+            f"negatives is a {_kind(negatives)}: expected None, Random(keep, seed), Hardest(keep) "
+            "or Easiest(keep)"
+        )
 
 
 def check_options(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .engine import Needs, sweep
+from .engine import Needs, find_thresholds, sweep
 from .kernels import default_backend
+from .negatives import random_pairs
 
 # Whether the running backward keeps its graph: what torch's compiled backward asks before it reuses
 # saved memory (donated buffers). Should torch drop it, gradients are copied instead.
@@ -21,7 +22,7 @@ torch.library.define(
     "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, "
     "Tensor? text_ids, bool negative_only, bool need_image_grad, bool need_text_grad, "
     "bool need_scalar_grads, int? workspace_bytes, str? backend, str? group_name, str? dist_impl, "
-    "str reduction) "
+    "str reduction, str? negatives, float keep, SymInt seed) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -43,6 +44,9 @@ def _sweep(
     group_name,
     dist_impl,
     reduction,
+    negatives,
+    keep,
+    seed,
 ):
     needs = Needs(need_image_grad, need_text_grad, need_scalar_grads)
     backend = backend or default_backend(x.device, x.dtype)
@@ -52,18 +56,28 @@ def _sweep(
     with torch.autocast(x.device.type, enabled=False):
         if group_name is not None:
             return distributed.global_sweep(
-                *inputs, negative_only, needs, group_name, dist_impl, reduction, **options
+                *inputs,
+                negative_only,
+                needs,
+                group_name,
+                dist_impl,
+                reduction,
+                (negatives, keep, seed),
+                **options,
             )
         acc = logit_scale.dtype
         grad_x = x.new_empty(x.shape, dtype=acc) if needs.image else None
         grad_y = y.new_empty(y.shape, dtype=acc) if needs.text else None
+        diagonal = None if negative_only or image_ids is not None else 0
+        kept = None
+        if negatives == "random":
+            kept = random_pairs(keep, seed, (0, 0), (len(x), len(y)), x.device)
+        elif negatives is not None:
+            kept = find_thresholds(
+                x, y, logit_scale, image_ids, text_ids, diagonal, negatives, keep, **options
+            )
         sums = sweep(
-            *inputs,
-            None if negative_only or image_ids is not None else 0,
-            grad_x,
-            grad_y,
-            scalar_grads=needs.scalars,
-            **options,
+            *inputs, diagonal, grad_x, grad_y, scalar_grads=needs.scalars, kept=kept, **options
         )
         nothing = [x.new_empty(0, dtype=acc) for _ in range(3)]
         return (
@@ -91,6 +105,9 @@ def _(
     group_name,
     dist_impl,
     reduction,
+    negatives,
+    keep,
+    seed,
 ):
     acc = logit_scale.dtype
     return (
@@ -125,6 +142,9 @@ class SigLipFunction(torch.autograd.Function):
         group_name: str | None,
         dist_impl: str | None,
         reduction: str,
+        negatives: str | None,
+        keep: float,
+        seed: int,
     ) -> tuple[Tensor, Tensor]:  # (), () or (0,)
         acc = torch.promote_types(dtype, torch.float32)
         sums, grad_x, grad_y, divisor = torch.ops.fused_siglip.sweep(
@@ -143,6 +163,9 @@ class SigLipFunction(torch.autograd.Function):
             group_name,
             dist_impl,
             reduction,
+            negatives,
+            keep,
+            seed,
         )
         ctx.save_for_backward(sums, grad_x, grad_y, logit_scale)
         ctx.needs = needs
@@ -164,7 +187,7 @@ class SigLipFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             trap = torch.empty(0, requires_grad=True)
             grads = [g if g is None else _NoDoubleBackward.apply(g, trap) for g in grads]
-        return (*grads, *[None] * 10)
+        return (*grads, *[None] * 13)
 
 
 class _NoDoubleBackward(torch.autograd.Function):

@@ -7,8 +7,10 @@ images, and gets back what the other ranks' rows contribute to dL/dY_r.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._checks import FEATURE_DTYPES, REDUCTIONS
-from .engine import Needs, sweep
+from .engine import Needs, count_negatives, sweep
+from .kernels import BINS, AtLeast
+from .negatives import KINDS, largest_norm, least_kept, random_pairs, threshold_factors
 from .plan import plan_panels
 
 logger = logging.getLogger("fused_siglip")
@@ -47,13 +51,18 @@ class _Terms(NamedTuple):
     dist_impl: int  # index into DIST_IMPLS, -1 for None
     reduction: int  # index into REDUCTIONS
     rows: int  # texts on this rank
-    images: int  # images on this rank, without padding
+    images: int  # images on this rank
+    real_images: int  # without padding
     need_text_grad: int
+    negatives: int  # index into KINDS, -1 for None
+    keep: int  # bits of the float
+    seed: int
 
 
 # The fields all ranks must agree on, in the words of the public function.
 _AGREED = {"dim": "D", "dtype": "dtype", "has_ids": "ids", "negative_only": "negative_only",
-           "dist_impl": "dist_impl", "reduction": "reduction"}  # fmt: skip
+           "dist_impl": "dist_impl", "reduction": "reduction", "negatives": "negatives",
+           "keep": "keep of negatives", "seed": "seed of negatives"}  # fmt: skip
 
 
 # torch 2.13 renamed the collectives over one tensor and warns of the old names
@@ -119,6 +128,10 @@ def _agree(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
                 values = ["given" if v else "missing" for v in values]
             elif field == "dist_impl":
                 values = [None if v < 0 else list(DIST_IMPLS)[v] for v in values]
+            elif field == "negatives":
+                values = [None if v < 0 else list(KINDS.values())[v].__name__ for v in values]
+            elif field == "keep":
+                values = [struct.unpack("d", struct.pack("q", v))[0] for v in values]
             other = next(rank for rank, v in enumerate(values) if v != values[0])
             raise ValueError(
                 f"ranks disagree on {name}: {values[0]} on rank 0 and {values[other]} on rank "
@@ -145,6 +158,7 @@ def global_sweep(
     group_name: str,
     dist_impl: str | None,
     reduction: str,
+    negatives: tuple[str | None, float, int],  # kind, share, seed
     *,
     workspace_bytes: int | None,
     backend: str,
@@ -155,9 +169,10 @@ def global_sweep(
     this rank's texts holds the contributions of all ranks. What is not needed has no elements.
     """
     group = resolve_group(group_name)
-    world_size = dist.get_world_size(group)
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    kind, keep, seed = negatives
     if workspace_bytes is not None:
-        _check_workspace(x, needs, workspace_bytes, backend, group)
+        _check_workspace(x, needs, kind is not None, workspace_bytes, backend, group)
     everyone = _agree(
         _Terms(
             valid=1,
@@ -168,8 +183,12 @@ def global_sweep(
             dist_impl=-1 if dist_impl is None else list(DIST_IMPLS).index(dist_impl),
             reduction=REDUCTIONS.index(reduction),
             rows=y.shape[0],
-            images=x.shape[0] if image_ids is None else int((image_ids >= 0).sum()),
+            images=x.shape[0],
+            real_images=x.shape[0] if image_ids is None else int((image_ids >= 0).sum()),
             need_text_grad=needs.text,
+            negatives=-1 if kind is None else list(KINDS).index(kind),
+            keep=struct.unpack("q", struct.pack("d", keep))[0],
+            seed=seed,
         ),
         group,
     )
@@ -183,35 +202,67 @@ def global_sweep(
     acc = logit_scale.dtype
     grad_x = x.new_empty(x.shape, dtype=acc) if needs.image else None
 
-    def sweep_texts(
-        texts: Tensor,
-        ids: Tensor | None,
-        diagonal_here: int | None,
-        grad_texts: Tensor | None,
-        first: bool,
-    ) -> Tensor:
-        return sweep(
-            x,
-            texts,
-            logit_scale,
-            logit_bias,
-            image_ids,
-            ids,
-            diagonal_here if image_ids is None and not negative_only else None,
-            grad_x,
-            grad_texts,
-            scalar_grads=needs.scalars,
-            workspace_bytes=workspace_bytes,
-            backend=backend,
-            add_to_grad_x=not first,
+    sums = torch.zeros(3, dtype=acc, device=x.device)
+    visit = _ring
+    if impl == "gather":
+        gathered = _gather_texts(y, text_ids, max(rows), group)
+        visit = functools.partial(_gather, gathered)
+    options = {"workspace_bytes": workspace_bytes, "backend": backend}
+    thresholds = None
+
+    def diagonal_of(chunk: _Chunk) -> int | None:
+        return chunk.diagonal if image_ids is None and not negative_only else None
+
+    if kind in ("hardest", "easiest"):
+        largest = largest_norm(y, text_ids, acc)
+        with _contact(group, "comparison of the texts' norms"):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        factors = threshold_factors(x, largest, logit_scale, kind)
+
+        def count(selected: Tensor | None) -> Tensor:
+            counts = x.new_zeros(x.shape[0], BINS, dtype=torch.int32)
+
+            def count_texts(chunk: _Chunk, _) -> None:
+                count_negatives(
+                    x, chunk.texts, image_ids, chunk.ids, diagonal_of(chunk), factors, selected,
+                    counts, **options,
+                )  # fmt: skip
+
+            visit(count_texts, y, text_ids, rows, acc, False, group)
+            return counts
+
+        thresholds = AtLeast(factors, least_kept(keep, count).to(acc))
+
+    first_image = sum(t.images for t in everyone[:rank])
+
+    def sweep_texts(chunk: _Chunk, grad_texts: Tensor | None) -> None:
+        kept = thresholds
+        if kind == "random":
+            shape = x.shape[0], chunk.texts.shape[0]
+            kept = random_pairs(keep, seed, (first_image, chunk.first), shape, x.device)
+        sums.add_(
+            sweep(
+                x,
+                chunk.texts,
+                logit_scale,
+                logit_bias,
+                image_ids,
+                chunk.ids,
+                diagonal_of(chunk),
+                grad_x,
+                grad_texts,
+                scalar_grads=needs.scalars,
+                add_to_grad_x=chunk.step > 0,
+                kept=kept,
+                **options,
+            )
         )
 
-    run = _ring if impl == "ring" else _gather
-    sums, grad_y = run(sweep_texts, y, text_ids, rows, acc, need_text_grad, group)
+    grad_y = visit(sweep_texts, y, text_ids, rows, acc, need_text_grad, group)
 
     nothing = [x.new_empty(0, dtype=acc) for _ in range(2)]
     # the mean over the ranks is the loss of the global batch
-    images = sum(t.images for t in everyone) if reduction == "mean" else 1
+    images = sum(t.real_images for t in everyone) if reduction == "mean" else 1
     return (
         sums,
         nothing[0] if grad_x is None else grad_x,
@@ -221,7 +272,12 @@ def global_sweep(
 
 
 def _check_workspace(
-    x: Tensor, needs: Needs, workspace_bytes: int, backend: str, group: dist.ProcessGroup
+    x: Tensor,
+    needs: Needs,
+    selects: bool,
+    workspace_bytes: int,
+    backend: str,
+    group: dist.ProcessGroup,
 ) -> None:
     """Refuse a workspace that cannot hold a tile before other ranks wait for this one's sweep."""
     try:
@@ -229,11 +285,21 @@ def _check_workspace(
         plan_panels(
             many, many, x.shape[1], x.dtype, x.device.type, backend,
             need_image_grad=needs.image, need_text_grad=needs.text,
-            need_scalar_grads=needs.scalars, workspace_bytes=workspace_bytes,
+            need_scalar_grads=needs.scalars, selects=selects, workspace_bytes=workspace_bytes,
         )  # fmt: skip
     except ValueError:
         report_bad_arguments(group)
         raise
+
+
+class _Chunk(NamedTuple):
+    """Texts of the global batch that are swept at once."""
+
+    texts: Tensor  # (n, D)
+    ids: Tensor | None  # (n,)
+    first: int  # index of the first one in the global batch
+    diagonal: int | None  # local image i and text i + diagonal are a pair
+    step: int  # how many chunks came before
 
 
 _TEXTS, _IDS, _GRADS = range(3)  # the channels between two neighbours
@@ -269,15 +335,17 @@ class _Ring:
 
 
 def _ring(
-    sweep_texts,
+    use: Callable[[_Chunk, Tensor | None], None],
     y: Tensor,  # (N, D)
     text_ids: Tensor | None,  # (N,)
     rows: list[int],
     acc: torch.dtype,
     need_grad: bool,
     group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor | None]:
-    """Texts travel round the ring and their gradients one step behind them, on their own channel.
+) -> Tensor | None:  # (N, D)
+    """Hand every rank's texts to ``use``, which writes its share of their gradient.
+
+    Texts travel round the ring and their gradients one step behind them, on their own channel.
 
     While a chunk is swept, the next one arrives, and so does what the ranks before this one have
     added to the gradient of the present one. After as many steps as there are ranks every gradient
@@ -292,7 +360,6 @@ def _ring(
     if ids:
         ids[0][: rows[ring.rank]].copy_(text_ids)
 
-    total = None
     leaving = None  # the finished gradient of the chunk that moved on in the last step
     for step in range(ring.size):
         owner = (ring.rank - step) % ring.size
@@ -310,71 +377,74 @@ def _ring(
         if need_grad and step > 0:
             ring.exchange(_GRADS, leaving, arriving)
         ring.start()
-        part = sweep_texts(
+        chunk = _Chunk(
             texts[here][:n],
             ids[here][:n] if ids else None,
+            sum(rows[:owner]),
             0 if step == 0 else None,
-            computed,
-            step == 0,
+            step,
         )
-        total = part if total is None else total + part
+        use(chunk, computed)
         ring.wait()
         if need_grad:
             leaving = computed if step == 0 else computed.add_(arriving)
     if not need_grad:
-        return total, None
+        return None
     grad_y = y.new_empty(y.shape, dtype=acc)
     ring.exchange(_GRADS, leaving, grad_y)
     ring.start()
     ring.wait()
-    return total, grad_y
+    return grad_y
+
+
+def _gather_texts(
+    y: Tensor,  # (N, D)
+    text_ids: Tensor | None,  # (N,)
+    capacity: int,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor | None]:  # (ranks * capacity, D), (ranks * capacity,)
+    """Everybody's texts and ids, ``capacity`` rows a rank."""
+
+    def gathered(local: Tensor) -> Tensor:
+        # collectives want equal blocks: shorter ones are sent with rows that nobody reads
+        block = local.new_zeros(capacity, *local.shape[1:])
+        block[: len(local)].copy_(local)
+        out = local.new_empty(dist.get_world_size(group) * capacity, *local.shape[1:])
+        with _contact(group, "gathering of the texts"):
+            _all_gather(out, block, group=group)
+        return out
+
+    return gathered(y), None if text_ids is None else gathered(text_ids)
 
 
 def _gather(
-    sweep_texts,
+    gathered: tuple[Tensor, Tensor | None],
+    use: Callable[[_Chunk, Tensor | None], None],
     y: Tensor,  # (N, D)
     text_ids: Tensor | None,  # (N,)
     rows: list[int],
     acc: torch.dtype,
     need_grad: bool,
     group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor | None]:
-    """All texts are gathered, swept at once, and their gradients summed back to their owners."""
+) -> Tensor | None:  # (N, D)
+    """As :func:`_ring`, with texts that were gathered; gradients are summed to their owners."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     capacity, d = max(rows), y.shape[1]
-
-    def gathered(local: Tensor) -> Tensor:
-        # collectives want equal blocks: shorter ones are sent with rows that nobody reads
-        block = local.new_zeros(capacity, *local.shape[1:])
-        block[: len(local)].copy_(local)
-        out = local.new_empty(size * capacity, *local.shape[1:])
-        with _contact(group, "gathering of the texts"):
-            _all_gather(out, block, group=group)
-        return out
-
-    texts = gathered(y)
-    ids = None if text_ids is None else gathered(text_ids)
+    texts, ids = gathered
     grads = y.new_zeros(size * capacity, d, dtype=acc) if need_grad else None
     if min(rows) == capacity:  # one sweep over all columns
-        blocks = [(slice(0, size * capacity), rank * capacity)]
+        blocks = [(slice(0, size * capacity), 0, rank * capacity)]
     else:  # a sweep a rank, over the rows that hold something
         blocks = [
-            (slice(r * capacity, r * capacity + n), 0 if r == rank else None)
+            (slice(r * capacity, r * capacity + n), sum(rows[:r]), 0 if r == rank else None)
             for r, n in enumerate(rows)
         ]
-    total = sum(
-        sweep_texts(
-            texts[block],
-            None if ids is None else ids[block],
-            diagonal_here,
-            None if grads is None else grads[block],
-            block.start == 0,
-        )
-        for block, diagonal_here in blocks
-    )
+    for step, (block, first, diagonal) in enumerate(blocks):
+        chunk = _Chunk(texts[block], None if ids is None else ids[block], first, diagonal, step)
+        use(chunk, None if grads is None else grads[block])
     if not need_grad:
-        return total, None
+        return None
     grad_y = y.new_empty(capacity, d, dtype=acc)
     with _contact(group, "summing of the texts' gradients"):
         _reduce_scatter(grad_y, grads, group=group)
-    return total, grad_y[: rows[rank]]
+    return grad_y[: rows[rank]]

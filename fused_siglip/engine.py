@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .kernels import GRAD_SCALE, Positives, aligned, multiplies_half_into_fp32, panel_class
+from .kernels import (
+    BINS,
+    GRAD_SCALE,
+    AtLeast,
+    Panel,
+    Positives,
+    RandomPairs,
+    aligned,
+    panel_class,
+)
+from .negatives import COUNTED_ROWS, largest_norm, least_kept, threshold_factors
 from .plan import PanelPlan, plan_panels
 
 
@@ -35,6 +46,7 @@ def sweep(
     workspace_bytes: int | None,
     backend: str,
     add_to_grad_x: bool = False,
+    kept: RandomPairs | AtLeast | None = None,
 ) -> Tensor:  # (3,)
     """Sum the loss over all pairs, and its derivatives in s = X Y^T, t and b.
 
@@ -44,60 +56,170 @@ def sweep(
     accumulates in fp32 (float64 for float64 features). The factor t is left to the caller, who has
     an upstream scalar to multiply by anyway.
 
-    Without ids, pair (i, i + diagonal) is positive; None: no pair is.
+    Without ids, pair (i, i + diagonal) is positive; None: no pair is. ``kept`` says, for all M
+    images (and N texts), which negatives take part; None: all.
     Panels are visited and summed in a fixed order: the same inputs give the same bits.
     """
-    m, d = x.shape
-    n = y.shape[0]
-    panel_type = panel_class(backend)
-    copies = image_ids is not None or not (
-        aligned(x, panel_type.align) and aligned(y, panel_type.align)
+    needed = grad_x is not None, grad_y is not None, scalar_grads
+    panels = _Panels(
+        x, y, image_ids, text_ids, diagonal, needed, kept is not None, workspace_bytes, backend
     )
-    plan = plan_panels(
-        m,
-        n,
-        d,
-        x.dtype,
-        x.device.type,
-        backend,
-        need_image_grad=grad_x is not None,
-        need_text_grad=grad_y is not None,
-        need_scalar_grads=scalar_grads,
-        copies_operands=copies,
-        multiprocessors=_multiprocessors(x.device),
-        workspace_bytes=workspace_bytes,
-    )
-    if m == 0 or n == 0:
+    plan = panels.plan
+    if x.shape[0] == 0 or y.shape[0] == 0:
         if grad_x is not None and not add_to_grad_x:
             grad_x.zero_()
         if grad_y is not None:
             grad_y.zero_()
         return torch.zeros(3, dtype=plan.accumulate_dtype, device=x.device)
 
-    write_g = grad_x is not None or grad_y is not None
-    panel = panel_type(plan.rows, plan.cols, plan.operand_dtype, x.device, write_g, scalar_grads)
-    row_starts, col_starts = range(0, m, plan.rows), range(0, n, plan.cols)
-    sums = torch.zeros(
-        len(row_starts), len(col_starts), 3, dtype=plan.accumulate_dtype, device=x.device
-    )
+    panel = panels.workspace()
+    sums = torch.zeros(len(panels), 3, dtype=plan.accumulate_dtype, device=x.device)
     alpha = 1.0 / GRAD_SCALE.get(plan.operand_dtype, 1.0)
+    d = x.shape[1]
+    for part, (rows, cols, x_rows, y_cols, positives) in zip(sums, panels, strict=True):
+        g = panel(
+            x_rows, y_cols, logit_scale, logit_bias, positives, part, _kept_in(kept, rows, cols)
+        )
+        if grad_x is not None:
+            fresh = cols.start == 0 and not add_to_grad_x
+            panel.add_product(grad_x[rows], g, y_cols[:, :d], alpha, fresh, transposed=False)
+        if grad_y is not None:
+            fresh = rows.start == 0
+            panel.add_product(grad_y[cols], g, x_rows[:, :d], alpha, fresh, transposed=True)
+    return sums.sum(0)
 
-    for a, i in enumerate(row_starts):
-        rows = slice(i, min(i + plan.rows, m))
-        x_rows, x_ids = _operand(x, image_ids, rows, plan, copies)
-        for b, j in enumerate(col_starts):
-            cols = slice(j, min(j + plan.cols, n))
-            y_cols, y_ids = _operand(y, text_ids, cols, plan, copies)
-            in_panel = None if diagonal is None else diagonal + i - j
-            positives = Positives(in_panel, x_ids, y_ids)
-            g = panel(x_rows, y_cols, logit_scale, logit_bias, positives, sums[a, b])
-            if grad_x is not None:
-                _add_product(
-                    grad_x[rows], g, y_cols[:, :d], alpha, fresh=j == 0 and not add_to_grad_x
-                )
-            if grad_y is not None:
-                _add_product(grad_y[cols], g.T, x_rows[:, :d], alpha, fresh=i == 0)
-    return sums.sum((0, 1))
+
+def count_negatives(
+    x: Tensor,  # (M, D)
+    y: Tensor,  # (N, D)
+    image_ids: Tensor | None,  # (M,) int64
+    text_ids: Tensor | None,  # (N,) int64
+    diagonal: int | None,
+    factors: Tensor,  # (M,) of AtLeast
+    selected: Tensor | None,  # (M,) int32
+    counts: Tensor,  # (M, BINS) int32, added to
+    *,
+    workspace_bytes: int | None,
+    backend: str,
+) -> None:
+    """Add every image's negatives to its histogram: see :meth:`fused_siglip.kernels.Panel.count`.
+
+    A light sweep: one product, nothing is written but the counts.
+    """
+    needed = False, False, False
+    panels = _Panels(x, y, image_ids, text_ids, diagonal, needed, True, workspace_bytes, backend)
+    if x.shape[0] == 0 or y.shape[0] == 0:
+        return
+    panel = panels.workspace()
+    for rows, _, x_rows, y_cols, positives in panels:
+        chosen = None if selected is None else selected[rows]
+        panel.count(x_rows, y_cols, positives, factors[rows], chosen, counts[rows])
+
+
+def find_thresholds(
+    x: Tensor,  # (M, D)
+    y: Tensor,  # (N, D)
+    logit_scale: Tensor,  # ()
+    image_ids: Tensor | None,  # (M,)
+    text_ids: Tensor | None,  # (N,)
+    diagonal: int | None,
+    kind: str,
+    keep: float,
+    *,
+    workspace_bytes: int | None,
+    backend: str,
+) -> AtLeast:
+    """Each image's threshold for the hardest or easiest share of its negatives, in two sweeps."""
+    factors = threshold_factors(x, largest_norm(y, text_ids, logit_scale.dtype), logit_scale, kind)
+    least = torch.empty_like(factors)
+    for start in range(0, x.shape[0], COUNTED_ROWS):
+        rows = slice(start, start + COUNTED_ROWS)
+
+        def count(selected: Tensor | None, rows: slice = rows) -> Tensor:
+            counts = x.new_zeros(len(x[rows]), BINS, dtype=torch.int32)
+            count_negatives(
+                x[rows],
+                y,
+                None if image_ids is None else image_ids[rows],
+                text_ids,
+                None if diagonal is None else diagonal + rows.start,
+                factors[rows],
+                selected,
+                counts,
+                workspace_bytes=workspace_bytes,
+                backend=backend,
+            )
+            return counts
+
+        least[rows] = least_kept(keep, count).to(least.dtype)
+    return AtLeast(factors, least)
+
+
+class _Panels:
+    """The panels of a sweep, row by row: slices of images and texts, operands, positives."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        image_ids: Tensor | None,
+        text_ids: Tensor | None,
+        diagonal: int | None,
+        needed: tuple[bool, bool, bool],  # dX, dY, dt and db
+        selects: bool,
+        workspace_bytes: int | None,
+        backend: str,
+    ):
+        self.x, self.y, self.image_ids, self.text_ids = x, y, image_ids, text_ids
+        self.diagonal, self.needed, self.selects = diagonal, needed, selects
+        self.type = panel_class(backend)
+        align = self.type.align
+        self.copies = image_ids is not None or not (aligned(x, align) and aligned(y, align))
+        self.plan = plan_panels(
+            x.shape[0],
+            y.shape[0],
+            x.shape[1],
+            x.dtype,
+            x.device.type,
+            backend,
+            need_image_grad=needed[0],
+            need_text_grad=needed[1],
+            need_scalar_grads=needed[2],
+            selects=selects,
+            copies_operands=self.copies,
+            multiprocessors=_multiprocessors(x.device),
+            workspace_bytes=workspace_bytes,
+        )
+
+    def workspace(self) -> Panel:
+        plan, (image, text, scalars) = self.plan, self.needed
+        shape = plan.rows, plan.cols
+        return self.type(
+            *shape, plan.operand_dtype, self.x.device, image or text, scalars, self.selects
+        )
+
+    def __len__(self) -> int:
+        (m, rows), (n, cols) = (len(self.x), self.plan.rows), (len(self.y), self.plan.cols)
+        return -(-m // rows) * -(-n // cols)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Positives]]:
+        m, n, plan = len(self.x), len(self.y), self.plan
+        for i in range(0, m, plan.rows):
+            rows = slice(i, min(i + plan.rows, m))
+            x_rows, x_ids = _operand(self.x, self.image_ids, rows, plan, self.copies)
+            for j in range(0, n, plan.cols):
+                cols = slice(j, min(j + plan.cols, n))
+                y_cols, y_ids = _operand(self.y, self.text_ids, cols, plan, self.copies)
+                in_panel = None if self.diagonal is None else self.diagonal + i - j
+                yield rows, cols, x_rows, y_cols, Positives(in_panel, x_ids, y_ids)
+
+
+def _kept_in(
+    kept: RandomPairs | AtLeast | None, rows: slice, cols: slice
+) -> RandomPairs | AtLeast | None:
+    if isinstance(kept, RandomPairs):
+        return RandomPairs(kept.image_keys[rows], kept.text_keys[cols], kept.below)
+    return kept if kept is None else AtLeast(kept.factors[rows], kept.least[rows])
 
 
 def _multiprocessors(device: torch.device) -> int | None:
@@ -125,12 +247,3 @@ def _operand(
     if ids is not None:
         copy.masked_fill_(ids[:, None] < 0, 0)
     return copy, ids
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:
-    """out = alpha * a @ b, added to what is there unless ``fresh``; accumulated in out's dtype."""
-    beta = 0 if fresh else 1
-    if a.dtype != out.dtype and multiplies_half_into_fp32(out.device.type):
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-    else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _checks, distributed
 from .autograd import SigLipFunction
 from .engine import Needs
+from .negatives import Negatives, kind_of
 
 
 def siglip_loss(
@@ -20,6 +21,7 @@ def siglip_loss(
     image_ids: Tensor | None = None,  # (M,)
     text_ids: Tensor | None = None,  # (N,)
     negative_only: bool = False,
+    negatives: Negatives | None = None,
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
     dist_impl: str | None = None,
@@ -47,6 +49,11 @@ def siglip_loss(
             with a negative id is padding: it takes no part, whatever its features hold.
         text_ids: (N,) integers, likewise. Both or neither.
         negative_only: no pair is positive (a block of another device's texts).
+        negatives: which negative pairs take part: None for all, or ``Random(keep, seed)``,
+            ``Hardest(keep)``, ``Easiest(keep)`` for a share of them, positives always beside. The
+            divisor stays M: what is left out counts as loss 0. Hardest and Easiest take the share
+            of every image's negatives and need two further sweeps of one product each; the choice
+            itself has no gradient.
         reduction: "mean" divides by M, the number of images (without padding); "sum" does not.
         group: compute the loss of the global batch of this process group. Every rank calls with its
             own rows (their number may differ, also 0), and the mean of the returned losses over the
@@ -83,6 +90,7 @@ def siglip_loss(
             logit_bias = 0.0
         _checks.check_scalar("logit_bias", logit_bias, device, dtype)
         _checks.check_pairing(image_features, text_features, image_ids, text_ids, negative_only)
+        _checks.check_negatives(negatives)
         _checks.check_options(reduction, workspace_bytes, backend, device.type, dtype)
     except (TypeError, ValueError):
         if group is not None:
@@ -101,6 +109,8 @@ def siglip_loss(
         image_ids, text_ids = image_ids.long(), text_ids.long()
         if negative_only:
             image_ids, text_ids = _never_equal(image_ids, text_ids)
+    if negatives is not None and negatives.keep == 1:
+        negatives = None
     total, divisor = SigLipFunction.apply(
         image_features,
         text_features,
@@ -116,6 +126,9 @@ def siglip_loss(
         None if group is None else group.group_name,
         dist_impl,
         reduction,
+        kind_of(negatives),
+        1.0 if negatives is None else float(negatives.keep),
+        getattr(negatives, "seed", 0),
     )
     if group is not None:
         return total / divisor

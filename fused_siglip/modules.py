@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import _checks
 from .distributed import DIST_IMPLS
 from .functional import siglip_loss
+from .negatives import Negatives
 
 
 class SigLipLoss(nn.Module):
@@ -122,8 +123,9 @@ class LearnableSigLipLoss(nn.Module):
         *,
         image_ids: Tensor | None = None,  # (M,)
         text_ids: Tensor | None = None,  # (N,)
+        negatives: Negatives | None = None,
     ) -> Tensor:  # ()
-        """The loss of L2-normalised features; ids as in :func:`fused_siglip.siglip_loss`."""
+        """The loss of L2-normalised features; ids and negatives as in :func:`siglip_loss`."""
         return siglip_loss(
             image_features,
             text_features,
@@ -131,6 +133,7 @@ class LearnableSigLipLoss(nn.Module):
             self.logit_bias,
             image_ids=image_ids,
             text_ids=text_ids,
+            negatives=negatives,
             **self.options,
         )
 

@@ -15,13 +15,14 @@ def eager_siglip_loss(
     image_ids: Tensor | None = None,  # (M,)
     text_ids: Tensor | None = None,  # (N,)
     negative_only: bool = False,
+    kept: Tensor | None = None,  # (M, N) bool
     reduction: str = "mean",
 ) -> Tensor:
     """The same loss as :func:`fused_siglip.siglip_loss`, differentiated by autograd.
 
     Builds the (M, N) logits and labels in the dtype of the features, operation for operation as
     ``open_clip.loss.SigLipLoss`` does (and without ids returns what it returns). Called with
-    float64 features it is the oracle.
+    float64 features it is the oracle. ``kept`` names the negatives that take part; None: all.
     """
     logits = logit_scale * image_features @ text_features.T
     if logit_bias is not None:
@@ -38,4 +39,6 @@ def eager_siglip_loss(
             labels.fill_diagonal_(1)
         losses = -torch.nn.functional.logsigmoid(labels * logits)
         count = max(image_features.shape[0], 1)
+    if kept is not None:
+        losses = torch.where(kept | (labels == 1), losses, 0)
     return losses.sum() if reduction == "sum" else losses.sum() / count

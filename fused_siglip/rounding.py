@@ -25,6 +25,8 @@ def rounding_errors(
     image_ids: Tensor | None = None,  # (M,)
     text_ids: Tensor | None = None,  # (N,)
     negative_only: bool = False,
+    kept: Tensor | None = None,  # (M, N) bool
+    unsure: Tensor | None = None,  # (M, N) bool
     reduction: str = "mean",
     g_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:  # (), (M, D), (N, D), (), ()
@@ -36,8 +38,10 @@ def rounding_errors(
     exponential rounds its argument once more); log-sigmoid and sigmoid err by 8 u (Triton's
     reciprocal square root by 4 u); the two products sum N and M terms, sums over all pairs are made
     in blocks. ``g_dtype`` is the dtype in which dL/dz enters the products, by default the features'
-    own. Rounding the results themselves is left to :func:`excess`. Float64 in the oracle errs too,
-    and is counted; products on a GPU may be cut off instead of rounded, which errs twice as much.
+    own. ``kept`` names the negatives that take part (None: all), ``unsure`` those that rounding
+    alone may have kept or dropped. Rounding the results themselves is left to :func:`excess`.
+    Float64 in the oracle errs too, and is counted; products on a GPU may be cut off instead of
+    rounded, which errs twice as much.
     """
     dtype = image_features.dtype
     x, y, t, b = (
@@ -62,6 +66,8 @@ def rounding_errors(
         positive.fill_diagonal_(True)
     if negative_only:
         positive = torch.zeros_like(positive)
+    if kept is not None:
+        valid = valid & (kept | positive if unsure is None else kept | positive | unsure)
     divisor = max(images, 1) if reduction == "mean" else 1
 
     s = x @ y.T
@@ -76,6 +82,8 @@ def rounding_errors(
     d_term = torch.minimum(p * grown, dz) + 8 * u * softplus + tiny
     d_g = (p * q * grown).clamp(max=1) + 8 * u * p + tiny
     p, softplus, d_term, d_g = (torch.where(valid, w, 0) for w in (p, softplus, d_term, d_g))
+    if unsure is not None:
+        d_term, d_g = d_term + unsure * softplus, d_g + unsure * p
     stored = d_g  # in the dtype of the products
     g_dtype = dtype if g_dtype is None else g_dtype
     if g_dtype != accumulate:

@@ -39,6 +39,24 @@ class Positives(NamedTuple):
     text_ids: Tensor | None = None  # (n,) int64; and takes no part where either is negative
 
 
+class RandomPairs(NamedTuple):
+    """Negatives kept by a hash of the pair (defined in fused_siglip/negatives.py)."""
+
+    image_keys: Tensor  # (m,) int32
+    text_keys: Tensor  # (n,) int32
+    below: int  # kept where the pair's hash, an int32, is below it
+
+
+class AtLeast(NamedTuple):
+    """Negatives kept by their logit; s * factor is made for comparing: larger is kept first."""
+
+    factors: Tensor  # (m,) accumulation dtype; |s * factor| stays within BINS^2 / 2
+    least: Tensor  # (m,) likewise, whole numbers: dropped where s * factor is less (NaN is kept)
+
+
+BINS = 1024  # of a histogram: two steps of it find the threshold
+
+
 class Panel(Protocol):
     """What a backend does with one panel: product, scale and bias, log-sigmoid, dL/dz."""
 
@@ -47,7 +65,12 @@ class Panel(Protocol):
 
     @staticmethod
     def workspace_bytes(
-        rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
+        rows: int,
+        cols: int,
+        dtype: torch.dtype,
+        write_g: bool,
+        scalar_grads: bool,
+        selects: bool = False,
     ) -> int:
         """Bytes the constructor allocates; the arguments are the constructor's."""
 
@@ -59,6 +82,7 @@ class Panel(Protocol):
         device: torch.device,
         write_g: bool,
         scalar_grads: bool,
+        selects: bool = False,  # negatives are chosen, or counted
     ): ...
 
     def __call__(
@@ -70,8 +94,38 @@ class Panel(Protocol):
         positives: Positives,
         sums: Tensor,  # (3,) accumulation dtype, overwritten: sums of softplus(u), g*s and g;
         # without scalar_grads only the first
+        kept: RandomPairs | AtLeast | None = None,  # None: all negatives
     ) -> Tensor | None:  # (m, n) g times GRAD_SCALE in dtype, a view of the workspace; or None
         ...
+
+    def add_product(
+        self,
+        out: Tensor,  # (m, D) or, transposed, (n, D), accumulation dtype
+        g: Tensor,  # (m, n) from the last call
+        other: Tensor,  # (n, D) or, transposed, (m, D)
+        alpha: float,
+        fresh: bool,
+        transposed: bool,
+    ) -> None:
+        """out = alpha * g @ other (g^T @ other), added to what is there unless ``fresh``.
+
+        Where nothing was kept nothing is multiplied: a tile at a time, or better.
+        """
+
+    def count(
+        self,
+        x: Tensor,  # (m, D)
+        y: Tensor,  # (n, D)
+        positives: Positives,
+        factors: Tensor,  # (m,) of AtLeast
+        selected: Tensor | None,  # (m,) int32
+        counts: Tensor,  # (m, BINS) int32, added to; contiguous
+    ) -> None:
+        """Count an image's negatives by s * factor, rounded down and counted from the range's end.
+
+        With q in [0, BINS^2) that is bin q // BINS; or, of those in the bin that is ``selected``
+        for their image, bin q % BINS.
+        """
 
 
 def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:

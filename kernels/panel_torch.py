@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import GRAD_SCALE, Positives
+from . import BINS, GRAD_SCALE, AtLeast, Positives, RandomPairs
+from .products import add_product
 
 # torch's softplus returns u itself beyond its threshold; at 40 that is exact in float64 too
 # (the default, 20, drops 2e-9).
 _SOFTPLUS_THRESHOLD = 40.0
+
+_BIN_BITS = BINS.bit_length() - 1  # BINS is a power of two
+
+# On a CPU, the share of kept pairs below which sparse products are the faster ones. Elsewhere the
+# host would have to wait for their number.
+_SPARSE_SHARE = 1 / 16
 
 
 class TorchPanel:
@@ -23,20 +30,29 @@ class TorchPanel:
     align = 1
 
     @staticmethod
-    def _buffers(dtype: torch.dtype, write_g: bool, scalar_grads: bool) -> dict[str, torch.dtype]:
+    def _buffers(
+        dtype: torch.dtype, write_g: bool, scalar_grads: bool, selects: bool
+    ) -> dict[str, torch.dtype]:
         acc = torch.promote_types(dtype, torch.float32)
         buffers = {"u": acc, "terms": acc, "positive": torch.bool}
         if scalar_grads:
             buffers["s"] = acc  # kept beside u for the sum of g*s
         if write_g and dtype != acc:
             buffers["g"] = dtype
+        if selects:
+            buffers |= {"bits": torch.int32, "dropped": torch.bool}
         return buffers
 
     @staticmethod
     def workspace_bytes(
-        rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
+        rows: int,
+        cols: int,
+        dtype: torch.dtype,
+        write_g: bool,
+        scalar_grads: bool,
+        selects: bool = False,
     ) -> int:
-        buffers = TorchPanel._buffers(dtype, write_g, scalar_grads)
+        buffers = TorchPanel._buffers(dtype, write_g, scalar_grads, selects)
         return rows * cols * sum(d.itemsize for d in buffers.values())
 
     def __init__(
@@ -47,11 +63,12 @@ class TorchPanel:
         device: torch.device,
         write_g: bool,
         scalar_grads: bool,
+        selects: bool = False,
     ):
         self.write_g, self.scalar_grads = write_g, scalar_grads
         self.buffers = {
             name: torch.empty(rows * cols, dtype=d, device=device)
-            for name, d in self._buffers(dtype, write_g, scalar_grads).items()
+            for name, d in self._buffers(dtype, write_g, scalar_grads, selects).items()
         }
 
     def _view(self, name: str, m: int, n: int) -> Tensor:  # (m, n)
@@ -66,17 +83,17 @@ class TorchPanel:
         logit_bias: Tensor,  # ()
         positives: Positives,
         sums: Tensor,  # (3,)
+        kept: RandomPairs | AtLeast | None = None,
     ) -> Tensor | None:  # (m, n)
         m, n = x.shape[0], y.shape[0]
         u = self._view("u", m, n)
-        s = self._view("s", m, n) if self.scalar_grads else u
-        if x.dtype == s.dtype:
-            torch.mm(x, y.T, out=s)
-        else:  # half precision on a GPU: fp32 logits from half operands
-            torch.mm(x, y.T, out_dtype=s.dtype, out=s)
+        s = self._similarities(x, y, "s" if self.scalar_grads else "u")
+        dropped = None if kept is None else self._dropped(s, positives, kept)
         torch.mul(s, logit_scale, out=u)
         self._add_bias(u, logit_bias, positives)
         self._negate_positives(u, positives)
+        if dropped is not None:  # loss 0, gradient 0
+            torch.where(dropped, u.new_full((), -torch.inf), u, out=u)
 
         terms = self._view("terms", m, n)
         torch.ops.aten.softplus.out(u, 1.0, _SOFTPLUS_THRESHOLD, out=terms)
@@ -93,8 +110,94 @@ class TorchPanel:
         if not self.write_g:
             return None
         if x.dtype == g.dtype:
+            if dropped is not None and g.device.type == "cpu":
+                share = 1 - torch.count_nonzero(dropped).item() / dropped.numel()
+                return g.to_sparse() if share < _SPARSE_SHARE else g
             return g
         return torch.mul(g, GRAD_SCALE.get(x.dtype, 1.0), out=self._view("g", m, n))
+
+    def add_product(
+        self,
+        out: Tensor,  # (m, D) or, transposed, (n, D)
+        g: Tensor,  # (m, n)
+        other: Tensor,  # (n, D) or, transposed, (m, D)
+        alpha: float,
+        fresh: bool,
+        transposed: bool,
+    ) -> None:
+        add_product(out, g.T if transposed else g, other, alpha, fresh)
+
+    def count(
+        self,
+        x: Tensor,  # (m, D)
+        y: Tensor,  # (n, D)
+        positives: Positives,
+        factors: Tensor,  # (m,)
+        selected: Tensor | None,  # (m,) int32
+        counts: Tensor,  # (m, BINS) int32
+    ) -> None:
+        m, n = x.shape[0], y.shape[0]
+        place = self._similarities(x, y, "u").mul_(factors[:, None]).floor_()
+        bins = self._view("bits", m, n).copy_(place)
+        bins.add_(BINS**2 // 2).clamp_(0, BINS**2 - 1)  # NaN may have become any integer
+        counted = self._view("dropped", m, n)
+        if selected is None:
+            bins.bitwise_right_shift_(_BIN_BITS)
+            counted.fill_(True)
+        else:
+            coarse = torch.bitwise_right_shift(bins, _BIN_BITS, out=self._scratch(m, n))
+            torch.eq(coarse, selected[:, None], out=counted)
+            bins.bitwise_and_(BINS - 1)
+        self._except_positives(counted, positives)
+        if positives.image_ids is not None:
+            counted.logical_and_(positives.image_ids[:, None] >= 0)
+            counted.logical_and_(positives.text_ids >= 0)
+        bins.add_(torch.arange(0, m * BINS, BINS, dtype=torch.int32, device=x.device)[:, None])
+        ones = self._scratch(m, n).copy_(counted)
+        counts.view(-1).index_add_(0, bins.view(-1), ones.view(-1))
+
+    def _similarities(self, x: Tensor, y: Tensor, buffer: str) -> Tensor:  # (m, n)
+        s = self._view(buffer, x.shape[0], y.shape[0])
+        if x.dtype == s.dtype:
+            return torch.mm(x, y.T, out=s)
+        # half precision on a GPU: fp32 logits from half operands
+        return torch.mm(x, y.T, out_dtype=s.dtype, out=s)
+
+    def _scratch(self, m: int, n: int) -> Tensor:  # (m, n) int32, until "terms" is written
+        return self.buffers["terms"].view(torch.int32)[: m * n].view(m, n)
+
+    def _dropped(
+        self, s: Tensor, positives: Positives, kept: RandomPairs | AtLeast
+    ) -> Tensor:  # (m, n) bool
+        m, n = s.shape
+        dropped = self._view("dropped", m, n)
+        if isinstance(kept, AtLeast):
+            place = torch.mul(s, kept.factors[:, None], out=self._view("terms", m, n))
+            torch.lt(place, kept.least[:, None], out=dropped)
+        else:
+            h, part = self._view("bits", m, n), self._scratch(m, n)
+            torch.bitwise_xor(kept.image_keys[:, None], kept.text_keys, out=h)
+            for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+                # a logical shift: torch's repeats the sign
+                torch.bitwise_right_shift(h, shift, out=part).bitwise_and_((1 << 32 - shift) - 1)
+                h.bitwise_xor_(part).mul_(factor)
+            torch.ge(h, kept.below, out=dropped)
+        self._except_positives(dropped, positives)
+        return dropped
+
+    def _except_positives(self, pairs: Tensor, positives: Positives) -> None:
+        """pairs = False where a pair is positive."""
+        m, n = pairs.shape
+        if positives.image_ids is not None:
+            torch.gt(pairs, self._positive(m, n, positives), out=pairs)
+        elif positives.diagonal is not None:
+            pairs.diagonal(positives.diagonal).fill_(False)
+
+    def _positive(self, m: int, n: int, positives: Positives) -> Tensor:  # (m, n) bool, of ids
+        # padding is -1 among images and -2 among texts: never a positive pair
+        images = positives.image_ids.clamp(min=-1)
+        texts = torch.where(positives.text_ids < 0, -2, positives.text_ids)
+        return torch.eq(images[:, None], texts, out=self._view("positive", m, n))
 
     def _add_bias(self, u: Tensor, logit_bias: Tensor, positives: Positives) -> None:
         """u += b; -inf (loss 0, gradient 0) in padded rows and columns."""
@@ -108,12 +211,8 @@ class TorchPanel:
         """values = -l * values, l = +1 for a positive pair and -1 otherwise."""
         m, n = values.shape
         if positives.image_ids is not None:
-            positive = self._view("positive", m, n)
-            # padding is -1 among images and -2 among texts: never a positive pair
-            images = positives.image_ids.clamp(min=-1)
-            texts = torch.where(positives.text_ids < 0, -2, positives.text_ids)
-            torch.eq(images[:, None], texts, out=positive)
+            positive = self._positive(m, n, positives)
             negated = torch.neg(values, out=self._view("terms", m, n))
             torch.where(positive, negated, values, out=values)
-        elif positives.diagonal is not None and -m < positives.diagonal < n:
+        elif positives.diagonal is not None:
             values.diagonal(positives.diagonal).neg_()

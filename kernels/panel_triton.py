@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import GRAD_SCALE, OLDEST_CAPABILITY, Positives
+from . import GRAD_SCALE, OLDEST_CAPABILITY, AtLeast, Positives, RandomPairs
 from .configs import TILE, PanelConfig, panel_config
 from .math import EASY_LOGIT, easy_softplus_sigmoid, softplus_sigmoid
+from .products import add_product
 
 
 @triton.jit
@@ -270,7 +271,13 @@ class TritonPanel:
 
     @classmethod
     def workspace_bytes(
-        cls, rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
+        cls,
+        rows: int,
+        cols: int,
+        dtype: torch.dtype,
+        write_g: bool,
+        scalar_grads: bool,
+        selects: bool = False,
     ) -> int:
         tiles = math.prod(cls._tiles(rows, cols))
         g = tiles * math.prod(cls.tile) * stored_dtype(dtype).itemsize if write_g else 0
@@ -284,6 +291,7 @@ class TritonPanel:
         device: torch.device,
         write_g: bool,
         scalar_grads: bool,
+        selects: bool = False,
     ):
         device = torch.device(device)
         if device.type != "cuda" and not INTERPRETED:
@@ -329,7 +337,10 @@ class TritonPanel:
         logit_bias: Tensor,  # ()
         positives: Positives,
         sums: Tensor,  # (3,)
+        kept: RandomPairs | AtLeast | None = None,
     ) -> Tensor | None:  # (m, n)
+        if kept is not None:
+            raise NotImplementedError("choosing negatives in the Triton backend")
         (m, d), n = x.shape, y.shape[0]
         if INTERPRETED and x.dtype == torch.bfloat16:  # whose tl.dot multiplies the bits of bf16
             x, y = x.float(), y.float()
@@ -365,3 +376,14 @@ class TritonPanel:
             )
             torch.sum(partials, 1, out=sums[: self.sums])
         return None if self.g is None else self.g[:m, :n].to(self.dtype)
+
+    def add_product(
+        self,
+        out: Tensor,  # (m, D) or, transposed, (n, D)
+        g: Tensor,  # (m, n)
+        other: Tensor,  # (n, D) or, transposed, (m, D)
+        alpha: float,
+        fresh: bool,
+        transposed: bool,
+    ) -> None:
+        add_product(out, g.T if transposed else g, other, alpha, fresh)

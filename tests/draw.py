@@ -13,6 +13,7 @@ import torch
 from conftest import HAS_GPU, INTERPRETED
 from torch import Tensor
 
+from fused_siglip import Easiest, Hardest, Random
 from helpers import NAMES, Inputs, make_inputs
 
 DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
@@ -46,6 +47,7 @@ class Case:
     layouts: tuple[str, str]
     ids: str | None  # "unique", "repeated", "padded", "only padding", or None: the diagonal
     negative_only: bool
+    negatives: Random | Hardest | Easiest | None
     reduction: str
     tiles: int | None  # that the workspace holds; None: the default
     requires_grad: tuple[bool, bool, bool, bool]
@@ -65,6 +67,14 @@ def _scalar(draw: random.Random, usual: tuple[float, ...]) -> float:
     if draw.randint(0, 1) == 0:
         return draw.choice(usual)
     return draw.choice((1, -1)) * round(10.0 ** draw.randint(-3, 3) * draw.randint(1, 10), 4)
+
+
+def _negatives(draw: random.Random) -> Random | Hardest | Easiest | None:
+    kind = draw.choice((None, None, None, Random, Hardest, Easiest))
+    if kind is None:
+        return None
+    keep = draw.choice((0.5, 0.1, 0.03, 0.003, 0.9, 1))
+    return Random(keep, draw.randint(0, 2**63 - 1)) if kind is Random else kind(keep)
 
 
 # In the interpreter a case takes a hundred times as long as in torch.
@@ -89,6 +99,7 @@ def random_case(draw: random.Random, backends: tuple[str, ...] = BACKENDS) -> Ca
         (draw.choice(LAYOUTS), draw.choice(LAYOUTS)),
         ids,
         negative_only,
+        _negatives(draw),
         draw.choice(("mean", "sum")),
         draw.choice((None, 1, 2, 3, 7)),
         tuple(draw.randint(0, 3) < 3 for _ in NAMES),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from kept import without_choice
 from torch import Tensor
 
 from fused_siglip.kernels import panel_class
@@ -103,8 +104,9 @@ def shares(
     **options,
 ) -> dict[str, float]:
     """By output, how much of the error that rounding may cause there is against float64."""
+    options, with_rounding = without_choice(inputs, options)
     exact = oracle(inputs, **options)
-    errors = rounding_errors(*inputs.tensors(), **inputs.ids, g_dtype=g_dtype, **options)
+    errors = rounding_errors(*inputs.tensors(), **inputs.ids, g_dtype=g_dtype, **with_rounding)
     found = {}
     for name, a, x, e in zip(("loss", *NAMES), actual, exact, errors, strict=True):
         if x is None:
@@ -165,8 +167,8 @@ def assert_as_exact_as_eager(actual: list[Tensor | None], inputs: Inputs, **opti
         assert error(a, x) <= allowed, f"{name}: {error(a, x):.2e}, allowed {allowed:.2e}"
 
 
-def one_tile(backend: str, dtype: torch.dtype) -> int:
+def one_tile(backend: str, dtype: torch.dtype, selects: bool = False) -> int:
     """workspace_bytes of a single tile: the smallest panels a sweep can run with."""
     panel = panel_class(backend)
     operand = dtype if backend == "triton" else torch.promote_types(dtype, torch.float32)
-    return panel.workspace_bytes(*panel.tile, operand, True, True)
+    return panel.workspace_bytes(*panel.tile, operand, True, True, selects)

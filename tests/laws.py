@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from draw import DEVICE, Case, inputs_of
+from kept import without_choice
 from torch import Tensor
 
-from fused_siglip import siglip_loss
+from fused_siglip import Easiest, Hardest, Random, siglip_loss
 from fused_siglip.plan import plan_panels
 from fused_siglip.rounding import excess, rounded, rounding_errors, smallest
 from helpers import NAMES, Inputs, loss_and_grads, one_tile, shares
@@ -28,6 +30,7 @@ class Call:
         options = {
             "negative_only": case.negative_only,
             "reduction": case.reduction,
+            "negatives": case.negatives,
             "tiles": case.tiles,
         } | changed
         dtype = getattr(torch, case.dtype)
@@ -37,15 +40,16 @@ class Call:
             lambda *tensors, **all_options: siglip_loss(*tensors, **all_options) * upstream,
             inputs,
             backend=case.backend,
-            workspace_bytes=None if tiles is None else tiles * one_tile(case.backend, dtype),
+            workspace_bytes=tiles and tiles * one_tile(case.backend, dtype, selects=True),
             **options,
         )
         self.g_dtype = plan_panels(1, 1, 1, dtype, DEVICE, case.backend).operand_dtype
 
     def errors(self) -> list[Tensor]:
         """What rounding may do to each element of ``values``."""
+        _, options = without_choice(self.inputs, self.options)
         found = rounding_errors(
-            *self.inputs.tensors(), **self.inputs.ids, g_dtype=self.g_dtype, **self.options
+            *self.inputs.tensors(), **self.inputs.ids, g_dtype=self.g_dtype, **options
         )
         return [
             e if v is None else e + rounded(v, v.dtype).reshape(e.shape)
@@ -227,7 +231,18 @@ LAWS: dict[str, Callable[[Case, Call], float]] = {
 }
 
 
+# Negatives are chosen among those of an image, and at random by their indices: these laws change
+# that. They are held with all negatives.
+MOVED = {
+    Random: (permuted, swapped, padded, blocks),
+    Hardest: (swapped, blocks),
+    Easiest: (swapped, blocks),
+}
+
+
 def hold(case: Case, law: str) -> dict[str, float]:
     """The share of the loss and of each gradient against float64, and that of the law."""
+    if LAWS[law] in MOVED.get(type(case.negatives), ()):
+        case = replace(case, negatives=None)
     call = Call(case, inputs_of(case))
     return call.shares() | {law: LAWS[law](case, call)}

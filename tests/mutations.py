@@ -25,10 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # The tests that run for a mutation, the first to fail being the one that caught it.
 QUICK = {
     "torch": ["tests/test_properties.py", "tests/test_loss.py", "tests/test_autograd.py",
+              "tests/test_negatives.py",
               "-k", "torch or not triton"],
     "triton": ["tests/test_triton_panel.py", "tests/test_properties.py", "tests/test_loss.py",
-               "-k", "triton"],
-    "distributed": ["tests/test_distributed.py", "-k", "test_every_split and (2 or 3)"],
+               "tests/test_negatives.py", "-k", "triton"],
+    "distributed": ["tests/test_distributed.py", "tests/test_negatives.py",
+                    "-k", "test_every_split and (2 or 3)"],
 }  # fmt: skip
 
 
@@ -43,7 +45,10 @@ class Mutation(NamedTuple):
 ENGINE, AUTOGRAD, FUNCTIONAL, DISTRIBUTED = (
     f"fused_siglip/{name}.py" for name in ("engine", "autograd", "functional", "distributed")
 )
-TORCH, TRITON, MATH = (f"kernels/{name}.py" for name in ("panel_torch", "panel_triton", "math"))
+NEGATIVES = "fused_siglip/negatives.py"
+TORCH, TRITON, MATH, PRODUCTS = (
+    f"kernels/{name}.py" for name in ("panel_torch", "panel_triton", "math", "products")
+)
 
 MUTATIONS = (
     # signs
@@ -60,7 +65,7 @@ MUTATIONS = (
     Mutation("id 0 is padding", "torch", TORCH, "torch.where(positives.image_ids < 0,", "torch.where(positives.image_ids <= 0,"),
     Mutation("padding pairs with padding", "torch", TORCH, "torch.where(positives.text_ids < 0, -2, positives.text_ids)", "torch.where(positives.text_ids < 0, -1, positives.text_ids)"),
     Mutation("padded features are not blanked", "torch", ENGINE, "        copy.masked_fill_(ids[:, None] < 0, 0)\n", "        pass\n"),
-    Mutation("ids compared in 32 bits", "torch", TORCH, "torch.eq(images[:, None], texts, out=positive)", "torch.eq(images[:, None].int(), texts.int(), out=positive)"),
+    Mutation("ids compared in 32 bits", "torch", TORCH, "torch.eq(images[:, None], texts,", "torch.eq(images[:, None].int(), texts.int(),"),
     Mutation("negative_only forgotten with ids", "torch", FUNCTIONAL, "torch.where(text_ids < 0, -1, 1)", "torch.where(text_ids < 0, -1, 0)"),
     Mutation("padded texts take part", "triton", TRITON, "(image_ids >= 0)[:, None] & (text_ids >= 0)[None, :]", "(image_ids >= 0)[:, None] & (text_ids >= -1)[None, :]"),
     Mutation("id 0 is padding", "triton", TRITON, "valid = (image_ids >= 0)[:, None]", "valid = (image_ids > 0)[:, None]"),
@@ -69,7 +74,6 @@ MUTATIONS = (
     Mutation("last row of a panel left out", "torch", ENGINE, "min(i + plan.rows, m)", "min(i + plan.rows, m - 1)"),
     Mutation("last column of a panel left out", "torch", ENGINE, "min(j + plan.cols, n)", "min(j + plan.cols - 1, n)"),
     Mutation("diagonal moves the wrong way", "torch", ENGINE, "diagonal + i - j", "diagonal - i + j"),
-    Mutation("diagonal at a panel's corner lost", "torch", TORCH, "-m < positives.diagonal < n", "-m < positives.diagonal < n - 1"),
     Mutation("one row too many at the edge", "triton", TRITON, "valid = (rows < M)[:, None]", "valid = (rows <= M)[:, None]"),
     Mutation("one column too few at the edge", "triton", TRITON, "& (cols < N)[None, :]", "& (cols < N - 1)[None, :]"),
     Mutation("tile edge taken for the inside", "triton", TRITON, "(row0 + BLOCK_M > M)", "(row0 + BLOCK_M > M + 1)"),
@@ -80,7 +84,7 @@ MUTATIONS = (
     # precision
     Mutation("gradients accumulated in the features' dtype", "torch", AUTOGRAD, "grad_x = x.new_empty(x.shape, dtype=acc) if needs.image else None\n        grad_y", "grad_x = x.new_empty(x.shape) if needs.image else None\n        grad_y"),
     Mutation("similarities rounded to bfloat16", "torch", TORCH, "        torch.mul(s, logit_scale, out=u)\n", "        torch.mul(s.bfloat16(), logit_scale, out=u)\n"),
-    Mutation("panel sums added up in bfloat16", "torch", ENGINE, "return sums.sum((0, 1))", "return sums.bfloat16().sum((0, 1)).to(sums.dtype)"),
+    Mutation("panel sums added up in bfloat16", "torch", ENGINE, "return sums.sum(0)", "return sums.bfloat16().sum(0).to(sums.dtype)"),
     Mutation("default threshold of softplus", "torch", TORCH, "_SOFTPLUS_THRESHOLD = 40.0", "_SOFTPLUS_THRESHOLD = 20.0"),
     Mutation("float64 computed in float32", "torch", TORCH, "torch.mm(x, y.T, out=s)", "s.copy_(x.float() @ y.float().T)"),
     Mutation("product accumulated in bfloat16", "triton", TRITON, "s = tl.dot(x, y, s, input_precision=INPUT_PRECISION)", "s = tl.dot(x, y, s, input_precision=INPUT_PRECISION).to(tl.bfloat16).to(tl.float32)"),
@@ -93,8 +97,8 @@ MUTATIONS = (
     Mutation("features beyond D are what memory held", "triton", ENGINE, "    copy[:, d:] = 0\n", ""),
     Mutation("a coefficient of log1p in its fourth digit", "triton", MATH, "q = q * e + 3.332132995128632e-1", "q = q * e + 3.331132995128632e-1"),
     # what is added to what
-    Mutation("only the last panel's dX is kept", "torch", ENGINE, "fresh=j == 0 and not add_to_grad_x", "fresh=True"),
-    Mutation("dY starts from what memory held", "torch", ENGINE, "alpha, fresh=i == 0)", "alpha, fresh=False)"),
+    Mutation("only the last panel's dX is kept", "torch", ENGINE, "fresh = cols.start == 0 and not add_to_grad_x", "fresh = True"),
+    Mutation("dY starts from what memory held", "torch", ENGINE, "fresh = rows.start == 0", "fresh = False"),
     Mutation("scale missing from the gradients", "torch", AUTOGRAD, "factor = upstream * logit_scale.to(sums.dtype).reshape(())", "factor = upstream"),
     Mutation("upstream missing from dt and db", "torch", AUTOGRAD, "(upstream * total).reshape", "total.reshape"),
     Mutation("dt and db exchanged", "torch", AUTOGRAD, "zip(sums[1:].unbind(),", "zip(sums[1:].flip(0).unbind(),"),
@@ -104,12 +108,28 @@ MUTATIONS = (
     Mutation("mean counts padding", "torch", FUNCTIONAL, "total / (image_ids >= 0).sum().clamp(min=1)", "total / max(len(image_ids), 1)"),
     Mutation("nothing but padding divides by 0", "torch", FUNCTIONAL, "(image_ids >= 0).sum().clamp(min=1)", "(image_ids >= 0).sum()"),
     Mutation("sums of g*s and g exchanged", "triton", TRITON, "tl.store(partials_ptr + tiles + pid, tl.sum(gs_sum))", "tl.store(partials_ptr + tiles + pid, tl.sum(g_sum))"),
+    # which negatives
+    Mutation("hash shifts in the sign", "torch", TORCH, ".bitwise_and_((1 << 32 - shift) - 1)", ""),
+    Mutation("what the hash keeps is dropped", "torch", TORCH, "torch.ge(h, kept.below, out=dropped)", "torch.lt(h, kept.below, out=dropped)"),
+    Mutation("positives are dropped", "torch", TORCH, "        self._except_positives(dropped, positives)\n", ""),
+    Mutation("positives are counted among negatives", "torch", TORCH, "        self._except_positives(counted, positives)\n", ""),
+    Mutation("padded texts are counted", "torch", TORCH, "counted.logical_and_(positives.text_ids >= 0)", "pass"),
+    Mutation("a tie at the threshold is dropped", "torch", TORCH, "torch.lt(place, kept.least[:, None], out=dropped)", "torch.le(place, (kept.least + 1)[:, None], out=dropped)"),
+    Mutation("sparse product added to what memory held", "torch", PRODUCTS, "if a.is_sparse and fresh:", "if False:"),
+    Mutation("texts' keys of another panel", "torch", ENGINE, "kept.text_keys[cols]", "kept.text_keys[: cols.stop - cols.start]"),
+    Mutation("images' thresholds of another panel", "torch", ENGINE, "AtLeast(kept.factors[rows], kept.least[rows])", "AtLeast(kept.factors[rows], kept.least[: rows.stop - rows.start])"),
+    Mutation("hard and easy exchanged where t is negative", "torch", NEGATIVES, "sign = logit_scale.sign() if", "sign = logit_scale.sign().abs() if"),
+    Mutation("second step counts from the top again", "torch", NEGATIVES, "wanted - above", "wanted"),
+    Mutation("share rounded down", "torch", NEGATIVES, "- 1e-6).ceil()", "+ 1e-6).floor()"),
+    Mutation("every rank hashes its images from 0", "distributed", DISTRIBUTED, "(first_image, chunk.first)", "(0, chunk.first)"),
+    Mutation("every chunk hashes its texts from 0", "distributed", DISTRIBUTED, "(first_image, chunk.first)", "(first_image, 0)"),
+    Mutation("thresholds of the local texts' norms", "distributed", DISTRIBUTED, "            dist.all_reduce(largest, dist.ReduceOp.MAX, group)\n", "            pass\n"),
     # the global batch
     Mutation("ring: texts taken for those of another rank", "distributed", DISTRIBUTED, "owner = (ring.rank - step) % ring.size", "owner = (ring.rank + step) % ring.size"),
     Mutation("ring: every chunk has a diagonal", "distributed", DISTRIBUTED, "0 if step == 0 else None,", "0,"),
     Mutation("ring: what arrived is not added", "distributed", DISTRIBUTED, "computed.add_(arriving)", "computed"),
     Mutation("gather: diagonal of the first rank", "distributed", DISTRIBUTED, "rank * capacity)]", "0)]"),
-    Mutation("loss divided by the local batch", "distributed", DISTRIBUTED, "images = sum(t.images for t in everyone)", "images = everyone[0].images * world_size"),
+    Mutation("loss divided by the local batch", "distributed", DISTRIBUTED, "images = sum(t.real_images for t in everyone)", "images = everyone[0].real_images * world_size"),
 )  # fmt: skip
 
 

@@ -250,8 +250,9 @@ def test_inductor_compiles_the_step():
         torch.testing.assert_close(c, e)
 
 
+@pytest.mark.parametrize("negatives", [None, "random", "hardest"])
 @pytest.mark.parametrize("ids", [False, True])
-def test_operator_is_registered_soundly(ids):
+def test_operator_is_registered_soundly(ids, negatives):
     inputs = make_inputs(20, 20, 8, ids=ids, requires_grad=(False,) * 4)
     inputs.image_features = inputs.image_features.T.contiguous().T
     image_ids, text_ids = inputs.ids.get("image_ids"), inputs.ids.get("text_ids")
@@ -268,6 +269,9 @@ def test_operator_is_registered_soundly(ids):
         None,
         None,
         "mean",
+        negatives,
+        0.5,
+        7,
     )
     torch.library.opcheck(torch.ops.fused_siglip.sweep.default, arguments)
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fused_siglip.engine import _add_product
 from fused_siglip.kernels import GRAD_SCALE, Positives, panel_class
+from fused_siglip.kernels.products import add_product
 
 from ..cases import Case
 from ..harness import interleaved, median, summary
@@ -50,8 +50,8 @@ def breakdown(run: Run) -> Iterator[dict]:
     alpha = 1.0 / GRAD_SCALE.get(plan.operand_dtype, 1.0)
     pieces = {
         "panel kernel": kernel,
-        "dX product": lambda: _add_product(dx, g, y, alpha, fresh=False),
-        "dY product": lambda: _add_product(dy, g.T, x, alpha, fresh=False),
+        "dX product": lambda: add_product(dx, g, y, alpha, fresh=False),
+        "dY product": lambda: add_product(dy, g.T, x, alpha, fresh=False),
         "whole step": case.step(inputs),
     }
     seconds = interleaved(pieces, run.sizes.repeats, device=run.device)

@@ -77,6 +77,7 @@ def plan_panels(
     need_image_grad: bool = True,
     need_text_grad: bool = True,
     need_scalar_grads: bool = True,
+    selects: bool = False,
     copies_operands: bool = False,
     multiprocessors: int | None = None,
     workspace_bytes: int | None = None,
@@ -89,7 +90,8 @@ def plan_panels(
     elsewhere they are evened out, so that the last panel is not a sliver.
 
     ``copies_operands`` says that the sweep copies rows before use, whatever D: padding must be
-    blanked out, or the features' strides do not suit the backend.
+    blanked out, or the features' strides do not suit the backend. ``selects`` says that negatives
+    are chosen, or counted.
 
     Raises ValueError when ``workspace_bytes`` cannot hold one tile.
     """
@@ -103,7 +105,7 @@ def plan_panels(
     write_g = need_image_grad or need_text_grad
 
     def workspace(rows: int, cols: int) -> int:
-        return panel.workspace_bytes(rows, cols, operand_dtype, write_g, need_scalar_grads)
+        return panel.workspace_bytes(rows, cols, operand_dtype, write_g, need_scalar_grads, selects)
 
     budget = workspace_bytes
     if budget is None:

@@ -1,0 +1,171 @@
+"""Which negatives take part in the loss: all, or a share that is chosen without a mask of pairs."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kernels import BINS, RandomPairs
+
+
+@dataclass(frozen=True)
+class _Share:
+    keep: float
+
+    def __post_init__(self):
+        if not isinstance(self.keep, numbers.Real) or isinstance(self.keep, bool):
+            raise TypeError(f"keep is a {type(self.keep).__qualname__}: expected a number")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is {self.keep}: expected a share above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Random(_Share):
+    """Keep each negative pair with probability ``keep``, whatever the others do.
+
+    A hash of (seed, index of the image, index of the text) decides, in a group of the indices in
+    the global batch: the same pairs on every device, backend, panel shape and number of ranks, and
+    in forward and backward. Another ``seed`` (0 up to 2**63), such as the step, keeps others.
+
+    Raises:
+        TypeError, ValueError: a share that is not a number above 0 and at most 1; a seed that is
+            not such an int.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f"seed is a {type(self.seed).__qualname__}: expected an int")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: expected 0 up to 2**63")
+
+
+@dataclass(frozen=True)
+class Hardest(_Share):
+    """Keep, of each image's negatives, the share ``keep`` with the largest logits.
+
+    At least one, and the number rounded up; in a group out of the texts of all ranks. Logits are
+    told apart to 2**-19 of the largest that norms allow, t |x_i| max_j |y_j|: negatives closer than
+    that to the last one kept are kept with it, so ties are never split.
+
+    Raises:
+        TypeError, ValueError: a share that is not a number above 0 and at most 1.
+    """
+
+
+@dataclass(frozen=True)
+class Easiest(_Share):
+    """Keep, of each image's negatives, those with the smallest logits; else as :class:`Hardest`."""
+
+
+Negatives = Random | Hardest | Easiest
+KINDS = {"random": Random, "hardest": Hardest, "easiest": Easiest}  # as the operator names them
+
+
+def kind_of(negatives: Negatives | None) -> str | None:
+    return None if negatives is None else type(negatives).__name__.lower()
+
+
+# The hash: two rounds of multiplication and shift, lowbias32 of Chris Wellons' hash prospector.
+_MASK = 0xFFFFFFFF
+
+
+def _mix(h: Tensor) -> Tensor:
+    """Of uint32 numbers in int64."""
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
+    return h ^ (h >> 16)
+
+
+def _words(seed: int) -> list[int]:
+    """Four 32-bit words of a seed: two outputs of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    words = []
+    for step in (1, 2):
+        z = (seed + step * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+        words += [z & _MASK, z >> 32]
+    return words
+
+
+def _keys(first: int, count: int, word: int, other: int, device: torch.device) -> Tensor:
+    """(count,) int32: a permutation of 32 bits, so that no two rows share a key."""
+    index = torch.arange(first, first + count, device=device) & _MASK
+    keys = _mix((_mix(index ^ word) + other) & _MASK)
+    return torch.where(keys < 2**31, keys, keys - 2**32).int()
+
+
+def random_pairs(
+    keep: float, seed: int, first: tuple[int, int], shape: tuple[int, int], device: torch.device
+) -> RandomPairs:
+    """For images and texts that start at index ``first`` of the global batch."""
+    words = _words(seed)
+    return RandomPairs(
+        _keys(first[0], shape[0], *words[:2], device),
+        _keys(first[1], shape[1], *words[2:], device),
+        min(max(round(keep * 2**32), 1), 2**32 - 1) - 2**31,
+    )
+
+
+def largest_norm(y: Tensor, text_ids: Tensor | None, dtype: torch.dtype) -> Tensor:  # ()
+    """Of the texts, without padding; 0 of none."""
+    norms = torch.linalg.vector_norm(y, dim=1, dtype=dtype)
+    if text_ids is not None:
+        norms = torch.where(text_ids < 0, 0, norms)
+    return norms.max() if len(norms) else norms.new_zeros(())
+
+
+def threshold_factors(
+    x: Tensor,  # (M, D)
+    largest_text: Tensor,  # () largest norm of a text
+    logit_scale: Tensor,  # () accumulation dtype
+    kind: str,
+) -> Tensor:  # (M,) accumulation dtype
+    """What turns similarities into units of the threshold: hard pairs large, within BINS^2 / 2."""
+    acc = logit_scale.dtype
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=acc)
+    sign = logit_scale.sign() if kind == "hardest" else -logit_scale.sign()
+    # Cauchy-Schwarz, and 1% for the rounding of similarities and norms
+    largest = (1.01 * norms * largest_text).clamp(min=torch.finfo(acc).tiny)
+    return sign * (BINS**2 / 2) / largest
+
+
+def least_kept(
+    keep: float, count: Callable[[Tensor | None], Tensor]
+) -> Tensor:  # (M,) int64, units of the threshold
+    """Each image's threshold, in two steps of BINS each.
+
+    ``count`` gives the (M, BINS) int32 numbers of negatives: called with None of each of BINS equal
+    parts of the range, with the parts selected, (M,) int32, of each of their BINS parts.
+    """
+    counts = count(None)
+    pairs = counts.sum(1)
+    # the share is rounded up, but 0.07 * 100 is not 8
+    wanted = (pairs.double() * keep - 1e-6).ceil().long().clamp(min=1)
+    selected, above = _last_bin(counts, wanted)
+    within, _ = _last_bin(count(selected.int()), wanted - above)
+    return selected * BINS + within - BINS**2 // 2
+
+
+# Images whose histograms exist at one time (in a group: whose cumulated copies do), 16 MiB each.
+COUNTED_ROWS = 4096
+
+
+def _last_bin(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) int64
+    """The highest bin that with those above it holds ``wanted``; and what those above it hold."""
+    last, above = torch.empty_like(wanted), torch.empty_like(wanted)
+    for start in range(0, len(counts), COUNTED_ROWS):
+        rows = slice(start, start + COUNTED_ROWS)
+        reached = counts[rows].flip(1).cumsum(1, dtype=torch.int32)  # from the highest bin down
+        later = (reached < wanted[rows, None]).sum(1, keepdim=True).clamp(max=BINS - 1)
+        highest = BINS - 1 - later
+        last[rows] = highest[:, 0]
+        above[rows] = (reached.gather(1, later) - counts[rows].gather(1, highest))[:, 0]
+    return last, above

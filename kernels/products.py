@@ -1,0 +1,23 @@
+"""The two products of the gradients, as the libraries make them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import multiplies_half_into_fp32
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:
+    """out = alpha * a @ b, added to what is there unless ``fresh``; accumulated in out's dtype.
+
+    ``a`` may be sparse: then only what it holds is multiplied.
+    """
+    if a.is_sparse and fresh:
+        out.zero_()  # which torch leaves undone where nothing is held
+        fresh = False
+    beta = 0 if fresh else 1
+    if a.dtype != out.dtype and multiplies_half_into_fp32(out.device.type):
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
