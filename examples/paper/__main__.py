@@ -14,12 +14,12 @@ from pathlib import Path
 
 from benchmarks.memory import ROOT
 
-from . import page
+from . import languages, locked, noise, page
 from .page import FULL, Folders
 from .runner import run
 from .study import Study
 
-STUDIES: list[Study] = []
+STUDIES: list[Study] = [languages.STUDY, locked.STUDY, noise.STUDY]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

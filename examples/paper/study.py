@@ -12,7 +12,7 @@ from pathlib import Path
 from scipy.stats import t as student
 
 SEEN, NOT_SEEN, OPPOSITE = "Seen", "Not seen at this scale", "Opposite"
-CLAIM = re.compile(rf"^\*\*({SEEN}|{NOT_SEEN}|{OPPOSITE})\*\*: (.+?) \[paper, (.+?)\]", re.M)
+CLAIM = re.compile(rf"^\*\*({SEEN}|{NOT_SEEN}|{OPPOSITE})\*\*: (.+?) \[(.+?)\]\.", re.M)
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,10 @@ class Interval:
     def high(self) -> float:
         return self.mean + self.half
 
+    def points(self) -> str:
+        """Of a share, in percentage points."""
+        return f"{self.mean * 100:+.1f} ± {self.half * 100:.1f} points"
+
 
 def interval(values: Iterable[float]) -> Interval:
     values = list(values)
@@ -121,10 +125,10 @@ def within(differences: Iterable[float], margin: float) -> str:
 def claim(verdict: str, text: str, source: str, why: str) -> str:
     """The line that states a verdict; the page's first table is collected from these.
 
-    ``text``: the claim in our words, without a full stop; ``source``: "section 4.2"; ``why``: the
-    rule with the numbers it was applied to.
+    ``text``: the claim in our words, without brackets or a full stop; ``source``: "section 4.2",
+    of the paper unless it names another; ``why``: the rule with the numbers it was applied to.
     """
-    return f"**{verdict}**: {text} [paper, {source}]. {why}"
+    return f"**{verdict}**: {text} [{source}]. {why}"
 
 
 def claims(section: str) -> list[tuple[str, str, str]]:
