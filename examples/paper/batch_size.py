@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.markdown import table
+from examples.report import _label_ends as label_ends
 
 from . import retrieval
 from .functions import PACKAGES
@@ -117,16 +118,12 @@ def _plot(rows: list[dict], sizes: list[int], path: Path) -> None:
     for loss, color in COLORS.items():
         values = [_values(rows, loss, batch) for batch in sizes]
         spread(axis, sizes, values, loss, color)
-        axis.annotate(
-            loss, (sizes[0], mean(values[0])), xytext=(-8, 0), textcoords="offset points",
-            ha="right", va="center", color=color,
-        )  # fmt: skip
     axis.set(xscale="log", xlabel="batch size", ylabel="mean reciprocal rank")
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.minorticks_off()
-    axis.set_xlim(sizes[0] / 2.2, sizes[-1] * 1.3)
     axis.set_title("Lines: means; bands: all seeds")
     percent(axis)
+    label_ends(axis)
     save(figure, path)
 
 
@@ -141,8 +138,8 @@ def section(rows: list[dict], folder: Path) -> str:
     steps = {row["batch_size"]: row["steps"] for row in rows}
     ranks = [
         (
-            batch,
-            steps[batch],
+            str(batch),
+            str(steps[batch]),
             *(share(loss, batch, "mrr") for loss in LOSSES),
             interval(
                 _minus(_values(rows, "sigmoid", batch), _values(rows, "softmax", batch))
@@ -152,14 +149,14 @@ def section(rows: list[dict], folder: Path) -> str:
     ]
     recalls = [
         (
-            batch,
+            str(batch),
             *(share(loss, batch, m) for m in ("recall_at_1", "recall_at_10") for loss in LOSSES),
         )
         for batch in sizes
     ]
     tried = [
         (
-            row["batch_size"],
+            str(row["batch_size"]),
             row["loss"],
             *(f"{one['rate']:.2g}: {one['tune']['mrr']:.1%}" for one in row["tried"]),
             f"{row['rate']:.2g}",

@@ -11,6 +11,7 @@ import ast
 import importlib.util
 import re
 import sysconfig
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -77,10 +78,12 @@ def sources(package: str) -> Iterator[tuple[str, Path]]:
 def functions(module: str, source: str) -> Iterator[Pair]:
     """Those of one file that one can learn from: methods too, but no function inside another."""
     try:
-        tree = ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the source's own, such as an invalid escape
+            tree = ast.parse(source)
     except SyntaxError:  # a template of Python
         return
-    lines = source.splitlines()
+    lines = source.split("\n")  # as ast counts them: a form feed ends no line
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()

@@ -103,7 +103,6 @@ def train(
     rate: float,
     seed: int,
     negatives: Callable[[int], Random | Hardest | Easiest | None] | None = None,  # by step
-    on_step: Callable[[int, Tower, Tower], None] = lambda *_: None,
 ) -> Trained:
     """Both towers and the scalars of ``loss`` from scratch; no pair is in a batch twice."""
     torch.manual_seed(seed)  # first weights, batches, dropped tokens
@@ -125,7 +124,6 @@ def train(
         adam.step()
         schedule.step()
         losses.append(value.item())
-        on_step(step + 1, code, text)
     return Trained(code, text, losses)
 
 

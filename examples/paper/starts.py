@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 
 import torch
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 
 from benchmarks.markdown import table
+from examples.report import _label_ends as label_ends
 from fused_siglip import LearnableSigLipLoss, siglip_loss
 
 from . import retrieval
@@ -81,7 +83,9 @@ def _of(rows: list[dict], start: tuple[float | None, float]) -> list[dict]:
     return sorted(found, key=lambda row: row["seed"])
 
 
-def _values(rows: list[dict], start: tuple[float | None, float], metric: str = "mrr"):
+def _values(
+    rows: list[dict], start: tuple[float | None, float], metric: str = "mrr"
+) -> list[float]:
     return [row["test"][metric] for row in _of(rows, start)]
 
 
@@ -137,16 +141,13 @@ def _plot(rows: list[dict], path: Path) -> None:
         curves = [row["curve"]["loss"] for row in found]
         means = [mean(several) for several in zip(*curves, strict=True)]
         line = "-" if factor == 10 else "--"
-        left.plot(found[0]["curve"]["step"], means, line, color=color)
-        left.annotate(
-            _name(start), (1, means[0]), xytext=(-6, 0), textcoords="offset points",
-            ha="right", va="center", color=color, fontsize=9,
-        )  # fmt: skip
+        left.plot(found[0]["curve"]["step"], means, line, color=color, label=_name(start))
         seeds(right, x, _values(rows, start), color)
     left.set(xscale="log", yscale="log", xlabel="step")
-    left.set_xlim(0.15, None)
     left.set_xticks([1, 10, 100], ["1", "10", "100"])
-    left.set_title("Loss per pair while training, mean over seeds")
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.set_title("Loss while training, mean over seeds")
+    label_ends(left)
     right.set_title("Mean reciprocal rank at the end. Dots: seeds")
     right.set_xticks(range(len(STARTS)), [_name(start).replace(", ", "\n") for start in STARTS])
     right.spines["bottom"].set_color(GREY)
