@@ -207,9 +207,7 @@ def test_training_learns_and_repeats():
 def test_examples_seen_are_matched():
     seen = Counter(cell["steps"] * cell["batch_size"] for cell in batch_size.cells(quick=False))
     assert len(seen) == 1
-    rates = {(cell["loss"], cell["batch_size"]): cell["rates"] for cell in batch_size.cells(False)}
-    for batch in batch_size.BATCH_SIZES:
-        assert rates["sigmoid", batch] == rates["softmax", batch]
+    assert set(batch_size.RATE.values()) <= set(batch_size.RATES)
 
 
 def test_pairs_seen_are_matched():
