@@ -18,8 +18,8 @@ SMALL_VOCABULARY = VOCABULARY // 8  # the paper: 32 k of 250 k
 BOTTLENECK = WIDTH // 8  # the paper: K = 96 of W = 768
 SHARE = 21  # captions of each language in a mixed batch, and in a batch of one language alone
 BATCH_SIZE = SHARE * len(LANGUAGES)
-RATES = (3e-3, 5e-3, 1e-2)
-RATE = {ALL: 5e-3, "alone": 5e-3}  # of the full batch, of a batch of SHARE
+RATES = {BATCH_SIZE: (3e-3, 1e-2, 2e-2), SHARE: (1e-3, 3e-3, 1e-2)}
+RATE = {BATCH_SIZE: 1e-2, SHARE: 3e-3}  # the best of these: the section shows it
 SWEEP_SEED = 100  # not among the study's
 MARGIN = 0.02
 
@@ -42,17 +42,18 @@ def cells(quick: bool) -> list[dict]:
     found = [
         _cell("sweep", language, batch, rate, SWEEP_SEED)
         for language, batch in ((ALL, BATCH_SIZE), ("English", SHARE))
-        for rate in RATES
+        for rate in RATES[batch][: 1 if quick else None]
     ]
     for seed in range(number):
-        mix = (ALL, BATCH_SIZE, RATE[ALL], seed)
+        mix = (ALL, BATCH_SIZE, RATE[BATCH_SIZE], seed)
         found += [
             _cell("mix", *mix),
             _cell("small vocabulary", *mix, vocabulary=SMALL_VOCABULARY),
             _cell("bottleneck", *mix, bottleneck=BOTTLENECK),
-            _cell("English only", "English", BATCH_SIZE, RATE[ALL], seed),
+            _cell("wide bottleneck", *mix, bottleneck=WIDTH // 2),
+            _cell("English only", "English", BATCH_SIZE, RATE[BATCH_SIZE], seed),
         ]
-        found += [_cell("alone", name, SHARE, RATE["alone"], seed) for name in languages]
+        found += [_cell("alone", name, SHARE, RATE[SHARE], seed) for name in languages]
     return [{**cell, "steps": steps} for cell in found]
 
 
@@ -186,6 +187,7 @@ def section(rows: list[dict], folder: Path) -> str:
             (f"{VOCABULARY} tokens, table {VOCABULARY} x {WIDTH}", "mix"),
             (f"{SMALL_VOCABULARY} tokens, table {SMALL_VOCABULARY} x {WIDTH}", "small vocabulary"),
             (f"{VOCABULARY} tokens, bottleneck K = {BOTTLENECK}", "bottleneck"),
+            (f"{VOCABULARY} tokens, bottleneck K = {WIDTH // 2}", "wide bottleneck"),
         )
     ]
     tried = [
@@ -231,14 +233,15 @@ Means over seeds (and range); differences paired by seed, with 95% intervals (St
 Rule: seen where the whole interval lies above the bound given, opposite where it lies below,
 otherwise not seen.
 
-Rates that were tried, on a seed of their own; the study takes {RATE[ALL]:g} for batches of
-{BATCH_SIZE} and {RATE["alone"]:g} for batches of {SHARE}:
+Rates that were tried, on a seed of their own; the study takes {RATE[BATCH_SIZE]:g} for batches of
+{BATCH_SIZE} and {RATE[SHARE]:g} for batches of {SHARE}:
 
 {table(("captions", "rate", "accuracy"), tried)}
 
 Limits: every language describes the same ten digits in the same order, so sharing an image tower
 helps more than it would on the web, where each language brings its own images; a text is a bag of
-tokens; the same rate for every language and every table."""
+tokens; an eighth of this width is {BOTTLENECK} numbers a token, not the paper's 96; the same rate
+for every language and every table."""
 
 
 STUDY = Study("languages", cells, run, section)

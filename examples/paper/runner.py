@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -21,7 +22,7 @@ from .study import Study
 def run(studies: list[Study], folders: Folders, quick: bool) -> None:
     where = environment()  # once: the files that a run writes make the tree dirty
     beside = [study for study in studies if not study.alone]
-    _run_cells(beside, folders, quick, where, processes=len(os.sched_getaffinity(0)))
+    _run_cells(beside, folders, quick, where, processes=_cores())
     for study in studies:
         if study.alone:
             _run_cells([study], folders, quick, where, processes=1)
@@ -31,22 +32,24 @@ def _run_cells(
     studies: list[Study], folders: Folders, quick: bool, where: dict, processes: int
 ) -> None:
     """The cells that are missing, of all studies in one pool: no core waits for a study to end."""
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    threads = max(1, _cores() // processes)
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), _start_worker, (threads,)
     )
-    with pool:
-        waiting = {}
+    waiting = {}
+    with pool, contextlib.ExitStack() as bars:
         for position, study in enumerate(studies):
             results = folders.file(study)
             cells = study.cells(quick)
             missing = results.missing(cells)
-            bar = tqdm(
-                total=len(cells),
-                initial=len(cells) - len(missing),
-                desc=study.name,
-                unit="run",
-                position=position,
+            bar = bars.enter_context(
+                tqdm(
+                    total=len(cells),
+                    initial=len(cells) - len(missing),
+                    desc=study.name,
+                    unit="run",
+                    position=position,
+                )
             )
             for cell in missing:
                 waiting[pool.submit(_timed, study.run, cell)] = (results, cell, bar)
@@ -58,6 +61,13 @@ def _run_cells(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _timed(function: Callable[[dict], dict], cell: dict) -> tuple[dict, float]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from scipy.stats import t as student
 
 SEEN, NOT_SEEN, OPPOSITE = "Seen", "Not seen at this scale", "Opposite"
-CLAIM = re.compile(rf"^\*\*({SEEN}|{NOT_SEEN}|{OPPOSITE})\*\*: (.+?) \[(.+?)\]\.", re.M)
+CLAIM = re.compile(rf"^(?:- )?\*\*({SEEN}|{NOT_SEEN}|{OPPOSITE})\*\*: (.+?) \[(.+?)\]\.", re.M)
 
 
 @dataclass(frozen=True)
@@ -26,43 +26,49 @@ class Study:
 
 
 class ResultsFile:
-    """One study's rows. Written after every cell, whole or not at all: a kill loses no other."""
+    """One study's runs. Written after every cell, whole or not at all: a kill loses no other."""
 
     def __init__(self, path: Path):
         self.path = path
-        content = json.loads(path.read_text()) if path.exists() else {}
-        self.environment: dict | None = content.get("environment")
-        self.rows: list[dict] = content.get("rows", [])
+        content = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        self.environment: dict | None = content.get("environment")  # of the latest run
+        self.runs = {_key(run["cell"]): run for run in content["runs"]}
+
+    @property
+    def rows(self) -> list[dict]:
+        return [{**run["cell"], **run["result"], "seconds": run["seconds"]} for run in self]
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.runs.values())
 
     def missing(self, cells: list[dict]) -> list[dict]:
-        """The cells that are not here yet; rows of cells nobody asks for any more are dropped."""
-        asked = [_key(cell) for cell in cells]
-        if len(set(asked)) != len(asked):
+        """The cells that were not run yet; runs of cells nobody asks for any more are dropped."""
+        self.order = [_key(cell) for cell in cells]
+        if len(set(self.order)) != len(cells):
             raise ValueError(f"{self.path.stem} has two cells of the same parameters")
-        names = [set(cell) for cell in cells]
-        found: dict[str, dict] = {}
-        for row in self.rows:
-            for fields in names:
-                key = _key({name: row[name] for name in fields if name in row})
-                if key in asked:
-                    found[key] = row
-        self.rows = [found[key] for key in asked if key in found]
-        return [cell for cell, key in zip(cells, asked, strict=True) if key not in found]
+        self._arrange()
+        return [cell for cell, key in zip(cells, self.order, strict=True) if key not in self.runs]
+
+    def _arrange(self) -> None:
+        """In the order of the cells, whichever ended first."""
+        self.runs = {key: self.runs[key] for key in self.order if key in self.runs}
 
     def add(self, cell: dict, result: dict, seconds: float, environment: dict) -> None:
-        """Rows know the commit they come from: a file may have been filled by several."""
-        taken = set(cell) & set(result)
-        if taken:
-            raise ValueError(f"{self.path.stem}: a result must not rename its cell's {taken}")
+        """Every run knows the commit it is of: several may have filled a file."""
+        if taken := set(cell) & set(result):
+            raise ValueError(f"{self.path.stem}: a result must not rename {taken} of its cell")
         self.environment = environment
-        self.rows.append(
-            {**cell, **result, "seconds": round(seconds, 2), "commit": environment["commit"]}
-        )
+        self.runs[_key(cell)] = {
+            "cell": cell,
+            "result": result,
+            "seconds": round(seconds, 2),
+            "commit": environment["commit"],
+        }
+        self._arrange()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text(
-            json.dumps({"environment": self.environment, "rows": self.rows}, indent=1) + "\n"
-        )
+        content = {"environment": environment, "runs": list(self)}
+        part.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(part, self.path)
 
 

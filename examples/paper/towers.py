@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.optim.lr_scheduler import OneCycleLR
 
 from examples.captions import Split, load_splits
 
@@ -53,6 +54,9 @@ class Pictures:
 
     digits: Split
 
+    def first(self, count: int) -> Pictures:
+        return Pictures(Split(self.digits.images[:count], self.digits.digits[:count]))
+
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images (count, 8, 24) in [0, 1], and which number of words.NUMBERS each shows."""
         chosen = torch.randint(len(self.digits.digits), (count, 3), generator=generator)
@@ -70,8 +74,8 @@ class Captions:
     """Draws a caption of a number, in one of the languages."""
 
     def __init__(self, languages: list[str], vocabulary: int = VOCABULARY):
-        self.languages, self.vocabulary = languages, vocabulary
-        self.tokens = words.training_tokens(languages, vocabulary)  # (language, start, number, L)
+        # (language, start, number, L)
+        self.tokens = words.training_tokens(tuple(languages), vocabulary)
 
     def draw(self, numbers: Tensor, generator: torch.Generator) -> Tensor:  # (B,) -> (B, L)
         languages, starts, *_ = self.tokens.shape
@@ -80,13 +84,11 @@ class Captions:
         return self.tokens[language, start, numbers]
 
 
-def optimizer(groups: list[dict], steps: int) -> tuple[torch.optim.Optimizer, object]:
+def optimizer(groups: list[dict], steps: int) -> tuple[torch.optim.Optimizer, OneCycleLR]:
     """Adam with the paper's beta2, and a rate that rises for a tenth of the steps, then falls."""
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
     rates = [group["lr"] for group in groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        adam, rates, steps, pct_start=0.1, cycle_momentum=False
-    )
+    schedule = OneCycleLR(adam, rates, steps, pct_start=0.1, cycle_momentum=False)
     return adam, schedule
 
 

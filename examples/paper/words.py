@@ -142,7 +142,8 @@ def tokenize(texts: list[str], vocabulary: int) -> Tensor:  # (texts, longest) i
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def training_tokens(languages: list[str], vocabulary: int) -> Tensor:
+@functools.lru_cache(maxsize=4)
+def training_tokens(languages: tuple[str, ...], vocabulary: int) -> Tensor:
     """(language, start, number, longest) int64: every caption to train with."""
     texts = [
         caption(language, number, start)
