@@ -25,6 +25,7 @@ from fused_siglip.kernels.panel_triton import (
     pair_masks,
     stored_dtype,
 )
+from fused_siglip.kernels.products import add_product
 
 BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes
 
@@ -100,7 +101,13 @@ class LibraryPanel:
 
     @classmethod
     def workspace_bytes(
-        cls, rows: int, cols: int, dtype: torch.dtype, write_g: bool, scalar_grads: bool
+        cls,
+        rows: int,
+        cols: int,
+        dtype: torch.dtype,
+        write_g: bool,
+        scalar_grads: bool,
+        selects: bool = False,
     ) -> int:
         elements = math.prod(cls._shape(rows, cols))
         g = stored_dtype(dtype).itemsize if write_g and not cls.in_place else 0
@@ -115,7 +122,10 @@ class LibraryPanel:
         device: torch.device,
         write_g: bool,
         scalar_grads: bool,
+        selects: bool = False,
     ):
+        if selects:
+            raise ValueError("benchmarks' panels take all negatives")
         shape = self._shape(rows, cols)
         empty = functools.partial(torch.empty, device=device)
         # zeros: what a smaller panel leaves beside it is read, though it takes no part
@@ -135,6 +145,7 @@ class LibraryPanel:
         logit_bias: Tensor,  # ()
         positives: Positives,
         sums: Tensor,  # (3,)
+        kept: None = None,
     ) -> Tensor | None:  # (m, n)
         m, n = x.shape[0], y.shape[0]
         s = self.s[:m, :n]
@@ -166,6 +177,17 @@ class LibraryPanel:
             )
             torch.sum(partials[: self.sums], 1, out=sums[: self.sums])
         return None if self.g is None else self.g[:m, :n].to(self.dtype)
+
+    def add_product(
+        self,
+        out: Tensor,  # (m, D) or, transposed, (n, D)
+        g: Tensor,  # (m, n)
+        other: Tensor,  # (n, D) or, transposed, (m, D)
+        alpha: float,
+        fresh: bool,
+        transposed: bool,
+    ) -> None:
+        add_product(out, g.T if transposed else g, other, alpha, fresh)
 
 
 class InPlaceLibraryPanel(LibraryPanel):

@@ -22,10 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_siglip.kernels import GRAD_SCALE
+from fused_siglip.kernels import BINS, GRAD_SCALE
 from fused_siglip.kernels.configs import PanelConfig, panel_config
 from fused_siglip.kernels.math import EASY_LOGIT
-from fused_siglip.kernels.panel_triton import panel_kernel
+from fused_siglip.kernels.panel_triton import count_kernel, panel_kernel
+from fused_siglip.kernels.products_triton import product_constants, product_kernel
 
 from .alternative import WIDE
 from .harness import environment, write_results
@@ -71,16 +72,18 @@ def compile_panel(
     precision: str,
     *,
     ids: bool = False,
+    kept: str | None = None,
     write_g: bool = True,
     scalar_grads: bool = True,
     d: int = 768,
     config: PanelConfig | None = None,
 ) -> Compiled:
-    """Compile as a launch on contiguous (.., d) features does; by default the shipped config."""
-    hip = target.startswith("gfx")
-    arch = target if hip else int(target.removeprefix("sm_"))
+    """Compile as a launch on contiguous (.., d) features does; by default the shipped config.
+
+    kept: how negatives are chosen, by "hash" or by "logit"; None: all are kept.
+    """
     if config is None:
-        config = panel_config("hip" if hip else divmod(arch, 10), dtype, precision, write_g)
+        config = panel_config(_capability(target), dtype, precision, write_g)
     constants = {
         "stride_xd": 1,
         "stride_yd": 1,
@@ -90,26 +93,99 @@ def compile_panel(
         "INPUT_PRECISION": precision,
         **config.constants(),
     }
+    absent = [] if ids else ["image_ids_ptr", "text_ids_ptr"]
+    absent += [] if kept == "hash" else ["image_keys_ptr", "text_keys_ptr", "below"]
+    absent += [] if kept == "logit" else ["factors_ptr", "least_ptr"]
     if not write_g:
-        constants |= {"g_ptr": None, "stride_gm": 0}
-    if not ids:
-        constants |= {"image_ids_ptr": None, "text_ids_ptr": None}
-    pointers = dict.fromkeys(("x_ptr", "y_ptr", "g_ptr"), "*" + _TYPES[dtype])
-    pointers |= dict.fromkeys(("image_ids_ptr", "text_ids_ptr"), "*i64")
-    names = panel_kernel.arg_names
+        absent += ["g_ptr"]
+        constants["stride_gm"] = 0
+    if not (kept and write_g):
+        absent += ["flags_ptr"]
+    return _compile(panel_kernel, target, dtype, constants, absent, config)
+
+
+def compile_count(
+    target: str, dtype: torch.dtype, precision: str, *, ids: bool = False, selected: bool = True
+) -> Compiled:
+    """The kernel that counts logits, in its first or (selected) second step."""
+    config = panel_config(_capability(target), dtype, precision, write_g=False)
+    constants = {
+        "stride_xd": 1,
+        "stride_yd": 1,
+        "D": 768,
+        "BINS": BINS,
+        "INPUT_PRECISION": precision,
+        **config.tile_constants(),
+    }
+    absent = [] if ids else ["image_ids_ptr", "text_ids_ptr"]
+    absent += [] if selected else ["selected_ptr"]
+    return _compile(count_kernel, target, dtype, constants, absent, config)
+
+
+def compile_product(
+    target: str,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    transposed: bool,
+    fresh: bool = False,
+    d: int = 768,
+) -> Compiled:
+    """The product that skips tiles of g, or (transposed) of g^T."""
+    config = panel_config(_capability(target), dtype, precision, write_g=True)
+    constants = {
+        "stride_od": 1,
+        "stride_gm" if transposed else "stride_gk": 1,
+        "stride_xd": 1,
+        "D": d,
+        "TILES": 32,
+        "FRESH": fresh,
+        "INPUT_PRECISION": precision,
+        **product_constants(config, config.tile[::-1] if transposed else config.tile),
+    }
+    return _compile(product_kernel, target, dtype, constants, [], config)
+
+
+def _capability(target: str) -> tuple[int, int] | str:
+    return "hip" if target.startswith("gfx") else divmod(int(target.removeprefix("sm_")), 10)
+
+
+_POINTERS = {
+    "image_ids_ptr": "*i64",
+    "text_ids_ptr": "*i64",
+    **dict.fromkeys(("image_keys_ptr", "text_keys_ptr", "selected_ptr"), "*i32"),
+    **dict.fromkeys(("flags_ptr", "lists_ptr", "counts_ptr"), "*i32"),
+}
+
+
+def _compile(
+    kernel: triton.JITFunction,
+    target: str,
+    dtype: torch.dtype,
+    constants: dict,
+    absent: list[str],
+    config: PanelConfig,
+) -> Compiled:
+    """absent: arguments that are None."""
+    constants = constants | dict.fromkeys(absent)
+    pointers = _POINTERS | dict.fromkeys(
+        ("x_ptr", "y_ptr", "g_ptr", "other_ptr"), "*" + _TYPES[dtype]
+    )
     signature, attributes = {}, {}
-    for i, name in enumerate(names):
+    for i, name in enumerate(kernel.arg_names):
         pointer = name.endswith("_ptr")
-        kind = pointers.get(name, "*fp32" if pointer else "i32")
+        kind = pointers.get(name, "*fp32" if pointer else "fp32" if name == "alpha" else "i32")
         signature[name] = "constexpr" if name in constants else kind
         # what the launcher sees: torch's pointers are aligned, and so is every row
-        if name not in constants and (pointer or (name.startswith("stride") and d % 16 == 0)):
+        row = name.startswith("stride") and (name == "stride_gm" or constants["D"] % 16 == 0)
+        if name not in constants and (pointer or row):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(panel_kernel, signature, constants, attributes)
-    gpu = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", arch, 32)
-    kernel = triton.compile(source, target=gpu, options=config.options())
-    inspect = _inspect_amd if hip else _inspect_cuda
-    return inspect(kernel, config, target)
+    source = ASTSource(kernel, signature, constants, attributes)
+    if target.startswith("gfx"):
+        gpu, inspect = GPUTarget("hip", target, 64), _inspect_amd
+    else:
+        gpu, inspect = GPUTarget("cuda", int(target.removeprefix("sm_")), 32), _inspect_cuda
+    return inspect(triton.compile(source, target=gpu, options=config.options()), config, target)
 
 
 def _inspect_cuda(kernel, config: PanelConfig, target: str) -> Compiled:

@@ -30,14 +30,19 @@ class PanelConfig:
     group_m: int = 8  # tile rows that share a band of y in L2
     tile: tuple[int, int] = TILE
 
-    def constants(self) -> dict[str, int]:
-        """The kernel's compile-time constants."""
+    def tile_constants(self) -> dict[str, int]:
+        """Compile-time constants of a kernel that computes similarities."""
         return {
             "BLOCK_M": self.tile[0],
             "BLOCK_N": self.tile[1],
             "BLOCK_D": self.block_d,
             "GROUP_M": self.group_m,
             "PARTS": self.parts,
+        }
+
+    def constants(self) -> dict[str, int]:
+        """The panel kernel's compile-time constants."""
+        return self.tile_constants() | {
             "OCTETS": self.fold[0],
             "PAIRED": self.fold[1],
             "COLS": self.fold[2],

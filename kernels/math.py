@@ -1,4 +1,4 @@
-"""Device mathematics of the log-sigmoid, shared by the Triton kernels."""
+"""Device functions that the Triton kernels share: log-sigmoid, choice of negatives, tile parts."""
 
 import triton
 import triton.language as tl
@@ -58,3 +58,34 @@ def easy_softplus_sigmoid(u):
     softplus = e * (e * (0.32950472831726074 * e - 0.4999868869781494)) + e
     sigmoid = e * (e * (0.9847315549850464 * e - 0.9999477863311768)) + e
     return softplus, sigmoid
+
+
+@triton.jit
+def pair_hash(image_keys, text_keys):
+    """int32 hash of pairs: see fused_siglip/negatives.py. Keys int32, of shapes that broadcast."""
+    h = image_keys.to(tl.uint32, bitcast=True) ^ text_keys.to(tl.uint32, bitcast=True)
+    h ^= h >> 16  # of uint32: zeros come in from the left
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h *= 0x846CA68B
+    return h.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def place(value, BINS: tl.constexpr):
+    """fp32 value in +-BINS^2 / 2 to uint32 below BINS^2: rounded down, counted from the lowest."""
+    HALF: tl.constexpr = BINS * BINS // 2
+    value = tl.where(value < HALF - 1, tl.floor(value), HALF - 1)  # NaN, always kept, is a largest
+    value = tl.maximum(value, -HALF)
+    return (value.to(tl.int32) + HALF).to(tl.uint32)
+
+
+@triton.jit
+def column_parts(s, PARTS: tl.constexpr):
+    """``s`` cut into PARTS column blocks, left to right, without leaving registers."""
+    if PARTS == 1:
+        return (s,)
+    else:
+        halves = tl.reshape(s, (s.shape[0], 2, s.shape[1] // 2))
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        return column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)

@@ -9,10 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import GRAD_SCALE, OLDEST_CAPABILITY, AtLeast, Positives, RandomPairs
+from . import BINS, GRAD_SCALE, OLDEST_CAPABILITY, AtLeast, Positives, RandomPairs
 from .configs import TILE, PanelConfig, panel_config
-from .math import EASY_LOGIT, easy_softplus_sigmoid, softplus_sigmoid
+from .math import (
+    EASY_LOGIT,
+    column_parts,
+    easy_softplus_sigmoid,
+    pair_hash,
+    place,
+    softplus_sigmoid,
+)
 from .products import add_product
+from .products_triton import add_kept_product, list_elements
 
 
 @triton.jit
@@ -64,17 +72,6 @@ def _similarity(
 
 
 @triton.jit
-def _column_parts(s, PARTS: tl.constexpr):
-    """``s`` cut into PARTS column blocks, left to right, without leaving registers."""
-    if PARTS == 1:
-        return (s,)
-    else:
-        halves = tl.reshape(s, (s.shape[0], 2, s.shape[1] // 2))
-        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        return _column_parts(left, PARTS // 2) + _column_parts(right, PARTS // 2)
-
-
-@triton.jit
 def pair_masks(
     row0,
     col0,
@@ -98,6 +95,32 @@ def pair_masks(
         positive = image_ids[:, None] == text_ids[None, :]
         valid = (image_ids >= 0)[:, None] & (text_ids >= 0)[None, :]
     return positive, valid
+
+
+@triton.jit
+def kept_pairs(
+    s,  # (m, n) similarities
+    row0,
+    col0,
+    M,
+    N,
+    image_keys_ptr,  # (M,) int32, of negatives kept by their hash
+    text_keys_ptr,  # (N,) int32
+    below,
+    factors_ptr,  # (M,) fp32, of negatives kept by their logit; or None: by their hash
+    least_ptr,  # (M,) fp32
+):
+    """Which pairs of a block are kept if they are negatives, (m, n)."""
+    rows = row0 + tl.arange(0, s.shape[0])
+    cols = col0 + tl.arange(0, s.shape[1])
+    if factors_ptr is not None:
+        factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
+        least = tl.load(least_ptr + rows, mask=rows < M, other=0.0)
+        return ~(s * factors[:, None] < least[:, None])
+    else:
+        image_keys = tl.load(image_keys_ptr + rows, mask=rows < M, other=0)
+        text_keys = tl.load(text_keys_ptr + cols, mask=cols < N, other=0)
+        return pair_hash(image_keys[:, None], text_keys[None, :]) < below
 
 
 @triton.jit
@@ -138,7 +161,9 @@ def epilogue(
     loss, gs_sum, g_sum = sums
     u = s * scale + bias
     if positive is not None:
-        u = tl.where(valid, tl.where(positive, -u, u), float("-inf"))
+        u = tl.where(positive, -u, u)
+    if valid is not None:
+        u = tl.where(valid, u, float("-inf"))
         s = tl.where(valid, s, 0.0)  # a padded row may hold NaN
     if EASY:
         softplus, g = easy_softplus_sigmoid(u)
@@ -155,7 +180,7 @@ def epilogue(
     return loss, gs_sum, g_sum
 
 
-@triton.jit(do_not_specialize=["M", "N", "diagonal"])
+@triton.jit(do_not_specialize=["M", "N", "diagonal", "below"])
 def panel_kernel(
     x_ptr,  # (M, D)
     y_ptr,  # (N, D)
@@ -165,9 +190,15 @@ def panel_kernel(
     logit_bias_ptr,  # () fp32
     image_ids_ptr,  # (M,) int64 or None
     text_ids_ptr,  # (N,) int64 or None
+    image_keys_ptr,  # what kept_pairs takes, or None
+    text_keys_ptr,
+    factors_ptr,
+    least_ptr,
+    flags_ptr,  # (tile rows, tile columns) int32: whether a tile's g is not 0 throughout; or None
     M,
     N,
     diagonal,
+    below,  # None without image_keys_ptr
     stride_xm,
     stride_xd,
     stride_yn,
@@ -200,7 +231,8 @@ def panel_kernel(
     # the registers beside the accumulator. The branches in each part (the easy one too) keep the
     # compiler from mixing the parts again.
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    parts = _column_parts(tile, PARTS)
+    CHOSEN: tl.constexpr = image_keys_ptr is not None or factors_ptr is not None
+    parts = column_parts(tile, PARTS)
     zero = tl.zeros((OCTETS, 8, COLS), tl.float32)
     sums = (zero, zero, zero)
     easy = False
@@ -217,24 +249,43 @@ def panel_kernel(
         if image_ids_ptr is None:
             # Only there are pairs to tell apart.
             mixed = meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, WIDTH)
-        else:
+        elif flags_ptr is None:
             mixed = col0 < N
+        else:
+            mixed = col0 < tl.cdiv(N, BLOCK_N) * BLOCK_N  # the product reads whole tiles
         if easy:
+            kept = None
+            if CHOSEN:
+                kept = kept_pairs(
+                    parts[part], row0, col0, M, N,
+                    image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
+                )  # fmt: skip
             sums = epilogue(
-                parts[part], None, None, scale, bias, sums, g_ptrs, True,
+                parts[part], None, kept, scale, bias, sums, g_ptrs, True,
                 SCALAR_GRADS, GRAD_SCALE, PAIRED,
             )  # fmt: skip
         elif mixed:
             positive, valid = pair_masks(
                 row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
             )
+            if CHOSEN:
+                valid &= positive | kept_pairs(
+                    parts[part], row0, col0, M, N,
+                    image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
+                )  # fmt: skip
             sums = epilogue(
                 parts[part], positive, valid, scale, bias, sums, g_ptrs, False,
                 SCALAR_GRADS, GRAD_SCALE, PAIRED,
             )  # fmt: skip
         elif image_ids_ptr is None:
+            kept = None
+            if CHOSEN:
+                kept = kept_pairs(
+                    parts[part], row0, col0, M, N,
+                    image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
+                )  # fmt: skip
             sums = epilogue(
-                parts[part], None, None, scale, bias, sums, g_ptrs, False,
+                parts[part], None, kept, scale, bias, sums, g_ptrs, False,
                 SCALAR_GRADS, GRAD_SCALE, PAIRED,
             )  # fmt: skip
         if g_ptr is None:
@@ -242,10 +293,67 @@ def panel_kernel(
 
     loss, gs_sum, g_sum = sums
     tiles = tl.num_programs(0)
-    tl.store(partials_ptr + pid, tl.sum(loss))
+    tile_loss = tl.sum(loss)
+    tl.store(partials_ptr + pid, tile_loss)
+    if flags_ptr is not None:
+        # Softplus underflows no earlier than its derivative: with no loss, every g is 0.
+        flag = flags_ptr + tile_m * tl.cdiv(N, BLOCK_N) + tile_n
+        tl.store(flag, (tile_loss != 0).to(tl.int32))
     if SCALAR_GRADS:
         tl.store(partials_ptr + tiles + pid, tl.sum(gs_sum))
         tl.store(partials_ptr + 2 * tiles + pid, tl.sum(g_sum))
+
+
+@triton.jit(do_not_specialize=["M", "N", "diagonal"])
+def count_kernel(
+    x_ptr,  # (M, D)
+    y_ptr,  # (N, D)
+    image_ids_ptr,  # (M,) int64 or None
+    text_ids_ptr,  # (N,) int64 or None
+    factors_ptr,  # (M,) fp32
+    selected_ptr,  # (M,) int32 or None
+    counts_ptr,  # (M, BINS) int32
+    M,
+    N,
+    diagonal,
+    stride_xm,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    D: tl.constexpr,
+    BINS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    tile_m, tile_n = _grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row0 = tile_m * BLOCK_M
+    tile = _similarity(
+        x_ptr, y_ptr, row0, tile_n * BLOCK_N, M, N, stride_xm, stride_xd, stride_yn, stride_yd,
+        D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    rows = row0 + tl.arange(0, BLOCK_M)
+    factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
+    histograms = counts_ptr + rows.to(tl.int64) * BINS
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    parts = column_parts(tile, PARTS)
+    for part in tl.static_range(PARTS):
+        col0 = tile_n * BLOCK_N + part * WIDTH
+        positive, valid = pair_masks(
+            row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
+        )
+        counted = valid & ~positive
+        places = place(parts[part] * factors[:, None], BINS)
+        bins = places // BINS
+        if selected_ptr is not None:
+            selected = tl.load(selected_ptr + rows, mask=rows < M, other=-1)
+            counted &= bins.to(tl.int32) == selected[:, None]
+            bins = places % BINS
+        # sums of whole numbers: the order changes nothing
+        tl.atomic_add(histograms[:, None] + bins, 1, mask=counted, sem="relaxed")
 
 
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
@@ -254,6 +362,16 @@ INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when i
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the kernel writes g: the interpreter cuts bf16 off where devices round."""
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+
+
+def _multiplied(features: Tensor) -> Tensor:
+    """Features as tl.dot multiplies them: the interpreter's takes the bits of bf16 for a number."""
+    return features.float() if INTERPRETED and features.dtype == torch.bfloat16 else features
+
+
+def _diagonal(positives: Positives, n: int) -> int:
+    # no pair is (i, i + n): without a diagonal, the same kernel never meets it
+    return n if positives.diagonal is None else positives.diagonal
 
 
 class TritonPanel:
@@ -279,9 +397,12 @@ class TritonPanel:
         scalar_grads: bool,
         selects: bool = False,
     ) -> int:
-        tiles = math.prod(cls._tiles(rows, cols))
+        tiles_m, tiles_n = cls._tiles(rows, cols)
+        tiles = tiles_m * tiles_n
         g = tiles * math.prod(cls.tile) * stored_dtype(dtype).itemsize if write_g else 0
-        return g + tiles * (3 if scalar_grads else 1) * torch.float32.itemsize
+        sums = tiles * (3 if scalar_grads else 1) * torch.float32.itemsize
+        kept = tiles + list_elements(tiles_m, tiles_n) if write_g and selects else 0
+        return g + sums + kept * torch.int32.itemsize
 
     def __init__(
         self,
@@ -323,8 +444,18 @@ class TritonPanel:
         # Whole tiles, so that the kernel stores without a mask and rows stay aligned.
         shape = (tiles_m * self.tile[0], tiles_n * self.tile[1])
         self.g = torch.empty(shape, dtype=stored_dtype(dtype), device=device) if write_g else None
+        self.flags = self.lists = None
+        if write_g and selects:
+            self.flags, self.lists = (
+                torch.empty(size, dtype=torch.int32, device=device)
+                for size in (tiles_m * tiles_n, list_elements(tiles_m, tiles_n))
+            )
         self.dtype = dtype
         self.grad_scale = GRAD_SCALE.get(dtype, 1.0)
+
+    def _precision(self) -> str:
+        tf32 = self.target != "hip" and torch.get_float32_matmul_precision() != "highest"
+        return "tf32" if tf32 else "ieee"
 
     def config(self, dtype: torch.dtype, precision: str) -> PanelConfig:
         return panel_config(self.target, dtype, precision, self.g is not None)
@@ -339,16 +470,12 @@ class TritonPanel:
         sums: Tensor,  # (3,)
         kept: RandomPairs | AtLeast | None = None,
     ) -> Tensor | None:  # (m, n)
-        if kept is not None:
-            raise NotImplementedError("choosing negatives in the Triton backend")
         (m, d), n = x.shape, y.shape[0]
-        if INTERPRETED and x.dtype == torch.bfloat16:  # whose tl.dot multiplies the bits of bf16
-            x, y = x.float(), y.float()
-        precision = "ieee"
-        if self.target != "hip" and torch.get_float32_matmul_precision() != "highest":
-            precision = "tf32"
+        x, y, precision = _multiplied(x), _multiplied(y), self._precision()
         config = self.config(x.dtype, precision)
         tiles = math.prod(self._tiles(m, n))
+        image_keys, text_keys, below = kept if isinstance(kept, RandomPairs) else (None,) * 3
+        factors, least = kept if isinstance(kept, AtLeast) else (None,) * 2
         partials = self.partials[: self.sums * tiles].view(self.sums, tiles)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             panel_kernel[(tiles,)](
@@ -360,10 +487,15 @@ class TritonPanel:
                 logit_bias,
                 positives.image_ids,
                 positives.text_ids,
+                image_keys,
+                text_keys,
+                factors,
+                least,
+                self.flags,
                 m,
                 n,
-                # no pair is (i, i + n): without a diagonal, the same kernel never meets it
-                n if positives.diagonal is None else positives.diagonal,
+                _diagonal(positives, n),
+                below,
                 *x.stride(),
                 *y.stride(),
                 0 if self.g is None else self.g.stride(0),
@@ -386,4 +518,49 @@ class TritonPanel:
         fresh: bool,
         transposed: bool,
     ) -> None:
-        add_product(out, g.T if transposed else g, other, alpha, fresh)
+        if self.flags is None:
+            add_product(out, g.T if transposed else g, other, alpha, fresh)
+            return
+        tiles = self._tiles(*g.shape)
+        flags = self.flags[: math.prod(tiles)].view(tiles)
+        whole, tile = _multiplied(self.g.to(self.dtype)), self.tile  # g is a view of it
+        if transposed:
+            whole, flags, tile = whole.T, flags.T, tile[::-1]
+        other, precision = _multiplied(other), self._precision()
+        config = self.config(other.dtype, precision)
+        add_kept_product(
+            out, whole, flags, self.lists, other, alpha, fresh, config, tile, precision
+        )
+
+    def count(
+        self,
+        x: Tensor,  # (m, D)
+        y: Tensor,  # (n, D)
+        positives: Positives,
+        factors: Tensor,  # (m,)
+        selected: Tensor | None,  # (m,) int32
+        counts: Tensor,  # (m, BINS) int32
+    ) -> None:
+        (m, d), n = x.shape, y.shape[0]
+        x, y, precision = _multiplied(x), _multiplied(y), self._precision()
+        config = self.config(x.dtype, precision)
+        with torch.cuda.device_of(x):
+            count_kernel[(math.prod(self._tiles(m, n)),)](
+                x,
+                y,
+                positives.image_ids,
+                positives.text_ids,
+                factors,
+                selected,
+                counts,
+                m,
+                n,
+                _diagonal(positives, n),
+                *x.stride(),
+                *y.stride(),
+                D=d,
+                BINS=BINS,
+                INPUT_PRECISION=precision,
+                **config.tile_constants(),
+                **config.options(),
+            )

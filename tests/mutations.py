@@ -46,8 +46,9 @@ ENGINE, AUTOGRAD, FUNCTIONAL, DISTRIBUTED = (
     f"fused_siglip/{name}.py" for name in ("engine", "autograd", "functional", "distributed")
 )
 NEGATIVES = "fused_siglip/negatives.py"
-TORCH, TRITON, MATH, PRODUCTS = (
-    f"kernels/{name}.py" for name in ("panel_torch", "panel_triton", "math", "products")
+TORCH, TRITON, MATH, PRODUCTS, PRODUCTS_TRITON = (
+    f"kernels/{name}.py"
+    for name in ("panel_torch", "panel_triton", "math", "products", "products_triton")
 )
 
 MUTATIONS = (
@@ -121,6 +122,15 @@ MUTATIONS = (
     Mutation("hard and easy exchanged where t is negative", "torch", NEGATIVES, "sign = logit_scale.sign() if", "sign = logit_scale.sign().abs() if"),
     Mutation("second step counts from the top again", "torch", NEGATIVES, "wanted - above", "wanted"),
     Mutation("share rounded down", "torch", NEGATIVES, "- 1e-6).ceil()", "+ 1e-6).floor()"),
+    Mutation("what the hash keeps is dropped", "triton", TRITON, "text_keys[None, :]) < below", "text_keys[None, :]) >= below"),
+    Mutation("hash stops after its first product", "triton", MATH, "    h *= 0x846CA68B\n", ""),
+    Mutation("positives are dropped", "triton", TRITON, "valid &= positive | kept_pairs(", "valid &= kept_pairs("),
+    Mutation("what is a little above the threshold is dropped", "triton", TRITON, "return ~(s * factors[:, None] < least[:, None])", "return s * factors[:, None] > least[:, None] + 1"),
+    Mutation("positives are counted among negatives", "triton", TRITON, "counted = valid & ~positive", "counted = valid"),
+    Mutation("places rounded to 0", "triton", MATH, "tl.floor(value)", "value"),
+    Mutation("tiles with gradient are skipped", "triton", TRITON, "(tile_loss != 0).to(tl.int32)", "(tile_loss > 1).to(tl.int32)"),
+    Mutation("a tile left out of a line's list", "triton", PRODUCTS_TRITON, "tl.store(list_ptr, tl.sum(found))", "tl.store(list_ptr, tl.sum(found) - 1)"),
+    Mutation("skipped lines leave what memory held", "triton", PRODUCTS_TRITON, "if FRESH | (steps > 0):", "if steps > 0:"),
     Mutation("every rank hashes its images from 0", "distributed", DISTRIBUTED, "(first_image, chunk.first)", "(0, chunk.first)"),
     Mutation("every chunk hashes its texts from 0", "distributed", DISTRIBUTED, "(first_image, chunk.first)", "(first_image, 0)"),
     Mutation("thresholds of the local texts' norms", "distributed", DISTRIBUTED, "            dist.all_reduce(largest, dist.ReduceOp.MAX, group)\n", "            pass\n"),

@@ -15,7 +15,14 @@ if INTERPRETED:
         allow_module_level=True,
     )
 
-from benchmarks.compiled import SHARED, Compiled, compile_panel, shipped
+from benchmarks.compiled import (
+    SHARED,
+    Compiled,
+    compile_count,
+    compile_panel,
+    compile_product,
+    shipped,
+)
 
 SHARE_A_CONFIG = ("sm_86", "sm_89", "sm_120")
 MATRIX_INSTRUCTION = {
@@ -68,3 +75,47 @@ def test_no_spills(target, dtype, precision, ids):
 )
 def test_no_spills_in_variants(target, variant):
     check(compile_panel(target, torch.bfloat16, "ieee", **variant), target)
+
+
+def once() -> list:
+    """Of the gated kernels those that differ in more than the bits of a half operand."""
+    return [
+        pytest.param(*row, id=f"{row[0]}-{row[1]}-{row[2]}")
+        for row in shipped()
+        if row[1] != torch.float16 and row[0] != "sm_89"
+        if row[0] not in SHARE_A_CONFIG or row[1:] != (torch.float32, "ieee")
+    ]
+
+
+@pytest.mark.parametrize("kept, ids", [("hash", False), ("logit", True)])
+@pytest.mark.parametrize("target, dtype, precision", once())
+def test_no_spills_where_negatives_are_chosen(target, dtype, precision, kept, ids):
+    compiled = compile_panel(target, dtype, precision, kept=kept, ids=ids)
+    check(compiled, target)
+    if target.startswith("sm") and dtype != torch.float32:
+        assert compiled.occupancy == 2
+
+
+@pytest.mark.parametrize("target, dtype, precision", once())
+def test_no_spills_where_logits_are_counted(target, dtype, precision):
+    check(compile_count(target, dtype, precision, ids=True), target)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("target, dtype, precision", once())
+def test_no_spills_in_products_that_skip_tiles(target, dtype, precision, transposed):
+    compiled = compile_product(target, dtype, precision, transposed=transposed)
+    check(compiled, target)
+    if target == "gfx942" or dtype != torch.float32 or precision == "tf32":
+        assert compiled.tensor_core.startswith(MATRIX_INSTRUCTION[target])
+    if target != "gfx942":
+        assert compiled.async_copies > 0  # tiles are loaded ahead, though a list names them
+    if target.startswith("sm") and dtype != torch.float32:
+        assert compiled.occupancy == 2
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_no_spills_in_a_product_with_masked_features(target):
+    check(
+        compile_product(target, torch.bfloat16, "ieee", transposed=True, fresh=True, d=720), target
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from conftest import HAS_GPU, INTERPRETED
 
-from fused_siglip.kernels import GRAD_SCALE, Positives
+from fused_siglip.kernels import BINS, GRAD_SCALE, AtLeast, Positives, RandomPairs
 from fused_siglip.rounding import UNIT_ROUNDOFF
 
 triton = pytest.importorskip("triton")
@@ -47,31 +48,51 @@ def features(m, n, d, dtype, seed=0):
     return x.to(DEVICE, dtype), y.to(DEVICE, dtype)
 
 
-def run(x, y, t=T, b=B, positives=Positives(), write_g=True, scalar_grads=True):  # noqa: B008
+def run(x, y, t=T, b=B, positives=Positives(), write_g=True, scalar_grads=True, kept=None):  # noqa: B008
     """The sums and g (unscaled, float64) of one panel."""
     m, n = x.shape[0], y.shape[0]
-    panel = TritonPanel(m, n, x.dtype, x.device, write_g, scalar_grads)
+    panel = TritonPanel(m, n, x.dtype, x.device, write_g, scalar_grads, kept is not None)
     sums = torch.full((3,), 7.0, device=DEVICE)
     scale, bias = (torch.tensor(v, dtype=torch.float32, device=DEVICE) for v in (t, b))
-    g = panel(x, y, scale, bias, positives, sums)
+    g = panel(x, y, scale, bias, positives, sums, kept)
     if g is not None:
         assert g.shape == (m, n) and g.dtype == x.dtype
         g = g.double() / GRAD_SCALE.get(x.dtype, 1.0)
     return sums, g
 
 
-def formula(x, y, t, b, positives, dtype):
-    """Element by element in plain torch: softplus(u), g*s and g; sums are the caller's."""
-    s = x.to(dtype) @ y.to(dtype).T
+def pair_masks(x, y, positives, kept=None):
+    """(m, n) bool: which pairs are positive, and which take part."""
     i = torch.arange(x.shape[0], device=x.device)[:, None]
     j = torch.arange(y.shape[0], device=x.device)
-    positive = torch.zeros_like(s, dtype=torch.bool)
+    positive = torch.zeros(len(x), len(y), dtype=torch.bool, device=x.device)
     valid = ~positive
     if positives.image_ids is not None:
         positive = positives.image_ids[:, None] == positives.text_ids
         valid = (positives.image_ids >= 0)[:, None] & (positives.text_ids >= 0)
     elif positives.diagonal is not None:
         positive = j == i + positives.diagonal
+    if isinstance(kept, AtLeast):
+        value = x.double() @ y.double().T * kept.factors.double()[:, None]
+        valid = valid & (positive | ~(value < kept.least[:, None]))
+    elif kept is not None:
+        valid = valid & (positive | (hashes(kept) < kept.below))
+    return positive, valid
+
+
+def hashes(kept):
+    """(m, n) int64: the hash of every pair, in 64 bits, where no product overflows."""
+    images, texts = (k.cpu().numpy().view(np.uint32).astype(np.uint64) for k in kept[:2])
+    h = images[:, None] ^ texts
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = ((h ^ (h >> np.uint64(shift))) * np.uint64(factor)) % np.uint64(2**32)
+    return torch.from_numpy(h.astype(np.int64) - (h >= 2**31) * 2**32).to(DEVICE)
+
+
+def formula(x, y, t, b, positives, dtype, kept=None):
+    """Element by element in plain torch: softplus(u), g*s and g; sums are the caller's."""
+    s = x.to(dtype) @ y.to(dtype).T
+    positive, valid = pair_masks(x, y, positives, kept)
     sign = torch.where(positive, -1.0, 1.0).to(dtype)  # -l
     u = sign * (s * t + b)
     g = torch.where(valid, sign * torch.sigmoid(u), 0)
@@ -79,16 +100,16 @@ def formula(x, y, t, b, positives, dtype):
     return torch.where(valid, softplus, 0), torch.where(valid, g * s, 0), g
 
 
-def check(x, y, t=T, b=B, positives=Positives()):  # noqa: B008
+def check(x, y, t=T, b=B, positives=Positives(), kept=None):  # noqa: B008
     """Against float64. The logits are the source of error: eager fp32 has them rounded as we do.
 
     g and each term of the sums may deviate by 4 times what eager fp32 deviates at most, plus 4
     roundings of fp32 in the functions and, for g, what storing it costs. A sum may deviate by
     that for every term, all in one direction, plus the roundings of adding up.
     """
-    sums, g = run(x, y, t, b, positives)
-    exact = formula(x, y, t, b, positives, torch.float64)
-    eager = formula(x, y, t, b, positives, torch.float32)
+    sums, g = run(x, y, t, b, positives, kept=kept)
+    exact = formula(x, y, t, b, positives, torch.float64, kept)
+    eager = formula(x, y, t, b, positives, torch.float32, kept)
     eps = UNIT_ROUNDOFF[torch.float32]
     for actual, e, f in zip(sums.double(), exact, eager, strict=True):
         deviation = (f.double() - e).abs().sum()
@@ -210,10 +231,10 @@ def test_smaller_panels_reuse_the_workspace():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("write_g, scalar_grads", list(product([False, True], repeat=2)))
 def test_workspace_bytes(write_g, scalar_grads, dtype):
-    for rows, cols in [(128, 256), (100, 300), (1, 1)]:
-        panel = TritonPanel(rows, cols, dtype, torch.device(DEVICE), write_g, scalar_grads)
+    for (rows, cols), selects in product([(128, 256), (100, 300), (1, 1)], [False, True]):
+        panel = TritonPanel(rows, cols, dtype, torch.device(DEVICE), write_g, scalar_grads, selects)
         allocated = sum(t.nbytes for t in vars(panel).values() if isinstance(t, torch.Tensor))
-        args = (rows, cols, dtype, write_g, scalar_grads)
+        args = (rows, cols, dtype, write_g, scalar_grads, selects)
         assert allocated == TritonPanel.workspace_bytes(*args)
 
 
@@ -324,3 +345,300 @@ def test_nan_and_inf_in_an_easy_tile(value):
     assert value != value or not g[3].any()
     assert not g[4:].isnan().any()
     assert sums[0].isnan() == (value != value) and sums[1].isnan()  # 0 * inf, as in torch
+
+
+# --- negatives that are chosen ---
+
+
+def by_hash(m, n, keep=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    keys = [torch.randint(-(2**31), 2**31, (k,), generator=generator).int() for k in (m, n)]
+    for k in keys:
+        k[:1] = -(2**31)
+    return RandomPairs(*(k.to(DEVICE) for k in keys), round(keep * 2**32) - 2**31)
+
+
+def by_logit(x, y, keep=0.3):
+    """Thresholds in the widest gap near ``keep``: rounding decides about no pair."""
+    largest = x.double().norm(dim=1) * y.double().norm(dim=1).max()
+    factors = (2.0**19 / 1.01 / largest).float()
+    value = (x.double() @ y.double().T * factors[:, None]).sort(1, descending=True).values
+    value = torch.nn.functional.pad(value, (0, 1), value=-(2.0**19))
+    near = slice(max(int(keep * len(y)) - 4, 0), int(keep * len(y)) + 4)
+    gaps = value[:, :-1] - value[:, 1:]
+    widest, at = gaps[:, near].max(1, keepdim=True)
+    assert widest.min() > 4
+    between = value.gather(1, at + near.start) - widest / 2
+    return AtLeast(factors, between[:, 0].round().float())
+
+
+def labels(m, n, low=-2):
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(low, 20, (k,), generator=generator).to(DEVICE) for k in (m, n)]
+    return Positives(None, *ids)
+
+
+POSITIVES = {
+    "none": lambda m, n: Positives(),
+    "diagonal": lambda m, n: Positives(diagonal=-20),
+    "ids": labels,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("choice", ["hash", "logit"])
+@pytest.mark.parametrize("b", [-15.0, 0.0], ids=["easy", "plain"])
+def test_chosen_negatives(b, choice, positives, dtype):
+    x, y = features(150, 300, 40, dtype)
+    positives = POSITIVES[positives](150, 300)
+    kept = by_hash(150, 300) if choice == "hash" else by_logit(x, y)
+    check(x, y, b=b, positives=positives, kept=kept)
+    _, g = run(x, y, b=b, positives=positives, kept=kept)
+    _, valid = pair_masks(x, y, positives, kept)
+    assert torch.equal(g != 0, valid) and 0.2 < valid.double().mean() < 0.4
+
+
+@pytest.mark.parametrize("m, n, d", [(1, 1, 1), (127, 129, 33), (129, 1, 16), (128, 256, 16)])
+@pytest.mark.parametrize("keep", [0.01, 0.99])
+def test_sizes_of_chosen_negatives(m, n, d, keep):
+    x, y = features(m, n, d, torch.float32)
+    for kept in (by_hash(m, n, keep), by_logit(x, y, keep)):
+        check(x, y, positives=Positives(diagonal=0), kept=kept)
+
+
+@pytest.mark.parametrize("below", [1 - 2**31, 2**31 - 1])
+def test_the_least_and_the_most_that_a_hash_keeps(below):
+    x, y = features(130, 130, 16, torch.float32)
+    kept = by_hash(130, 130)._replace(below=below)
+    check(x, y, positives=Positives(diagonal=0), kept=kept)
+    _, g = run(x, y, positives=Positives(diagonal=0), kept=kept)
+    assert (g != 0).sum() == (130 if below < 0 else 130**2)
+
+
+@pytest.mark.parametrize("choice", ["hash", "logit"])
+@pytest.mark.parametrize("positives", ["diagonal", "ids"])
+def test_variants_of_a_choice_agree_and_repeat_to_the_bit(positives, choice):
+    x, y = features(150, 260, 32, torch.bfloat16)
+    positives = POSITIVES[positives](150, 260)
+    kept = by_hash(150, 260) if choice == "hash" else by_logit(x, y)
+    sums, g = run(x, y, positives=positives, kept=kept)
+    again = run(x, y, positives=positives, kept=kept)
+    assert torch.equal(sums, again[0]) and torch.equal(g, again[1])
+    scalars, none = run(x, y, positives=positives, write_g=False, kept=kept)
+    assert none is None and torch.equal(scalars, sums)
+    forward, _ = run(x, y, positives=positives, write_g=False, scalar_grads=False, kept=kept)
+    assert forward.tolist() == [sums[0].item(), 7.0, 7.0]
+
+
+def test_nan_is_dropped_by_a_hash_and_kept_by_a_logit():
+    x, y = features(130, 140, 16, torch.float32)
+    kept = by_hash(130, 140), by_logit(x, y)
+    x[3] = torch.nan
+    (sums, g), (_, by_value) = (run(x, y, kept=k) for k in kept)
+    assert torch.equal(g[3].isnan(), hashes(kept[0])[3] < kept[0].below) and sums[0].isnan()
+    assert by_value[3].isnan().all()
+    assert not g[4:].isnan().any() and not by_value[4:].isnan().any()
+    none_of_it = kept[0]._replace(below=-(2**31))  # keeps nothing
+    sums, g = run(x, y, kept=none_of_it)
+    assert sums.tolist() == [0, 0, 0] and not g.any()
+
+
+# Whole rows of tiles in which only positives can be kept, and the others' negatives by their logit.
+TILED = 300, 420  # 3 x 4 tiles
+
+
+def tiled_choice(x, y):
+    kept = by_logit(x, y)
+    kept.least[128:256] = 2.0**20
+    return kept
+
+
+def panel_of(x, y, positives, kept, rows=None, cols=None):
+    """A panel after its call, and g; its workspace held other numbers before."""
+    panel = TritonPanel(rows or len(x), cols or len(y), x.dtype, x.device, True, True, True)
+    panel.g.fill_(torch.nan)
+    panel.flags.fill_(-1)
+    panel.lists.fill_(-1)
+    scale, bias = (torch.tensor(v, device=DEVICE) for v in (T, B))
+    return panel, panel(x, y, scale, bias, positives, torch.empty(3, device=DEVICE), kept)
+
+
+def tiles_kept(x, y, positives, kept):  # (tile rows, tile columns) bool
+    _, valid = pair_masks(x, y, positives, kept)
+    m, n = valid.shape
+    whole = torch.zeros(-(-m // 128) * 128, -(-n // 128) * 128, dtype=torch.bool, device=x.device)
+    whole[:m, :n] = valid
+    return whole.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(3).any(1)
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_flags_tell_which_tiles_hold_what_is_kept(positives):
+    x, y = features(*TILED, 16, torch.float32)
+    positives = POSITIVES[positives](*TILED)
+    if positives.image_ids is not None:
+        positives.image_ids[128:256] += 20 * (positives.text_ids[128:].max() >= 0)
+        positives.text_ids[256:384] = -1
+    kept = tiled_choice(x, y)
+    panel, _ = panel_of(x, y, positives, kept)
+    expected = tiles_kept(x, y, positives, kept)
+    assert expected.any() and not expected.all()
+    assert torch.equal(panel.flags.view(3, 4), expected.int())
+    x[140] = torch.nan
+    panel, _ = panel_of(x, y, positives, kept)
+    expected[1] = True
+    if positives.image_ids is not None:
+        expected[:, 2] = False
+    assert torch.equal(panel.flags.view(3, 4), expected.int())
+
+
+def check_product(panel, g, other, transposed, alpha=0.5):
+    """Against float64; out is not contiguous, and added to or overwritten."""
+    a = (g.T if transposed else g).double()
+    out = torch.randn(len(a), 2 * other.shape[1], device=DEVICE)[:, ::2]
+    exact = alpha * a @ other.double()
+    # a rounding for every term, none of the products of half operands; and for the last sum
+    slack = alpha * (a.shape[1] + 4) * (a.abs() @ other.double().abs())
+    added = out.clone()
+    panel.add_product(added, g, other, alpha, False, transposed)
+    eps = UNIT_ROUNDOFF[torch.float32]
+    assert ((added - (out.double() + exact)).abs() <= eps * (slack + 2 * out.abs())).all()
+    fresh = torch.full_like(out, torch.nan)
+    panel.add_product(fresh, g, other, alpha, True, transposed)
+    assert ((fresh - exact).abs() <= eps * slack).all()
+    again = torch.full_like(out, torch.nan)
+    panel.add_product(again, g, other, alpha, True, transposed)
+    assert torch.equal(again, fresh)
+    return fresh
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products(transposed, positives, dtype):
+    x, y = features(*TILED, 72, dtype)
+    panel, g = panel_of(x, y, POSITIVES[positives](*TILED), tiled_choice(x, y))
+    other = x if transposed else y
+    wide = torch.cat([other, torch.full_like(other[:, :8], torch.nan)], 1)
+    check_product(panel, g, wide[:, :72], transposed)  # rows further apart than they are long
+    check_product(panel, g, other.T.contiguous().T, transposed)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("m, n, d", [(1, 1, 1), (130, 257, 200), (257, 1, 16), (128, 128, 128)])
+def test_products_of_smaller_panels_in_the_same_workspace(m, n, d, transposed):
+    x, y = features(m, n, d, torch.float32)
+    panel, g = panel_of(x, y, labels(m, n), by_hash(m, n), rows=384, cols=512)
+    check_product(panel, g, x if transposed else y, transposed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_tile_in_which_nothing_is_kept_is_not_read(transposed, dtype):
+    x, y = features(*TILED, 24, dtype)
+    kept = tiled_choice(x, y)
+    panel, g = panel_of(x, y, Positives(diagonal=0), kept)
+    flags = tiles_kept(x, y, Positives(diagonal=0), kept)
+    assert flags.tolist() == [[True] * 4, [False, True, False, False], [True] * 4]
+    other = x if transposed else y
+    clean = check_product(panel, g, other, transposed)
+    whole = panel.g.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))  # a view
+    whole[1, :, 0] = whole[1, :, 2:] = torch.nan
+    planted = torch.full_like(clean, torch.nan)
+    panel.add_product(planted, g, other, 0.5, True, transposed)
+    assert torch.equal(planted, clean)
+    if transposed:  # images of the second row of tiles meet texts of the second column alone
+        other = other.clone()
+        other[128:256] = torch.nan
+        panel.add_product(planted, g, other, 0.5, True, transposed)
+        assert torch.equal(
+            planted.isnan().all(1).nonzero()[:, 0], torch.arange(128, 256).to(DEVICE)
+        )
+        assert torch.equal(planted[:128], clean[:128]) and torch.equal(planted[256:], clean[256:])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_of_nothing(transposed):
+    x, y = features(*TILED, 24, torch.float32)
+    panel, g = panel_of(x, y, Positives(), by_hash(*TILED)._replace(below=-(2**31)))
+    assert not panel.flags.any() and not g.any()
+    out = torch.full((TILED[transposed], 24), 3.0, device=DEVICE)
+    other = torch.full((TILED[not transposed], 24), torch.nan, device=DEVICE)
+    panel.add_product(out, g, other, 1.0, False, transposed)
+    assert (out == 3).all()
+    panel.add_product(out, g, other, 1.0, True, transposed)
+    assert (out == 0).all()
+
+
+# --- counting ---
+
+
+def whole_numbers(m, n, d, dtype):
+    """Features whose similarities are whole numbers, exact in every dtype."""
+    generator = torch.Generator().manual_seed(2)
+    return (torch.randint(-3, 4, (k, d), generator=generator).to(DEVICE, dtype) for k in (m, n))
+
+
+def places(x, y, factors):
+    """(m, n): of every pair in [0, BINS^2), in NumPy's fp32."""
+    value = (x.float() @ y.float().T).cpu().numpy() * factors.cpu().numpy()[:, None]
+    half = BINS**2 // 2
+    return np.clip(np.floor(value), -half, half - 1).astype(np.int64) + half
+
+
+def histogram(bins, counted):
+    return np.stack(
+        [np.bincount(row[mask], minlength=BINS) for row, mask in zip(bins, counted, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("factor", [3517.3, -1234.5, 1e6], ids=["up", "down", "past the range"])
+def test_counts(factor, positives, dtype):
+    m, n = 150, 300
+    x, y = whole_numbers(m, n, 24, dtype)
+    positives = POSITIVES[positives](m, n)
+    factors = torch.linspace(factor, 0.9 * factor, m, device=DEVICE)
+    panel = TritonPanel(m, n, dtype, torch.device(DEVICE), False, False, True)
+    counts = torch.full((m, BINS), 5, dtype=torch.int32, device=DEVICE)
+    q = places(x, y, factors)
+    positive, valid = (mask.cpu().numpy() for mask in pair_masks(x, y, positives))
+    negative = valid & ~positive
+    panel.count(x, y, positives, factors, None, counts)
+    assert np.array_equal(counts.cpu().numpy(), 5 + histogram(q // BINS, negative))
+
+    selected = (q // BINS)[:, 7]
+    selected[10:20] = -1  # no bin
+    panel.count(
+        x, y, positives, factors, torch.from_numpy(selected).int().to(DEVICE), counts.fill_(1)
+    )
+    inside = negative & (q // BINS == selected[:, None])
+    assert inside.any() and np.array_equal(counts.cpu().numpy(), 1 + histogram(q % BINS, inside))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_threshold_keeps_what_was_counted(dtype):
+    """Similarities that are not exact: the panel kernel rounds them as the counting one did."""
+    x, y = features(140, 200, 40, dtype)
+    factors = by_logit(x, y).factors
+    panel = TritonPanel(140, 200, dtype, torch.device(DEVICE), False, False, True)
+    counts = torch.zeros(140, BINS, dtype=torch.int32, device=DEVICE)
+    panel.count(x, y, Positives(diagonal=0), factors, None, counts)
+    assert (counts.sum(1) == 199).all()
+    for first in (500, 512, 520):
+        least = torch.full_like(factors, first * BINS - BINS**2 // 2)
+        _, g = run(
+            x, y, t=1.0, b=0.0, positives=Positives(diagonal=0), kept=AtLeast(factors, least)
+        )
+        assert torch.equal((g != 0).sum(1), 1 + counts[:, first:].sum(1))
+
+
+def test_nan_counts_as_the_largest():
+    x, y = features(10, 20, 16, torch.float32)
+    factors = by_logit(x, y).factors
+    x[3] = torch.nan
+    panel = TritonPanel(10, 20, x.dtype, x.device, False, False, True)
+    counts = torch.zeros(10, BINS, dtype=torch.int32, device=DEVICE)
+    panel.count(x, y, Positives(), factors, None, counts)
+    assert counts[3, -1] == 20 and (counts.sum(1) == 20).all()

@@ -1,0 +1,166 @@
+"""The two products of the gradients in Triton, of only those tiles of g that are not 0."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import PanelConfig
+from .math import column_parts
+
+BLOCK_D = 128  # features a program of the product computes
+
+
+@triton.jit
+def _bound(number):
+    """The end of a loop."""
+    return number
+
+
+if not isinstance(_bound, triton.JITFunction):
+    # The interpreter holds numbers as arrays of one, which NumPy 2.4 does not take for an index.
+    def _bound(number):
+        return number.handle.data.item()
+
+
+@triton.jit(do_not_specialize=["tiles", "stride_line", "stride_tile"])
+def list_tiles_kernel(
+    flags_ptr,  # 0 for a tile without gradient
+    lists_ptr,  # (lines, 2 + TILES) int32: a line's number of other tiles, then which they are
+    tiles,  # of a line, at most TILES
+    stride_line,
+    stride_tile,
+    TILES: tl.constexpr,
+):
+    line = tl.program_id(0)
+    tile = tl.arange(0, TILES)
+    flags = tl.load(flags_ptr + line * stride_line + tile * stride_tile, tile < tiles, other=0)
+    found = (flags != 0).to(tl.int32)
+    list_ptr = lists_ptr + line * (2 + TILES)
+    tl.store(list_ptr, tl.sum(found))
+    tl.store(list_ptr + tl.cumsum(found), tile, mask=flags != 0)
+
+
+@triton.jit(do_not_specialize=["M", "K"])
+def product_kernel(
+    out_ptr,  # (M, D) fp32
+    g_ptr,  # (M, K) rounded up to whole tiles, 0 past M and K
+    other_ptr,  # (K, D)
+    lists_ptr,  # of the K tiles of every tile row of g, as list_tiles_kernel writes them
+    alpha,
+    M,
+    K,
+    stride_om,
+    stride_od,
+    stride_gm,
+    stride_gk,
+    stride_xk,
+    stride_xd,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    FRESH: tl.constexpr,  # out is overwritten, else added to
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # a tile of g
+    TILE_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # a step of the product, divides TILE_K
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    line = tl.program_id(1)
+    rows = line * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_K)
+    g_ptrs = g_ptr + rows.to(tl.int64)[:, None] * stride_gm + k.to(tl.int64)[None, :] * stride_gk
+    x_ptrs = other_ptr + k.to(tl.int64)[:, None] * stride_xk + d.to(tl.int64)[None, :] * stride_xd
+    list_ptr = lists_ptr + line * (2 + TILES)
+    STEPS: tl.constexpr = TILE_K // BLOCK_K
+    steps = tl.load(list_ptr) * STEPS
+    product = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tile = tl.load(list_ptr + 1)
+    for step in range(0, _bound(steps)):
+        start = tile * TILE_K + step % STEPS * BLOCK_K
+        g = tl.load(g_ptrs + start.to(tl.int64) * stride_gk)
+        x = tl.load(
+            x_ptrs + start.to(tl.int64) * stride_xk,
+            mask=(k < K - start)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        product = tl.dot(g, x, product, input_precision=INPUT_PRECISION)
+        tile = tl.load(list_ptr + 1 + (step + 1) // STEPS)  # past the last one: not used
+
+    # A few columns at a time: addresses of all of them do not fit the registers.
+    if FRESH | (steps > 0):
+        WIDTH: tl.constexpr = BLOCK_D // PARTS
+        parts = column_parts(product, PARTS)
+        for part in tl.static_range(PARTS):
+            cols = tl.program_id(0) * BLOCK_D + part * WIDTH + tl.arange(0, WIDTH)
+            out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om
+            out_ptrs += cols.to(tl.int64)[None, :] * stride_od
+            inside = (rows < M)[:, None] & (cols < D)[None, :]
+            total = parts[part] * alpha
+            if not FRESH:
+                total += tl.load(out_ptrs, mask=inside)
+            tl.store(out_ptrs, total, mask=inside)
+            tl.debug_barrier()  # else the compiler mixes the parts again
+
+
+def product_constants(config: PanelConfig, tile: tuple[int, int]) -> dict[str, int]:
+    """The product kernel's compile-time constants, for tiles of g (or of g^T) of this size."""
+    return {
+        "BLOCK_M": tile[0],
+        "TILE_K": tile[1],
+        "BLOCK_K": config.block_d,
+        "BLOCK_D": BLOCK_D,
+        "PARTS": config.parts,
+    }
+
+
+def list_elements(tiles_m: int, tiles_n: int) -> int:
+    """int32 numbers in which the lists of either product find room, for g of so many tiles."""
+    return max(
+        lines * (2 + triton.next_power_of_2(tiles))
+        for lines, tiles in ((tiles_m, tiles_n), (tiles_n, tiles_m))
+    )
+
+
+def add_kept_product(
+    out: Tensor,  # (M, D) fp32
+    g: Tensor,  # (M, K) rounded up to whole tiles
+    flags: Tensor,  # (tile rows, tile columns) of g, int32: 0 where a tile is 0 throughout
+    lists: Tensor,  # at least list_elements int32, overwritten
+    other: Tensor,  # (K, D) in the dtype of g
+    alpha: float,
+    fresh: bool,
+    config: PanelConfig,
+    tile: tuple[int, int],  # of g
+    precision: str,
+) -> None:
+    """out = alpha * g @ other, added to what is there unless ``fresh``; tiles of 0 are not read.
+
+    fp32 out of tensor cores, added to ``out`` once; the same bits every time.
+    """
+    (lines, tiles), (m, d) = flags.shape, out.shape
+    size = triton.next_power_of_2(tiles)
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        # Lists spare the product a branch in its loop: with one, nothing would be loaded ahead.
+        list_tiles_kernel[(lines,)](flags, lists, tiles, *flags.stride(), TILES=size)
+        product_kernel[(triton.cdiv(d, BLOCK_D), lines)](
+            out,
+            g,
+            other,
+            lists,
+            alpha,
+            m,
+            other.shape[0],
+            *out.stride(),
+            *g.stride(),
+            *other.stride(),
+            D=d,
+            TILES=size,
+            FRESH=fresh,
+            INPUT_PRECISION=precision,
+            **product_constants(config, tile),
+            **config.options(),
+        )
