@@ -377,7 +377,8 @@ def _diagonal(positives: Positives, n: int) -> int:
 class TritonPanel:
     """A :class:`fused_siglip.kernels.Panel` in one fused kernel.
 
-    The logits are fp32 and never leave the registers; what is written is g and three sums a tile.
+    The logits are fp32 and never leave the registers; what is written is g, three sums a tile
+    and, where negatives are chosen, a flag.
     """
 
     tile = TILE
