@@ -118,7 +118,7 @@ def _claims(rows: list[dict]) -> list[str]:
     ]
 
 
-def _name(start: tuple[float | None, float]) -> str:
+def _name(start: Start) -> str:
     bias, factor = start
     return f"{'no bias' if bias is None else f'b = {bias:g}'}, t = {factor:g}"
 
