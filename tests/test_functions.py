@@ -140,7 +140,7 @@ def test_what_is_held_out_does_not_occur_in_train(parts, name):
         held_out = {normalised(getattr(pair, field)) for pair in parts[name]}
         assert not train & held_out
         sets = [set(key) for key in train]
-        for key in sorted(held_out)[::40]:  # near copies, by the definition
+        for key in sorted(held_out)[::80]:  # near copies, by the definition
             own = set(key)
             assert all(len(own & other) < NEAR * len(own | other) for other in sets), key
 
@@ -207,7 +207,11 @@ def test_training_learns_and_repeats():
 def test_examples_seen_are_matched():
     seen = Counter(cell["steps"] * cell["batch_size"] for cell in batch_size.cells(quick=False))
     assert len(seen) == 1
-    assert set(batch_size.RATE.values()) <= set(batch_size.RATES)
+    assert set(batch_size.BATCH_SIZES) == {64, 256, 1024, 4096, 8192}
+    for loss, taken in batch_size.RATE.items():
+        assert set(taken.values()) <= set(batch_size.RATES)
+        assert batch_size.rate_of(loss, 64) == taken[256] / 2
+        assert batch_size.rate_of(loss, 4096) == taken[1024] * 2
 
 
 def test_pairs_seen_are_matched():
