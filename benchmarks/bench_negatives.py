@@ -35,14 +35,14 @@ def cases(size: int, dim: int, device: str) -> list[Case]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.bench_negatives", description=__doc__)
-    parser.add_argument("--size", type=int, help="batch size; 8192 on a CPU, 32768 on a GPU")
+    parser.add_argument("--size", type=int, help="batch size; 4096 on a CPU, 32768 on a GPU")
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, help="results file; by default under results/")
     args = parser.parse_args(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = args.size or (8192 if device == "cpu" else 32768)
+    size = args.size or (4096 if device == "cpu" else 32768)
     found = environment(device)
     rows = measure(cases(size, args.dim, device), args.repeats)
     for row in rows:
