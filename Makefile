@@ -11,10 +11,14 @@ STEPS = 10000
 RUN = $(VENV)/bin/python
 CORE = $(foreach part,loss autograd checks engine properties distributed long_runs modules selfcheck,tests/test_$(part).py)
 
-.PHONY: demo test fuzz mutations longrun coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations lint clean
+.PHONY: demo test paper fuzz mutations longrun coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations lint clean
 
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
+
+# The paper's claims at a small scale: runs what is missing, writes docs/paper.md.
+paper: $(VENV)/ready
+	$(RUN) -m examples.paper --all
 
 test: $(VENV)/ready
 	$(RUN) -m pytest

@@ -20,7 +20,7 @@ EXTRAS = {
         "setuptools",
     ],
     "bench": ["numpy", "tqdm", "matplotlib"],
-    "demo": ["numpy", "tqdm", "matplotlib", "scikit-learn"],
+    "demo": ["numpy", "tqdm", "matplotlib", "scikit-learn", "scipy"],
     "triton": ["triton>=3.6"],
 }
 # What each integration was tried with. Its own file says the same.

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -101,7 +101,9 @@ def compile_panel(
         constants["stride_gm"] = 0
     if not (kept and write_g):
         absent += ["flags_ptr"]
-    return _compile(panel_kernel, target, dtype, constants, absent, config)
+    compiled = _compile(panel_kernel, target, dtype, constants, absent, config)
+    # every form of a choice selects: they cannot be told apart by that
+    return replace(compiled, epilogue={}) if kept else compiled
 
 
 def compile_count(

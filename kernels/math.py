@@ -73,11 +73,11 @@ def pair_hash(image_keys, text_keys):
 
 @triton.jit
 def place(value, BINS: tl.constexpr):
-    """fp32 value in +-BINS^2 / 2 to uint32 below BINS^2: rounded down, counted from the lowest."""
+    """fp32 value in +-BINS^2 / 2 to int32 in [0, BINS^2): rounded down, counted from the lowest."""
     HALF: tl.constexpr = BINS * BINS // 2
     value = tl.where(value < HALF - 1, tl.floor(value), HALF - 1)  # NaN, always kept, is a largest
     value = tl.maximum(value, -HALF)
-    return (value.to(tl.int32) + HALF).to(tl.uint32)
+    return value.to(tl.int32) + HALF
 
 
 @triton.jit

@@ -336,8 +336,7 @@ def count_kernel(
         D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     rows = row0 + tl.arange(0, BLOCK_M)
-    factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
-    histograms = counts_ptr + rows.to(tl.int64) * BINS
+    counts_ptr += row0.to(tl.int64) * BINS
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     parts = column_parts(tile, PARTS)
     for part in tl.static_range(PARTS):
@@ -346,14 +345,17 @@ def count_kernel(
             row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
         )
         counted = valid & ~positive
+        factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
         places = place(parts[part] * factors[:, None], BINS)
         bins = places // BINS
         if selected_ptr is not None:
             selected = tl.load(selected_ptr + rows, mask=rows < M, other=-1)
-            counted &= bins.to(tl.int32) == selected[:, None]
+            counted &= bins == selected[:, None]
             bins = places % BINS
         # sums of whole numbers: the order changes nothing
-        tl.atomic_add(histograms[:, None] + bins, 1, mask=counted, sem="relaxed")
+        offsets = (tl.arange(0, BLOCK_M) * BINS)[:, None] + bins
+        tl.atomic_add(counts_ptr + offsets, 1, mask=counted, sem="relaxed")
+        tl.debug_barrier()  # one part after the other, as in the panel kernel
 
 
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
@@ -377,7 +379,8 @@ def _diagonal(positives: Positives, n: int) -> int:
 class TritonPanel:
     """A :class:`fused_siglip.kernels.Panel` in one fused kernel.
 
-    The logits are fp32 and never leave the registers; what is written is g and three sums a tile.
+    The logits are fp32 and never leave the registers; what is written is g, three sums a tile
+    and, where negatives are chosen, a flag.
     """
 
     tile = TILE

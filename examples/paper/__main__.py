@@ -14,12 +14,19 @@ from pathlib import Path
 
 from benchmarks.memory import ROOT
 
-from . import languages, locked, noise, page
+from . import batch_size, languages, locked, negatives, noise, page, starts
 from .page import FULL, Folders
 from .runner import run
 from .study import Study
 
-STUDIES: list[Study] = [languages.STUDY, locked.STUDY, noise.STUDY]
+STUDIES: list[Study] = [
+    batch_size.STUDY,
+    starts.STUDY,
+    locked.STUDY,
+    languages.STUDY,
+    negatives.STUDY,
+    noise.STUDY,
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -215,8 +215,9 @@ Means over seeds (and range); the lead with its 95% interval. Band in the plot: 
 Rule: the difference paired by seed, averaged over the probabilities; seen where its 95% interval
 (Student's t) lies above 0, opposite where it lies below, otherwise not seen.
 
-Both losses use Adam (beta2 = 0.95, as the paper's) with warmup and decay, at the rate that was best
-of three for clean pairs, with seeds of their own:
+Both losses use Adam (beta2 = 0.95, as the paper's) with warmup and decay; rates that were tried on
+clean pairs, with seeds of their own (the study takes {RATE["sigmoid"]:g} for the sigmoid and
+{RATE["softmax"]:g} for the softmax loss):
 
 {table(("accuracy at rate", *(f"{rate:g}" for rate in rates)), tried)}
 
