@@ -145,7 +145,7 @@ def plot_costs(rows: list[dict], environment: dict, path: Path) -> None:
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-        _label_ends(axis)
+        label_ends(axis)
     figure.suptitle(
         f"D = {rows[0]['dim']}, {rows[0]['dtype']}; {environment['device']}, "
         f"{environment['threads']} threads, torch {environment['torch']}",
@@ -164,7 +164,7 @@ def _points(
     return measured, [sizes[size][name][column] * factor for size in measured]
 
 
-def _label_ends(axis: Axes) -> None:
+def label_ends(axis: Axes) -> None:
     """Name each line at its right end, lowest first, with room between the names."""
     points_per_pixel = 72 / axis.figure.dpi
     lines = [line for line in axis.lines if len(line.get_xdata())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.markdown import table
-from examples.report import _label_ends as label_ends
+from examples.report import label_ends
 
 from . import retrieval
 from .functions import PACKAGES

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.markdown import table
-from examples.report import _label_ends as label_ends
+from examples.report import label_ends
 from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random
 
 from . import retrieval

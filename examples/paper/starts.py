@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 
 from benchmarks.markdown import table
-from examples.report import _label_ends as label_ends
+from examples.report import label_ends
 from fused_siglip import LearnableSigLipLoss, siglip_loss
 
 from . import retrieval
