@@ -272,7 +272,10 @@ def test_model_inside_a_module(model, batch, wrap):
 
 def test_accelerate(model, batch):
     """Patched first, the model stays patched however accelerate wraps and unwraps its forward."""
-    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, mixed_precision="bf16")
+    accelerate = pytest.importorskip("accelerate")
+    # a Trainer of an earlier test leaves its settings behind, process-wide
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare(patch_siglip(model))
     for m in (prepared, pickle.loads(pickle.dumps(prepared)), copy.deepcopy(prepared)):
         assert m(**batch, return_loss=True).logits_per_image is None
