@@ -91,9 +91,8 @@ def plot_negatives(rows: list[dict], environment: dict, path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axis.legend(frameon=False, fontsize=9)
-    shape = everything
     figure.suptitle(
-        f"B = {shape['batch_size']}, D = {shape['dim']}, {shape['dtype']}; "
+        f"B = {everything['batch_size']}, D = {everything['dim']}, {everything['dtype']}; "
         f"{environment['device']}, torch {environment['torch']}",
         fontsize=9,
     )
