@@ -95,7 +95,7 @@ def compile_panel(
     }
     absent = [] if ids else ["image_ids_ptr", "text_ids_ptr"]
     absent += [] if kept == "hash" else ["image_keys_ptr", "text_keys_ptr", "below"]
-    absent += [] if kept == "logit" else ["factors_ptr", "least_ptr"]
+    absent += [] if kept == "logit" else ["centres_ptr", "factors_ptr", "least_ptr"]
     if not write_g:
         absent += ["g_ptr"]
         constants["stride_gm"] = 0

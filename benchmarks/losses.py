@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_siglip import Easiest, Hardest, Random, siglip_loss
+from fused_siglip import Hardest, Random, siglip_loss
 from fused_siglip.kernels import default_backend, triton_obstacle
 from fused_siglip.reference import eager_siglip_loss
 
@@ -72,7 +72,7 @@ def open_clip_loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
 
 
 def masked_loss(
-    x: Tensor, y: Tensor, t: Tensor, b: Tensor, *, negatives: Random | Hardest | Easiest
+    x: Tensor, y: Tensor, t: Tensor, b: Tensor, *, negatives: Random | Hardest
 ) -> Tensor:
     """What one writes without ``negatives=``: the eager loss and a B x B mask of kept pairs."""
     size = x.shape[0]
@@ -81,8 +81,6 @@ def masked_loss(
     else:
         with torch.no_grad():
             similarities = (x @ y.T).fill_diagonal_(-torch.inf)
-            if isinstance(negatives, Easiest):
-                similarities.neg_().fill_diagonal_(-torch.inf)
             wanted = max(round(negatives.keep * (size - 1)), 1)
             last = similarities.sort(dim=1, descending=True).values[:, wanted - 1, None]
             kept = similarities >= last

@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .harness import RESULTS
@@ -76,12 +76,15 @@ class Pages:
         self.stacks = first(found.get("integrations", []))
         self.negatives = first(found.get("negatives", []))
 
-    def plots(self) -> dict[str, Results]:
-        """File under docs/, and what it shows."""
-        shown = {_plot_name(results): results for results in self.gpu}
+    def plots(self) -> dict[str, tuple[Callable, Results]]:
+        """File under docs/, what draws it, and of which results."""
+        costs = {_plot_name(results): results for results in self.gpu}
         if self.cpu is not None:
-            shown["performance_cpu.png"] = self.cpu
-        return {name: r for name, r in shown.items() if select(r.rows, kind="cost")}
+            costs["performance_cpu.png"] = self.cpu
+        shown = {n: (plot_costs, r) for n, r in costs.items() if select(r.rows, kind="cost")}
+        if self.negatives is not None:
+            shown["negatives.png"] = plot_negatives, self.negatives
+        return shown
 
     def performance(self) -> str:
         parts = [
@@ -154,8 +157,8 @@ def stale(pages: Pages, root: Path = ROOT) -> list[str]:
         before = (root / name).read_text()
         if before != pages.filled(name, before):
             names.append(name)
-    plots = [*pages.plots(), *(["negatives.png"] if pages.negatives else [])]
-    return names + [f"docs/{name}" for name in plots if not (root / "docs" / name).exists()]
+    plots = (f"docs/{name}" for name in pages.plots())
+    return names + [name for name in plots if not (root / name).exists()]
 
 
 def write(pages: Pages, root: Path = ROOT) -> None:
@@ -163,11 +166,8 @@ def write(pages: Pages, root: Path = ROOT) -> None:
     (root / "docs/performance.md").write_text(pages.performance())
     for name in FILLED:
         (root / name).write_text(pages.filled(name, (root / name).read_text()))
-    for name, results in pages.plots().items():
-        plot_costs(results.rows, results.environment, root / "docs" / name)
-    if pages.negatives is not None:
-        found = pages.negatives
-        plot_negatives(found.rows, found.environment, root / "docs/negatives.png")
+    for name, (plot, results) in pages.plots().items():
+        plot(results.rows, results.environment, root / "docs" / name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import distributed
 from .engine import Needs, find_thresholds, sweep
-from .kernels import default_backend
-from .negatives import random_pairs
+from .kernels import RandomPairs, default_backend
+from .negatives import hash_bound, image_keys, text_keys
 
 # Whether the running backward keeps its graph: what torch's compiled backward asks before it reuses
 # saved memory (donated buffers). Should torch drop it, gradients are copied instead.
@@ -71,7 +71,11 @@ def _sweep(
         diagonal = None if negative_only or image_ids is not None else 0
         kept = None
         if negatives == "random":
-            kept = random_pairs(keep, seed, (0, 0), (len(x), len(y)), x.device)
+            kept = RandomPairs(
+                image_keys(seed, 0, len(x), x.device),
+                text_keys(seed, 0, len(y), y.device),
+                hash_bound(keep),
+            )
         elif negatives is not None:
             kept = find_thresholds(
                 x, y, logit_scale, image_ids, text_ids, diagonal, negatives, keep, **options

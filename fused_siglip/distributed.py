@@ -19,8 +19,16 @@ from torch import Tensor
 
 from ._checks import FEATURE_DTYPES, REDUCTIONS
 from .engine import Needs, count_negatives, sweep
-from .kernels import BINS, AtLeast
-from .negatives import KINDS, largest_norm, least_kept, random_pairs, threshold_factors
+from .kernels import BINS, AtLeast, RandomPairs
+from .negatives import (
+    KINDS,
+    find_range,
+    hash_bound,
+    image_keys,
+    least_kept,
+    text_keys,
+    threshold_units,
+)
 from .plan import plan_panels
 
 logger = logging.getLogger("fused_siglip")
@@ -214,32 +222,36 @@ def global_sweep(
         return chunk.diagonal if image_ids is None and not negative_only else None
 
     if kind in ("hardest", "easiest"):
-        largest = largest_norm(y, text_ids, acc)
-        with _contact(group, "comparison of the texts' norms"):
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-        factors = threshold_factors(x, largest, logit_scale, kind)
+
+        def reduce(tensor: Tensor, op: str) -> None:
+            with _contact(group, "search for the range of the texts"):
+                dist.all_reduce(tensor, getattr(dist.ReduceOp, op), group)
+
+        units = threshold_units(x, find_range(y, text_ids, acc, reduce), logit_scale, kind)
 
         def count(selected: Tensor | None) -> Tensor:
             counts = x.new_zeros(x.shape[0], BINS, dtype=torch.int32)
 
             def count_texts(chunk: _Chunk, _) -> None:
                 count_negatives(
-                    x, chunk.texts, image_ids, chunk.ids, diagonal_of(chunk), factors, selected,
+                    x, chunk.texts, image_ids, chunk.ids, diagonal_of(chunk), *units, selected,
                     counts, **options,
                 )  # fmt: skip
 
             visit(count_texts, y, text_ids, rows, acc, False, group)
             return counts
 
-        thresholds = AtLeast(factors, least_kept(keep, count).to(acc))
+        thresholds = AtLeast(*units, least_kept(keep, count).to(acc))
 
-    first_image = sum(t.images for t in everyone[:rank])
+    if kind == "random":
+        first_image = sum(t.images for t in everyone[:rank])
+        images = image_keys(seed, first_image, x.shape[0], x.device)
 
     def sweep_texts(chunk: _Chunk, grad_texts: Tensor | None) -> None:
         kept = thresholds
         if kind == "random":
-            shape = x.shape[0], chunk.texts.shape[0]
-            kept = random_pairs(keep, seed, (first_image, chunk.first), shape, x.device)
+            texts = text_keys(seed, chunk.first, chunk.texts.shape[0], x.device)
+            kept = RandomPairs(images, texts, hash_bound(keep))
         sums.add_(
             sweep(
                 x,
@@ -262,12 +274,12 @@ def global_sweep(
 
     nothing = [x.new_empty(0, dtype=acc) for _ in range(2)]
     # the mean over the ranks is the loss of the global batch
-    images = sum(t.real_images for t in everyone) if reduction == "mean" else 1
+    count = sum(t.real_images for t in everyone) if reduction == "mean" else 1
     return (
         sums,
         nothing[0] if grad_x is None else grad_x,
         grad_y if needs.text else nothing[1],
-        torch.full((), max(images, 1) / world_size, dtype=acc, device=x.device),
+        torch.full((), max(count, 1) / world_size, dtype=acc, device=x.device),
     )
 
 

@@ -18,7 +18,7 @@ from .kernels import (
     aligned,
     panel_class,
 )
-from .negatives import COUNTED_ROWS, largest_norm, least_kept, threshold_factors
+from .negatives import ROWS_AT_ONCE, find_range, least_kept, threshold_units
 from .plan import PanelPlan, plan_panels
 
 
@@ -95,7 +95,8 @@ def count_negatives(
     image_ids: Tensor | None,  # (M,) int64
     text_ids: Tensor | None,  # (N,) int64
     diagonal: int | None,
-    factors: Tensor,  # (M,) of AtLeast
+    centres: Tensor,  # (M,) of AtLeast
+    factors: Tensor,  # (M,) likewise
     selected: Tensor | None,  # (M,) int32
     counts: Tensor,  # (M, BINS) int32, added to
     *,
@@ -113,7 +114,8 @@ def count_negatives(
     panel = panels.workspace()
     for rows, _, x_rows, y_cols, positives in panels:
         chosen = None if selected is None else selected[rows]
-        panel.count(x_rows, y_cols, positives, factors[rows], chosen, counts[rows])
+        units = centres[rows], factors[rows]
+        panel.count(x_rows, y_cols, positives, *units, chosen, counts[rows])
 
 
 def find_thresholds(
@@ -130,10 +132,11 @@ def find_thresholds(
     backend: str,
 ) -> AtLeast:
     """Each image's threshold for the hardest or easiest share of its negatives, in two sweeps."""
-    factors = threshold_factors(x, largest_norm(y, text_ids, logit_scale.dtype), logit_scale, kind)
+    text_range = find_range(y, text_ids, logit_scale.dtype)
+    centres, factors = threshold_units(x, text_range, logit_scale, kind)
     least = torch.empty_like(factors)
-    for start in range(0, x.shape[0], COUNTED_ROWS):
-        rows = slice(start, start + COUNTED_ROWS)
+    for start in range(0, x.shape[0], ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
 
         def count(selected: Tensor | None, rows: slice = rows) -> Tensor:
             counts = x.new_zeros(len(x[rows]), BINS, dtype=torch.int32)
@@ -143,6 +146,7 @@ def find_thresholds(
                 None if image_ids is None else image_ids[rows],
                 text_ids,
                 None if diagonal is None else diagonal + rows.start,
+                centres[rows],
                 factors[rows],
                 selected,
                 counts,
@@ -152,7 +156,7 @@ def find_thresholds(
             return counts
 
         least[rows] = least_kept(keep, count).to(least.dtype)
-    return AtLeast(factors, least)
+    return AtLeast(centres, factors, least)
 
 
 class _Panels:
@@ -219,7 +223,7 @@ def _kept_in(
 ) -> RandomPairs | AtLeast | None:
     if isinstance(kept, RandomPairs):
         return RandomPairs(kept.image_keys[rows], kept.text_keys[cols], kept.below)
-    return kept if kept is None else AtLeast(kept.factors[rows], kept.least[rows])
+    return kept if kept is None else AtLeast(*(of_images[rows] for of_images in kept))
 
 
 def _multiprocessors(device: torch.device) -> int | None:

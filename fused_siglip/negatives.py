@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .kernels import BINS, RandomPairs
+from .kernels import BINS
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Random(_Share):
 class Hardest(_Share):
     """Keep, of each image's negatives, the share ``keep`` with the largest logits.
 
-    At least one, and the number rounded up; in a group out of the texts of all ranks. Logits are
-    told apart to 2**-19 of the largest that norms allow, t |x_i| max_j |y_j|: negatives closer than
-    that to the last one kept are kept with it, so ties are never split.
+    At least one, and the number rounded up; in a group out of the texts of all ranks. With c the
+    mean text, logits are told apart to 2**-19 of t |x_i| (max_j |y_j - c| + |c| / 16): negatives
+    closer than that to the last one kept may be kept with it, and equal logits always are.
 
     Raises:
         TypeError, ValueError: a share that is not a number above 0 and at most 1.
@@ -102,39 +102,76 @@ def _keys(first: int, count: int, word: int, other: int, device: torch.device) -
     return torch.where(keys < 2**31, keys, keys - 2**32).int()
 
 
-def random_pairs(
-    keep: float, seed: int, first: tuple[int, int], shape: tuple[int, int], device: torch.device
-) -> RandomPairs:
-    """For images and texts that start at index ``first`` of the global batch."""
-    words = _words(seed)
-    return RandomPairs(
-        _keys(first[0], shape[0], *words[:2], device),
-        _keys(first[1], shape[1], *words[2:], device),
-        min(max(round(keep * 2**32), 1), 2**32 - 1) - 2**31,
-    )
+def image_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Of images ``first`` to ``first + count`` of the global batch, for RandomPairs."""
+    return _keys(first, count, *_words(seed)[:2], device)
 
 
-def largest_norm(y: Tensor, text_ids: Tensor | None, dtype: torch.dtype) -> Tensor:  # ()
-    """Of the texts, without padding; 0 of none."""
-    norms = torch.linalg.vector_norm(y, dim=1, dtype=dtype)
-    if text_ids is not None:
-        norms = torch.where(text_ids < 0, 0, norms)
-    return norms.max() if len(norms) else norms.new_zeros(())
+def text_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    return _keys(first, count, *_words(seed)[2:], device)
 
 
-def threshold_factors(
+def hash_bound(keep: float) -> int:
+    """What the hash of a kept pair is below: ``below`` of RandomPairs."""
+    return min(max(round(keep * 2**32), 1), 2**32 - 1) - 2**31
+
+
+# Images whose histograms exist at one time (in a group: whose cumulated copies do), 16 MiB each;
+# and features that are converted at one time.
+ROWS_AT_ONCE = 4096
+
+
+def find_range(
+    y: Tensor,  # (N, D)
+    text_ids: Tensor | None,  # (N,)
+    dtype: torch.dtype,
+    reduce: Callable[[Tensor, str], None] | None = None,
+) -> tuple[Tensor, Tensor]:  # (D,), ()
+    """The mean of the texts without padding, and how far the farthest lies from it; 0 of none.
+
+    ``reduce`` puts in place of a tensor its "SUM" or "MAX" over the ranks of a group.
+    """
+
+    def blocks(padding: Tensor) -> Iterator[Tensor]:  # (n, D)
+        for start in range(0, len(y), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            block = y[rows].to(dtype)
+            yield block if text_ids is None else block.where(text_ids[rows, None] >= 0, padding)
+
+    total = y.new_zeros(y.shape[1] + 1, dtype=dtype)  # and the number of texts
+    for texts in blocks(total[:-1]):
+        total[:-1] += texts.sum(0)
+    total[-1] = len(y) if text_ids is None else (text_ids >= 0).sum()
+    if reduce is not None:
+        reduce(total, "SUM")
+    centre = total[:-1] / total[-1].clamp(min=1)
+    radius = total.new_zeros(())
+    for texts in blocks(centre):
+        radius = torch.maximum(radius, torch.linalg.vector_norm(texts - centre, dim=1).max())
+    if reduce is not None:
+        reduce(radius, "MAX")
+    return centre, radius
+
+
+def threshold_units(
     x: Tensor,  # (M, D)
-    largest_text: Tensor,  # () largest norm of a text
+    text_range: tuple[Tensor, Tensor],  # (D,), () of find_range
     logit_scale: Tensor,  # () accumulation dtype
     kind: str,
-) -> Tensor:  # (M,) accumulation dtype
-    """What turns similarities into units of the threshold: hard pairs large, within BINS^2 / 2."""
+) -> tuple[Tensor, Tensor]:  # (M,), (M,) accumulation dtype
+    """Centres and factors, so that (s - centre) * factor lies within BINS^2 / 2, hard pairs high.
+
+    Around the mean text, since the cosines of untrained towers are often all alike.
+    """
     acc = logit_scale.dtype
+    centre, radius = text_range
+    centres = torch.cat([rows.to(acc) @ centre for rows in x.split(ROWS_AT_ONCE)])
     norms = torch.linalg.vector_norm(x, dim=1, dtype=acc)
     sign = logit_scale.sign() if kind == "hardest" else -logit_scale.sign()
-    # Cauchy-Schwarz, and 1% for the rounding of similarities and norms
-    largest = (1.01 * norms * largest_text).clamp(min=torch.finfo(acc).tiny)
-    return sign * (BINS**2 / 2) / largest
+    # Cauchy-Schwarz, and 1% for the rounding of norms; 1/16, so that a unit is no less than what
+    # similarities are rounded to in fp32 (and their rounding in tf32 stays within the range)
+    half = norms * (1.01 * radius + torch.linalg.vector_norm(centre) / 16)
+    return centres, sign * (BINS**2 / 2) / half.clamp(min=torch.finfo(acc).tiny)
 
 
 def least_kept(
@@ -154,15 +191,11 @@ def least_kept(
     return selected * BINS + within - BINS**2 // 2
 
 
-# Images whose histograms exist at one time (in a group: whose cumulated copies do), 16 MiB each.
-COUNTED_ROWS = 4096
-
-
 def _last_bin(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) int64
     """The highest bin that with those above it holds ``wanted``; and what those above it hold."""
     last, above = torch.empty_like(wanted), torch.empty_like(wanted)
-    for start in range(0, len(counts), COUNTED_ROWS):
-        rows = slice(start, start + COUNTED_ROWS)
+    for start in range(0, len(counts), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
         reached = counts[rows].flip(1).cumsum(1, dtype=torch.int32)  # from the highest bin down
         later = (reached < wanted[rows, None]).sum(1, keepdim=True).clamp(max=BINS - 1)
         highest = BINS - 1 - later

@@ -48,10 +48,11 @@ class RandomPairs(NamedTuple):
 
 
 class AtLeast(NamedTuple):
-    """Negatives kept by their logit; s * factor is made for comparing: larger is kept first."""
+    """Negatives kept by their logit: dropped where (s - centre) * factor < least (NaN is kept)."""
 
-    factors: Tensor  # (m,) accumulation dtype; |s * factor| stays within BINS^2 / 2
-    least: Tensor  # (m,) likewise, whole numbers: dropped where s * factor is less (NaN is kept)
+    centres: Tensor  # (m,) accumulation dtype, as are the others
+    factors: Tensor  # (m,) (s - centre) * factor lies within BINS^2 / 2, the first to keep highest
+    least: Tensor  # (m,) whole numbers
 
 
 BINS = 1024  # of a histogram: two steps of it find the threshold
@@ -117,11 +118,12 @@ class Panel(Protocol):
         x: Tensor,  # (m, D)
         y: Tensor,  # (n, D)
         positives: Positives,
-        factors: Tensor,  # (m,) of AtLeast
+        centres: Tensor,  # (m,) of AtLeast
+        factors: Tensor,  # (m,) likewise
         selected: Tensor | None,  # (m,) int32
         counts: Tensor,  # (m, BINS) int32, added to; contiguous
     ) -> None:
-        """Count an image's negatives by s * factor, rounded down and counted from the range's end.
+        """Count an image's negatives by (s - centre) * factor, rounded down, from the range's end.
 
         With q in [0, BINS^2) that is bin q // BINS; or, of those in the bin that is ``selected``
         for their image, bin q % BINS.

@@ -132,13 +132,14 @@ class TorchPanel:
         x: Tensor,  # (m, D)
         y: Tensor,  # (n, D)
         positives: Positives,
+        centres: Tensor,  # (m,)
         factors: Tensor,  # (m,)
         selected: Tensor | None,  # (m,) int32
         counts: Tensor,  # (m, BINS) int32
     ) -> None:
         m, n = x.shape[0], y.shape[0]
-        place = self._similarities(x, y, "u").mul_(factors[:, None]).floor_()
-        bins = self._view("bits", m, n).copy_(place)
+        place = self._similarities(x, y, "u").sub_(centres[:, None]).mul_(factors[:, None])
+        bins = self._view("bits", m, n).copy_(place.floor_())
         bins.add_(BINS**2 // 2).clamp_(0, BINS**2 - 1)  # NaN may have become any integer
         counted = self._view("dropped", m, n)
         if selected is None:
@@ -172,7 +173,8 @@ class TorchPanel:
         m, n = s.shape
         dropped = self._view("dropped", m, n)
         if isinstance(kept, AtLeast):
-            place = torch.mul(s, kept.factors[:, None], out=self._view("terms", m, n))
+            place = torch.sub(s, kept.centres[:, None], out=self._view("terms", m, n))
+            place.mul_(kept.factors[:, None])
             torch.lt(place, kept.least[:, None], out=dropped)
         else:
             h, part = self._view("bits", m, n), self._scratch(m, n)

@@ -100,23 +100,19 @@ def pair_masks(
 @triton.jit
 def kept_pairs(
     s,  # (m, n) similarities
-    row0,
-    col0,
-    M,
-    N,
-    image_keys_ptr,  # (M,) int32, of negatives kept by their hash
-    text_keys_ptr,  # (N,) int32
-    below,
-    factors_ptr,  # (M,) fp32, of negatives kept by their logit; or None: by their hash
-    least_ptr,  # (M,) fp32
+    choice,  # image_keys_ptr to least_ptr of the panel kernel
+    block,  # row0, col0, M, N
 ):
     """Which pairs of a block are kept if they are negatives, (m, n)."""
+    row0, col0, M, N = block
+    image_keys_ptr, text_keys_ptr, below, centres_ptr, factors_ptr, least_ptr = choice
     rows = row0 + tl.arange(0, s.shape[0])
     cols = col0 + tl.arange(0, s.shape[1])
-    if factors_ptr is not None:
+    if centres_ptr is not None:
+        centres = tl.load(centres_ptr + rows, mask=rows < M, other=0.0)
         factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
         least = tl.load(least_ptr + rows, mask=rows < M, other=0.0)
-        return ~(s * factors[:, None] < least[:, None])
+        return ~((s - centres[:, None]) * factors[:, None] < least[:, None])
     else:
         image_keys = tl.load(image_keys_ptr + rows, mask=rows < M, other=0)
         text_keys = tl.load(text_keys_ptr + cols, mask=cols < N, other=0)
@@ -157,8 +153,14 @@ def epilogue(
     SCALAR_GRADS: tl.constexpr,
     GRAD_SCALE: tl.constexpr,
     PAIRED: tl.constexpr,
+    CHOSEN: tl.constexpr = False,  # not all negatives take part, but kept_pairs(s, choice, block)
+    choice=None,
+    block=None,
 ):
     loss, gs_sum, g_sum = sums
+    if CHOSEN:
+        kept = kept_pairs(s, choice, block)
+        valid = kept if valid is None else valid & (positive | kept)
     u = s * scale + bias
     if positive is not None:
         u = tl.where(positive, -u, u)
@@ -190,10 +192,11 @@ def panel_kernel(
     logit_bias_ptr,  # () fp32
     image_ids_ptr,  # (M,) int64 or None
     text_ids_ptr,  # (N,) int64 or None
-    image_keys_ptr,  # what kept_pairs takes, or None
-    text_keys_ptr,
-    factors_ptr,
-    least_ptr,
+    image_keys_ptr,  # (M,) int32, of negatives kept by their hash; or None
+    text_keys_ptr,  # (N,) int32, likewise
+    centres_ptr,  # (M,) fp32, of negatives kept by their logit; or None
+    factors_ptr,  # (M,) fp32, likewise
+    least_ptr,  # (M,) fp32, likewise
     flags_ptr,  # (tile rows, tile columns) int32: whether a tile's g is not 0 throughout; or None
     M,
     N,
@@ -231,7 +234,8 @@ def panel_kernel(
     # the registers beside the accumulator. The branches in each part (the easy one too) keep the
     # compiler from mixing the parts again.
     WIDTH: tl.constexpr = BLOCK_N // PARTS
-    CHOSEN: tl.constexpr = image_keys_ptr is not None or factors_ptr is not None
+    CHOSEN: tl.constexpr = image_keys_ptr is not None or centres_ptr is not None
+    choice = image_keys_ptr, text_keys_ptr, below, centres_ptr, factors_ptr, least_ptr
     parts = column_parts(tile, PARTS)
     zero = tl.zeros((OCTETS, 8, COLS), tl.float32)
     sums = (zero, zero, zero)
@@ -242,6 +246,7 @@ def panel_kernel(
         easy &= ~meets_diagonal_or_edge(row0, tile_n * BLOCK_N, M, N, diagonal, BLOCK_M, BLOCK_N)
     for part in tl.static_range(PARTS):
         col0 = tile_n * BLOCK_N + part * WIDTH
+        block = row0, col0, M, N
         g_ptrs = None
         if g_ptr is not None:
             rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -254,39 +259,22 @@ def panel_kernel(
         else:
             mixed = col0 < tl.cdiv(N, BLOCK_N) * BLOCK_N  # the product reads whole tiles
         if easy:
-            kept = None
-            if CHOSEN:
-                kept = kept_pairs(
-                    parts[part], row0, col0, M, N,
-                    image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
-                )  # fmt: skip
             sums = epilogue(
-                parts[part], None, kept, scale, bias, sums, g_ptrs, True,
-                SCALAR_GRADS, GRAD_SCALE, PAIRED,
+                parts[part], None, None, scale, bias, sums, g_ptrs, True,
+                SCALAR_GRADS, GRAD_SCALE, PAIRED, CHOSEN, choice, block,
             )  # fmt: skip
         elif mixed:
             positive, valid = pair_masks(
                 row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
             )
-            if CHOSEN:
-                valid &= positive | kept_pairs(
-                    parts[part], row0, col0, M, N,
-                    image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
-                )  # fmt: skip
             sums = epilogue(
                 parts[part], positive, valid, scale, bias, sums, g_ptrs, False,
-                SCALAR_GRADS, GRAD_SCALE, PAIRED,
+                SCALAR_GRADS, GRAD_SCALE, PAIRED, CHOSEN, choice, block,
             )  # fmt: skip
         elif image_ids_ptr is None:
-            kept = None
-            if CHOSEN:
-                kept = kept_pairs(
-                    parts[part], row0, col0, M, N,
-                    image_keys_ptr, text_keys_ptr, below, factors_ptr, least_ptr,
-                )  # fmt: skip
             sums = epilogue(
-                parts[part], None, kept, scale, bias, sums, g_ptrs, False,
-                SCALAR_GRADS, GRAD_SCALE, PAIRED,
+                parts[part], None, None, scale, bias, sums, g_ptrs, False,
+                SCALAR_GRADS, GRAD_SCALE, PAIRED, CHOSEN, choice, block,
             )  # fmt: skip
         if g_ptr is None:
             tl.debug_barrier()  # as the store has: else the compiler mixes the parts, and spills
@@ -310,6 +298,7 @@ def count_kernel(
     y_ptr,  # (N, D)
     image_ids_ptr,  # (M,) int64 or None
     text_ids_ptr,  # (N,) int64 or None
+    centres_ptr,  # (M,) fp32
     factors_ptr,  # (M,) fp32
     selected_ptr,  # (M,) int32 or None
     counts_ptr,  # (M, BINS) int32
@@ -345,8 +334,9 @@ def count_kernel(
             row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
         )
         counted = valid & ~positive
+        centres = tl.load(centres_ptr + rows, mask=rows < M, other=0.0)
         factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
-        places = place(parts[part] * factors[:, None], BINS)
+        places = place((parts[part] - centres[:, None]) * factors[:, None], BINS)
         bins = places // BINS
         if selected_ptr is not None:
             selected = tl.load(selected_ptr + rows, mask=rows < M, other=-1)
@@ -478,7 +468,7 @@ class TritonPanel:
         config = self.config(x.dtype, precision)
         tiles = math.prod(self._tiles(m, n))
         image_keys, text_keys, below = kept if isinstance(kept, RandomPairs) else (None,) * 3
-        factors, least = kept if isinstance(kept, AtLeast) else (None,) * 2
+        centres, factors, least = kept if isinstance(kept, AtLeast) else (None,) * 3
         partials = self.partials[: self.sums * tiles].view(self.sums, tiles)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             panel_kernel[(tiles,)](
@@ -492,6 +482,7 @@ class TritonPanel:
                 positives.text_ids,
                 image_keys,
                 text_keys,
+                centres,
                 factors,
                 least,
                 self.flags,
@@ -540,6 +531,7 @@ class TritonPanel:
         x: Tensor,  # (m, D)
         y: Tensor,  # (n, D)
         positives: Positives,
+        centres: Tensor,  # (m,)
         factors: Tensor,  # (m,)
         selected: Tensor | None,  # (m,) int32
         counts: Tensor,  # (m, BINS) int32
@@ -553,6 +545,7 @@ class TritonPanel:
                 y,
                 positives.image_ids,
                 positives.text_ids,
+                centres,
                 factors,
                 selected,
                 counts,

@@ -76,7 +76,9 @@ def kept_pairs(
     wanted = (negatives.keep * negative.sum(1) - 1e-6).ceil().long().clamp(min=1)
     ranked = value.masked_fill(~negative, -torch.inf).sort(1, descending=True).values
     threshold = ranked.gather(1, (wanted - 1)[:, None])
-    largest = x.norm(dim=1) * y.norm(dim=1).max()
+    real = y[inputs.ids["text_ids"].cpu() >= 0] if inputs.ids else y
+    centre = real.mean(0) if len(real) else y[0]
+    largest = x.norm(dim=1) * ((y - centre).norm(dim=1).max() + centre.norm() / 16)
     accumulate = torch.promote_types(inputs.image_features.dtype, torch.float32)
     rounding = (d + 8) * UNIT_ROUNDOFF[accumulate] * (x.abs() @ y.abs().T)
     step = 2 * 1.02 * 2.0**-19 * largest[:, None]

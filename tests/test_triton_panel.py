@@ -73,7 +73,7 @@ def pair_masks(x, y, positives, kept=None):
     elif positives.diagonal is not None:
         positive = j == i + positives.diagonal
     if isinstance(kept, AtLeast):
-        value = x.double() @ y.double().T * kept.factors.double()[:, None]
+        value = placed(x, y, kept.centres.double(), kept.factors.double())
         valid = valid & (positive | ~(value < kept.least[:, None]))
     elif kept is not None:
         valid = valid & (positive | (hashes(kept) < kept.below))
@@ -361,16 +361,23 @@ def by_hash(m, n, keep=0.3, seed=0):
 
 def by_logit(x, y, keep=0.3):
     """Thresholds in the widest gap near ``keep``: rounding decides about no pair."""
-    largest = x.double().norm(dim=1) * y.double().norm(dim=1).max()
-    factors = (2.0**19 / 1.01 / largest).float()
-    value = (x.double() @ y.double().T * factors[:, None]).sort(1, descending=True).values
+    centre = y.double().mean(0)
+    reach = (y.double() - centre).norm(dim=1).max() + centre.norm() / 16
+    centres = (x.double() @ centre).float()
+    factors = (2.0**19 / 1.01 / x.double().norm(dim=1) / reach).float()
+    value = placed(x, y, centres.double(), factors.double()).sort(1, descending=True).values
     value = torch.nn.functional.pad(value, (0, 1), value=-(2.0**19))
     near = slice(max(int(keep * len(y)) - 4, 0), int(keep * len(y)) + 4)
     gaps = value[:, :-1] - value[:, 1:]
     widest, at = gaps[:, near].max(1, keepdim=True)
     assert widest.min() > 4
     between = value.gather(1, at + near.start) - widest / 2
-    return AtLeast(factors, between[:, 0].round().float())
+    return AtLeast(centres, factors, between[:, 0].round().float())
+
+
+def placed(x, y, centres, factors):  # (m, n), (m,), (m,) -> (m, n)
+    s = x.to(factors.dtype) @ y.to(factors.dtype).T
+    return (s - centres[:, None]) * factors[:, None]
 
 
 def labels(m, n, low=-2):
@@ -578,9 +585,9 @@ def whole_numbers(m, n, d, dtype):
     return (torch.randint(-3, 4, (k, d), generator=generator).to(DEVICE, dtype) for k in (m, n))
 
 
-def places(x, y, factors):
-    """(m, n): of every pair in [0, BINS^2), in NumPy's fp32."""
-    value = (x.float() @ y.float().T).cpu().numpy() * factors.cpu().numpy()[:, None]
+def places(x, y, centres, factors):
+    """(m, n): of every pair in [0, BINS^2), in torch's fp32."""
+    value = placed(x, y, centres, factors).cpu().numpy()
     half = BINS**2 // 2
     return np.clip(np.floor(value), -half, half - 1).astype(np.int64) + half
 
@@ -598,19 +605,20 @@ def test_counts(factor, positives, dtype):
     m, n = 150, 300
     x, y = whole_numbers(m, n, 24, dtype)
     positives = POSITIVES[positives](m, n)
-    factors = torch.linspace(factor, 0.9 * factor, m, device=DEVICE)
+    units = torch.linspace(-9, 9, m), torch.linspace(factor, 0.9 * factor, m)
+    units = tuple(of_images.to(DEVICE) for of_images in units)
     panel = TritonPanel(m, n, dtype, torch.device(DEVICE), False, False, True)
     counts = torch.full((m, BINS), 5, dtype=torch.int32, device=DEVICE)
-    q = places(x, y, factors)
+    q = places(x, y, *units)
     positive, valid = (mask.cpu().numpy() for mask in pair_masks(x, y, positives))
     negative = valid & ~positive
-    panel.count(x, y, positives, factors, None, counts)
+    panel.count(x, y, positives, *units, None, counts)
     assert np.array_equal(counts.cpu().numpy(), 5 + histogram(q // BINS, negative))
 
     selected = (q // BINS)[:, 7]
     selected[10:20] = -1  # no bin
     panel.count(
-        x, y, positives, factors, torch.from_numpy(selected).int().to(DEVICE), counts.fill_(1)
+        x, y, positives, *units, torch.from_numpy(selected).int().to(DEVICE), counts.fill_(1)
     )
     inside = negative & (q // BINS == selected[:, None])
     assert inside.any() and np.array_equal(counts.cpu().numpy(), 1 + histogram(q % BINS, inside))
@@ -620,24 +628,22 @@ def test_counts(factor, positives, dtype):
 def test_a_threshold_keeps_what_was_counted(dtype):
     """Similarities that are not exact: the panel kernel rounds them as the counting one did."""
     x, y = features(140, 200, 40, dtype)
-    factors = by_logit(x, y).factors
+    *units, least = by_logit(x, y)
     panel = TritonPanel(140, 200, dtype, torch.device(DEVICE), False, False, True)
     counts = torch.zeros(140, BINS, dtype=torch.int32, device=DEVICE)
-    panel.count(x, y, Positives(diagonal=0), factors, None, counts)
+    panel.count(x, y, Positives(diagonal=0), *units, None, counts)
     assert (counts.sum(1) == 199).all()
     for first in (500, 512, 520):
-        least = torch.full_like(factors, first * BINS - BINS**2 // 2)
-        _, g = run(
-            x, y, t=1.0, b=0.0, positives=Positives(diagonal=0), kept=AtLeast(factors, least)
-        )
+        least.fill_(first * BINS - BINS**2 // 2)
+        _, g = run(x, y, t=1.0, b=0.0, positives=Positives(diagonal=0), kept=AtLeast(*units, least))
         assert torch.equal((g != 0).sum(1), 1 + counts[:, first:].sum(1))
 
 
 def test_nan_counts_as_the_largest():
     x, y = features(10, 20, 16, torch.float32)
-    factors = by_logit(x, y).factors
+    *units, _ = by_logit(x, y)
     x[3] = torch.nan
     panel = TritonPanel(10, 20, x.dtype, x.device, False, False, True)
     counts = torch.zeros(10, BINS, dtype=torch.int32, device=DEVICE)
-    panel.count(x, y, Positives(), factors, None, counts)
+    panel.count(x, y, Positives(), *units, None, counts)
     assert counts[3, -1] == 20 and (counts.sum(1) == 20).all()
