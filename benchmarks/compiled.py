@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -282,22 +283,44 @@ def shipped() -> list[tuple[str, torch.dtype, str]]:
     return [row for row in everything if row[::2] != ("gfx942", "tf32")]
 
 
+# The kernels beside the one that writes g of all pairs, and how they are compiled.
+OTHERS = {
+    "no g": partial(compile_panel, write_g=False),
+    "negatives by hash": partial(compile_panel, kept="hash"),
+    "negatives by logit": partial(compile_panel, kept="logit"),
+    "counting of logits": compile_count,
+    "g Y, tiles skipped": partial(compile_product, transposed=False),
+    "g^T X, tiles skipped": partial(compile_product, transposed=True),
+}
+
+
 def compiled_rows() -> Iterator[dict]:
-    """A row for each shipped kernel, and one for the tiles that alternative.py compares it with."""
+    """A row for each shipped kernel (of those beside the panel kernel in bf16 alone), and one for
+    the tiles that alternative.py compares it with."""
     for (target, dtype, precision), ids in product(shipped(), (False, True)):
         compiled = compile_panel(target, dtype, precision, ids=ids)
-        yield _row(compiled, target, dtype, precision, ids, shipped=True)
-    wide = compile_panel("sm_90", torch.bfloat16, "ieee", config=WIDE)
-    yield _row(wide, "sm_90", torch.bfloat16, "ieee", False, shipped=False)
+        yield _row(compiled, "panel", target, dtype, precision, ids, shipped=True)
+    half = torch.bfloat16, "ieee"
+    for (name, compiling), target in product(OTHERS.items(), TARGETS):
+        yield _row(compiling(target, *half), name, target, *half, False, shipped=True)
+    wide = compile_panel("sm_90", *half, config=WIDE)
+    yield _row(wide, "panel", "sm_90", *half, False, shipped=False)
 
 
 def _row(
-    compiled: Compiled, target: str, dtype: torch.dtype, precision: str, ids: bool, shipped: bool
+    compiled: Compiled,
+    kernel: str,
+    target: str,
+    dtype: torch.dtype,
+    precision: str,
+    ids: bool,
+    shipped: bool,
 ) -> dict:
     found = asdict(compiled)
     config = found.pop("config") | compiled.config.constants()
     return {
         "kind": "compiled",
+        "kernel": kernel,
         "shipped": shipped,
         "target": target,
         "dtype": _TYPES[dtype],
@@ -317,7 +340,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="results file; by default under results/")
     args = parser.parse_args()
     columns = ("target", "dtype", "precision", "positives", "registers", "stack_bytes", "spills")
-    columns += ("shared_bytes", "tensor_core", "arithmetic", "special", "occupancy")
+    columns += ("shared_bytes", "tensor_core", "arithmetic", "special", "occupancy", "kernel")
     print(f"triton {triton.__version__}, D = 768, g and all sums written\n{' '.join(columns)}")
     rows = []
     for row in compiled_rows():

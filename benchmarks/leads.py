@@ -13,7 +13,7 @@ TITLE = "## What the compilers make of the panel kernel"
 def compiled_section(found: Results | None) -> str:
     if found is None:
         return f"{TITLE}\n\nNo results file exists yet: `python -m benchmarks.compiled` writes it."
-    shipped = select(found.rows, kind="compiled", shipped=True)
+    shipped = select(found.rows, kind="compiled", shipped=True, kernel="panel")
     lines = (
         [
             row["target"],
@@ -38,14 +38,32 @@ def compiled_section(found: Results | None) -> str:
             f"Every shipped configuration, compiled ahead of time by triton {triton}: {source}. "
             "Registers are a thread's; programs is how many a multiprocessor holds at a time.",
             table(header, lines, left=3),
+            _others(found.rows),
             _account(found.rows),
         ]
     )
 
 
+def _others(rows: list[dict]) -> str:
+    """The kernels beside the panel kernel: one a line, one target a column."""
+    beside = [r for r in select(rows, kind="compiled") if r["kernel"] != "panel"]
+    targets, kernels = (list(dict.fromkeys(r[key] for r in beside)) for key in ("target", "kernel"))
+    lines = ([kernel, *(_fits(row) for row in select(beside, kernel=kernel))] for kernel in kernels)
+    spills = sum(row["spills"] for row in beside)
+    return (
+        f"The other kernels, bf16: registers / programs. Spills, all together: {spills}.\n\n"
+        + table(["", *targets], lines)
+    )
+
+
+def _fits(row: dict) -> str:
+    programs = MISSING if row["occupancy"] is None else row["occupancy"]
+    return f"{row['registers']} / {programs}"
+
+
 def _account(rows: list[dict]) -> str:
     """What the counts of sm_90, bf16 say of each lead. Only a device says what that is worth."""
-    hopper = {"kind": "compiled", "target": "sm_90", "positives": "diagonal", "shipped": True}
+    hopper = {"kernel": "panel", "target": "sm_90", "positives": "diagonal", "shipped": True}
     (half,) = select(rows, dtype="bf16", **hopper)
     (tf32,) = select(rows, precision="tf32", **hopper)
     (wide,) = select(rows, kind="compiled", shipped=False)

@@ -366,6 +366,14 @@ def _diagonal(positives: Positives, n: int) -> int:
     return n if positives.diagonal is None else positives.diagonal
 
 
+def _may_skip(kept: RandomPairs | AtLeast | None, tile: tuple[int, int]) -> bool:
+    """Whether there may be tiles without a kept pair: hardly ever among many random pairs."""
+    if isinstance(kept, RandomPairs):
+        share = (kept.below + 2**31) / 2**32
+        return share * math.prod(tile) < 16  # from there on less than one tile in e^16
+    return kept is not None
+
+
 class TritonPanel:
     """A :class:`fused_siglip.kernels.Panel` in one fused kernel.
 
@@ -438,6 +446,7 @@ class TritonPanel:
         shape = (tiles_m * self.tile[0], tiles_n * self.tile[1])
         self.g = torch.empty(shape, dtype=stored_dtype(dtype), device=device) if write_g else None
         self.flags = self.lists = None
+        self.skips = False  # tiles, in the products of the last call
         if write_g and selects:
             self.flags, self.lists = (
                 torch.empty(size, dtype=torch.int32, device=device)
@@ -470,6 +479,7 @@ class TritonPanel:
         image_keys, text_keys, below = kept if isinstance(kept, RandomPairs) else (None,) * 3
         centres, factors, least = kept if isinstance(kept, AtLeast) else (None,) * 3
         partials = self.partials[: self.sums * tiles].view(self.sums, tiles)
+        self.skips = self.flags is not None and _may_skip(kept, self.tile)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             panel_kernel[(tiles,)](
                 x,
@@ -512,7 +522,7 @@ class TritonPanel:
         fresh: bool,
         transposed: bool,
     ) -> None:
-        if self.flags is None:
+        if not self.skips:
             add_product(out, g.T if transposed else g, other, alpha, fresh)
             return
         tiles = self._tiles(*g.shape)

@@ -524,6 +524,7 @@ def check_product(panel, g, other, transposed, alpha=0.5):
 def test_products(transposed, positives, dtype):
     x, y = features(*TILED, 72, dtype)
     panel, g = panel_of(x, y, POSITIVES[positives](*TILED), tiled_choice(x, y))
+    assert panel.skips
     other = x if transposed else y
     wide = torch.cat([other, torch.full_like(other[:, :8], torch.nan)], 1)
     check_product(panel, g, wide[:, :72], transposed)  # rows further apart than they are long
@@ -534,7 +535,8 @@ def test_products(transposed, positives, dtype):
 @pytest.mark.parametrize("m, n, d", [(1, 1, 1), (130, 257, 200), (257, 1, 16), (128, 128, 128)])
 def test_products_of_smaller_panels_in_the_same_workspace(m, n, d, transposed):
     x, y = features(m, n, d, torch.float32)
-    panel, g = panel_of(x, y, labels(m, n), by_hash(m, n), rows=384, cols=512)
+    panel, g = panel_of(x, y, labels(m, n), by_hash(m, n, 5e-4), rows=384, cols=512)
+    assert panel.skips
     check_product(panel, g, x if transposed else y, transposed)
 
 
@@ -561,6 +563,16 @@ def test_a_tile_in_which_nothing_is_kept_is_not_read(transposed, dtype):
             planted.isnan().all(1).nonzero()[:, 0], torch.arange(128, 256).to(DEVICE)
         )
         assert torch.equal(planted[:128], clean[:128]) and torch.equal(planted[256:], clean[256:])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_tile_is_looked_for_among_many_random_pairs(transposed):
+    """The product is then the library's, which does not take lists."""
+    x, y = features(*TILED, 24, torch.float32)
+    panel, g = panel_of(x, y, Positives(diagonal=0), by_hash(*TILED, 2e-3), rows=384, cols=512)
+    assert not panel.skips and panel.flags.view(-1)[:12].all()
+    check_product(panel, g, x if transposed else y, transposed)
+    assert (panel.lists == -1).all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
