@@ -21,7 +21,7 @@ paper: $(VENV)/ready
 	$(RUN) -m examples.paper --all
 
 test: $(VENV)/ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadgroup
 	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton -n 2
 
 # The laws of the loss on random calls, until a miss.

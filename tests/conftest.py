@@ -7,6 +7,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Of two workers one runs a file whole, for its fixtures; compiling, the longest, is shared."""
+    if config.getoption("loadgroup", False):
+        for item in items:
+            if item.path.name != "test_triton_compiled.py":
+                item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(params=["torch", "triton"])
 def backend(request) -> str:
     """Each portable backend: triton on a GPU, or in its interpreter (TRITON_INTERPRET=1)."""
