@@ -23,10 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_siglip.kernels import BINS, GRAD_SCALE
+from fused_siglip.kernels import GRAD_SCALE
 from fused_siglip.kernels.configs import PanelConfig, panel_config
 from fused_siglip.kernels.math import EASY_LOGIT
 from fused_siglip.kernels.panel_triton import count_kernel, panel_kernel
+from fused_siglip.kernels.places import BINS
 from fused_siglip.kernels.products_triton import product_constants, product_kernel
 
 from .alternative import WIDE

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ._checks import FEATURE_DTYPES, REDUCTIONS
 from .engine import Needs, count_negatives, sweep
-from .kernels import BINS, AtLeast, RandomPairs
+from .kernels import AtLeast, RandomPairs
+from .kernels.places import BINS
 from .negatives import (
     KINDS,
     find_range,
@@ -241,7 +242,7 @@ def global_sweep(
             visit(count_texts, y, text_ids, rows, acc, False, group)
             return counts
 
-        thresholds = AtLeast(*units, least_kept(keep, count).to(acc))
+        thresholds = AtLeast(*units, least_kept(keep, acc, count))
 
     if kind == "random":
         first_image = sum(t.images for t in everyone[:rank])
@@ -274,12 +275,12 @@ def global_sweep(
 
     nothing = [x.new_empty(0, dtype=acc) for _ in range(2)]
     # the mean over the ranks is the loss of the global batch
-    count = sum(t.real_images for t in everyone) if reduction == "mean" else 1
+    divisor = sum(t.real_images for t in everyone) if reduction == "mean" else 1
     return (
         sums,
         nothing[0] if grad_x is None else grad_x,
         grad_y if needs.text else nothing[1],
-        torch.full((), max(count, 1) / world_size, dtype=acc, device=x.device),
+        torch.full((), max(divisor, 1) / world_size, dtype=acc, device=x.device),
     )
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .kernels import (
-    BINS,
     GRAD_SCALE,
     AtLeast,
     Panel,
@@ -18,6 +17,7 @@ from .kernels import (
     aligned,
     panel_class,
 )
+from .kernels.places import BINS
 from .negatives import ROWS_AT_ONCE, find_range, least_kept, threshold_units
 from .plan import PanelPlan, plan_panels
 
@@ -155,7 +155,7 @@ def find_thresholds(
             )
             return counts
 
-        least[rows] = least_kept(keep, count).to(least.dtype)
+        least[rows] = least_kept(keep, least.dtype, count)
     return AtLeast(centres, factors, least)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import BINS
+from .kernels.places import BINS, least_value
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Random(_Share):
 class Hardest(_Share):
     """Keep, of each image's negatives, the share ``keep`` with the largest logits.
 
-    At least one, and the number rounded up; in a group out of the texts of all ranks. With c the
-    mean text, logits are told apart to 2**-19 of t |x_i| (max_j |y_j - c| + |c| / 16): negatives
+    At least one, and the number rounded up; in a group out of the texts of all ranks. Logits are
+    told apart to 2**-14 of their distance from the image's logit with the mean text: negatives
     closer than that to the last one kept may be kept with it, and equal logits always are.
 
     Raises:
@@ -116,6 +116,8 @@ def hash_bound(keep: float) -> int:
     return min(max(round(keep * 2**32), 1), 2**32 - 1) - 2**31
 
 
+_SHARE_BITS = 38  # times a number of texts below 2^25: no overflow
+
 # Images whose histograms exist at one time (in a group: whose cumulated copies do), 16 MiB each;
 # and features that are converted at one time.
 ROWS_AT_ONCE = 4096
@@ -159,7 +161,7 @@ def threshold_units(
     logit_scale: Tensor,  # () accumulation dtype
     kind: str,
 ) -> tuple[Tensor, Tensor]:  # (M,), (M,) accumulation dtype
-    """Centres and factors, so that (s - centre) * factor lies within BINS^2 / 2, hard pairs high.
+    """Centres and factors, so that (s - centre) * factor lies within -1 and 1, hard pairs high.
 
     Around the mean text, since the cosines of untrained towers are often all alike.
     """
@@ -168,27 +170,28 @@ def threshold_units(
     centres = torch.cat([rows.to(acc) @ centre for rows in x.split(ROWS_AT_ONCE)])
     norms = torch.linalg.vector_norm(x, dim=1, dtype=acc)
     sign = logit_scale.sign() if kind == "hardest" else -logit_scale.sign()
-    # Cauchy-Schwarz, and 1% for the rounding of norms; 1/16, so that a unit is no less than what
-    # similarities are rounded to in fp32 (and their rounding in tf32 stays within the range)
-    half = norms * (1.01 * radius + torch.linalg.vector_norm(centre) / 16)
-    return centres, sign * (BINS**2 / 2) / half.clamp(min=torch.finfo(acc).tiny)
+    # Cauchy-Schwarz, and room for the rounding of norms and (in tf32 too) of similarities
+    farthest = norms * (1.01 * radius + torch.linalg.vector_norm(centre) / 16)
+    return centres, sign / farthest.clamp(min=torch.finfo(acc).tiny)
 
 
 def least_kept(
-    keep: float, count: Callable[[Tensor | None], Tensor]
-) -> Tensor:  # (M,) int64, units of the threshold
+    keep: float, dtype: torch.dtype, count: Callable[[Tensor | None], Tensor]
+) -> Tensor:  # (M,)
     """Each image's threshold, in two steps of BINS each.
 
-    ``count`` gives the (M, BINS) int32 numbers of negatives: called with None of each of BINS equal
-    parts of the range, with the parts selected, (M,) int32, of each of their BINS parts.
+    ``count`` gives the (M, BINS) int32 numbers of negatives, as :meth:`Panel.count` does: called
+    with None, then with the bins selected, (M,) int32.
     """
     counts = count(None)
-    pairs = counts.sum(1)
-    # the share is rounded up, but 0.07 * 100 is not 8
-    wanted = (pairs.double() * keep - 1e-6).ceil().long().clamp(min=1)
+    # In whole numbers, which every device has. Rounded up, but 0.07 * 100 to 7: the share is cut.
+    share = int(keep * 2**_SHARE_BITS)
+    wanted = -(-counts.sum(1) * share >> _SHARE_BITS)
+    wanted.clamp_(min=1)
     selected, above = _last_bin(counts, wanted)
+    del counts  # before the next come
     within, _ = _last_bin(count(selected.int()), wanted - above)
-    return selected * BINS + within - BINS**2 // 2
+    return least_value(selected * BINS + within, dtype)
 
 
 def _last_bin(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) int64

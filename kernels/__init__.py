@@ -51,11 +51,8 @@ class AtLeast(NamedTuple):
     """Negatives kept by their logit: dropped where (s - centre) * factor < least (NaN is kept)."""
 
     centres: Tensor  # (m,) accumulation dtype, as are the others
-    factors: Tensor  # (m,) (s - centre) * factor lies within BINS^2 / 2, the first to keep highest
-    least: Tensor  # (m,) whole numbers
-
-
-BINS = 1024  # of a histogram: two steps of it find the threshold
+    factors: Tensor  # (m,) (s - centre) * factor lies within -1 and 1, the first to keep highest
+    least: Tensor  # (m,)
 
 
 class Panel(Protocol):
@@ -123,10 +120,10 @@ class Panel(Protocol):
         selected: Tensor | None,  # (m,) int32
         counts: Tensor,  # (m, BINS) int32, added to; contiguous
     ) -> None:
-        """Count an image's negatives by (s - centre) * factor, rounded down, from the range's end.
+        """Count an image's negatives by the place (see places.py) of (s - centre) * factor.
 
-        With q in [0, BINS^2) that is bin q // BINS; or, of those in the bin that is ``selected``
-        for their image, bin q % BINS.
+        That is bin place // BINS; or, of those in the bin that is ``selected`` for their image,
+        bin place % BINS. NaN has the highest place.
         """
 
 

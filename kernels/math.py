@@ -1,10 +1,16 @@
 """Device functions that the Triton kernels share: log-sigmoid, choice of negatives, tile parts."""
 
+import torch
 import triton
 import triton.language as tl
 
+from . import places
+
 _LOG2_E = tl.constexpr(1.4426950216293335)  # rounded to fp32
 _LOG2_E_REST = tl.constexpr(1.9259630e-8)  # what the rounding cut off
+
+_HALF = tl.constexpr(places.HALF)
+_SHIFT, _LOWEST = (tl.constexpr(number) for number in places.cut(torch.float32))
 
 
 @triton.jit
@@ -72,12 +78,17 @@ def pair_hash(image_keys, text_keys):
 
 
 @triton.jit
-def place(value, BINS: tl.constexpr):
-    """fp32 value in +-BINS^2 / 2 to int32 in [0, BINS^2): rounded down, counted from the lowest."""
-    HALF: tl.constexpr = BINS * BINS // 2
-    value = tl.where(value < HALF - 1, tl.floor(value), HALF - 1)  # NaN, always kept, is a largest
-    value = tl.maximum(value, -HALF)
-    return value.to(tl.int32) + HALF
+def placed(s, centres, factors):
+    """What thresholds are compared with: the same bits whenever they are found or applied."""
+    return (s - centres[:, None]) * factors[:, None]
+
+
+@triton.jit
+def place(value):
+    """fp32 to int32 in [0, BINS^2): see places.py."""
+    bits = tl.abs(value).to(tl.int32, bitcast=True)
+    magnitude = tl.minimum(tl.maximum((bits >> _SHIFT) - _LOWEST, 0), _HALF - 1)
+    return tl.where(value < 0, ~magnitude, magnitude) + _HALF
 
 
 @triton.jit

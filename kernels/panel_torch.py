@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import BINS, GRAD_SCALE, AtLeast, Positives, RandomPairs
+from . import GRAD_SCALE, AtLeast, Positives, RandomPairs
+from .places import BINS, FORMATS, HALF, cut
 from .products import add_product
 
 # torch's softplus returns u itself beyond its threshold; at 40 that is exact in float64 too
@@ -138,10 +139,14 @@ class TorchPanel:
         counts: Tensor,  # (m, BINS) int32
     ) -> None:
         m, n = x.shape[0], y.shape[0]
-        place = self._similarities(x, y, "u").sub_(centres[:, None]).mul_(factors[:, None])
-        bins = self._view("bits", m, n).copy_(place.floor_())
-        bins.add_(BINS**2 // 2).clamp_(0, BINS**2 - 1)  # NaN may have become any integer
+        value = self._placed(self._similarities(x, y, "u"), centres, factors, "u")
         counted = self._view("dropped", m, n)
+        below_zero = self._scratch(m, n).copy_(torch.lt(value, 0, out=counted)).neg_()
+        shift, lowest = cut(value.dtype)
+        bits = value.abs_().view(FORMATS[value.dtype][0])
+        bits.bitwise_right_shift_(shift).sub_(lowest).clamp_(0, HALF - 1)
+        bins = self._view("bits", m, n).copy_(bits)
+        bins.bitwise_xor_(below_zero).add_(HALF)  # -1 turns every bit
         if selected is None:
             bins.bitwise_right_shift_(_BIN_BITS)
             counted.fill_(True)
@@ -164,6 +169,11 @@ class TorchPanel:
         # half precision on a GPU: fp32 logits from half operands
         return torch.mm(x, y.T, out_dtype=s.dtype, out=s)
 
+    def _placed(self, s: Tensor, centres: Tensor, factors: Tensor, buffer: str) -> Tensor:  # (m, n)
+        """What thresholds are compared with: the same bits whenever they are found or applied."""
+        value = torch.sub(s, centres[:, None], out=self._view(buffer, *s.shape))
+        return value.mul_(factors[:, None])
+
     def _scratch(self, m: int, n: int) -> Tensor:  # (m, n) int32, until "terms" is written
         return self.buffers["terms"].view(torch.int32)[: m * n].view(m, n)
 
@@ -173,9 +183,8 @@ class TorchPanel:
         m, n = s.shape
         dropped = self._view("dropped", m, n)
         if isinstance(kept, AtLeast):
-            place = torch.sub(s, kept.centres[:, None], out=self._view("terms", m, n))
-            place.mul_(kept.factors[:, None])
-            torch.lt(place, kept.least[:, None], out=dropped)
+            value = self._placed(s, kept.centres, kept.factors, "terms")
+            torch.lt(value, kept.least[:, None], out=dropped)
         else:
             h, part = self._view("bits", m, n), self._scratch(m, n)
             torch.bitwise_xor(kept.image_keys[:, None], kept.text_keys, out=h)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import BINS, GRAD_SCALE, OLDEST_CAPABILITY, AtLeast, Positives, RandomPairs
+from . import GRAD_SCALE, OLDEST_CAPABILITY, AtLeast, Positives, RandomPairs
 from .configs import TILE, PanelConfig, panel_config
 from .math import (
     EASY_LOGIT,
@@ -17,8 +17,10 @@ from .math import (
     easy_softplus_sigmoid,
     pair_hash,
     place,
+    placed,
     softplus_sigmoid,
 )
+from .places import BINS
 from .products import add_product
 from .products_triton import add_kept_product, list_elements
 
@@ -112,7 +114,7 @@ def kept_pairs(
         centres = tl.load(centres_ptr + rows, mask=rows < M, other=0.0)
         factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
         least = tl.load(least_ptr + rows, mask=rows < M, other=0.0)
-        return ~((s - centres[:, None]) * factors[:, None] < least[:, None])
+        return ~(placed(s, centres, factors) < least[:, None])
     else:
         image_keys = tl.load(image_keys_ptr + rows, mask=rows < M, other=0)
         text_keys = tl.load(text_keys_ptr + cols, mask=cols < N, other=0)
@@ -336,7 +338,7 @@ def count_kernel(
         counted = valid & ~positive
         centres = tl.load(centres_ptr + rows, mask=rows < M, other=0.0)
         factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
-        places = place((parts[part] - centres[:, None]) * factors[:, None], BINS)
+        places = place(placed(parts[part], centres, factors))
         bins = places // BINS
         if selected_ptr is not None:
             selected = tl.load(selected_ptr + rows, mask=rows < M, other=-1)

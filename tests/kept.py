@@ -81,7 +81,9 @@ def kept_pairs(
     largest = x.norm(dim=1) * ((y - centre).norm(dim=1).max() + centre.norm() / 16)
     accumulate = torch.promote_types(inputs.image_features.dtype, torch.float32)
     rounding = (d + 8) * UNIT_ROUNDOFF[accumulate] * (x.abs() @ y.abs().T)
-    step = 2 * 1.02 * 2.0**-19 * largest[:, None]
+    # of the distance from the image's value with the mean text; below 2^-30 of the largest none
+    step = 1.001 * 2.0**-14 * (threshold - sign * (x @ centre)[:, None]).abs()
+    step += 2.0**-29 * largest[:, None]
     unsure = negative & ((value - threshold).abs() <= step + 2 * rounding)
     return negative & (value >= threshold), unsure
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import HAS_GPU, INTERPRETED
 
-from fused_siglip.kernels import BINS, GRAD_SCALE, AtLeast, Positives, RandomPairs
+from fused_siglip.kernels import GRAD_SCALE, AtLeast, Positives, RandomPairs
+from fused_siglip.kernels.places import BINS, least_value
 from fused_siglip.rounding import UNIT_ROUNDOFF
 
 triton = pytest.importorskip("triton")
@@ -364,15 +365,15 @@ def by_logit(x, y, keep=0.3):
     centre = y.double().mean(0)
     reach = (y.double() - centre).norm(dim=1).max() + centre.norm() / 16
     centres = (x.double() @ centre).float()
-    factors = (2.0**19 / 1.01 / x.double().norm(dim=1) / reach).float()
+    factors = (1 / 1.01 / x.double().norm(dim=1) / reach).float()
     value = placed(x, y, centres.double(), factors.double()).sort(1, descending=True).values
-    value = torch.nn.functional.pad(value, (0, 1), value=-(2.0**19))
+    value = torch.nn.functional.pad(value, (0, 1), value=-1.0)
     near = slice(max(int(keep * len(y)) - 4, 0), int(keep * len(y)) + 4)
     gaps = value[:, :-1] - value[:, 1:]
     widest, at = gaps[:, near].max(1, keepdim=True)
-    assert widest.min() > 4
+    assert widest.min() > 2**-17
     between = value.gather(1, at + near.start) - widest / 2
-    return AtLeast(centres, factors, between[:, 0].round().float())
+    return AtLeast(centres, factors, between[:, 0].float())
 
 
 def placed(x, y, centres, factors):  # (m, n), (m,), (m,) -> (m, n)
@@ -598,10 +599,12 @@ def whole_numbers(m, n, d, dtype):
 
 
 def places(x, y, centres, factors):
-    """(m, n): of every pair in [0, BINS^2), in torch's fp32."""
+    """(m, n): the place of every pair in [0, BINS^2), by its definition."""
     value = placed(x, y, centres, factors).cpu().numpy()
-    half = BINS**2 // 2
-    return np.clip(np.floor(value), -half, half - 1).astype(np.int64) + half
+    mantissa, exponent = np.frexp(np.abs(value).astype(np.float64))  # in [1/2, 1): exponents +1
+    magnitude = (exponent + 30) * 2**14 + np.floor((2 * mantissa - 1) * 2**14)
+    magnitude = np.where(value == 0, 0, np.clip(magnitude, 0, BINS**2 // 2 - 1)).astype(np.int64)
+    return BINS**2 // 2 + np.where(value < 0, -1 - magnitude, magnitude)
 
 
 def histogram(bins, counted):
@@ -612,7 +615,7 @@ def histogram(bins, counted):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("positives", POSITIVES)
-@pytest.mark.parametrize("factor", [3517.3, -1234.5, 1e6], ids=["up", "down", "past the range"])
+@pytest.mark.parametrize("factor", [4e-3, -2e-3, 2.0], ids=["up", "down", "past the range"])
 def test_counts(factor, positives, dtype):
     m, n = 150, 300
     x, y = whole_numbers(m, n, 24, dtype)
@@ -645,8 +648,8 @@ def test_a_threshold_keeps_what_was_counted(dtype):
     counts = torch.zeros(140, BINS, dtype=torch.int32, device=DEVICE)
     panel.count(x, y, Positives(diagonal=0), *units, None, counts)
     assert (counts.sum(1) == 199).all()
-    for first in (500, 512, 520):
-        least.fill_(first * BINS - BINS**2 // 2)
+    for first in (400, 512, 1000):
+        least = least_value(torch.full_like(least, first * BINS, dtype=torch.int64), least.dtype)
         _, g = run(x, y, t=1.0, b=0.0, positives=Positives(diagonal=0), kept=AtLeast(*units, least))
         assert torch.equal((g != 0).sum(1), 1 + counts[:, first:].sum(1))
 
