@@ -137,8 +137,7 @@ def measure(call: str, backend: str, dtype: torch.dtype, device: str) -> list[fl
 
 def _triton_runs(device: str, dtype: torch.dtype) -> bool:
     """On a GPU where it is what users get; elsewhere where its interpreter does."""
-    obstacle = default_obstacle if device == "cuda" else triton_obstacle
-    return obstacle(device, dtype) is None
+    return triton_obstacle(device, dtype) is None
 
 
 def check(device: str) -> list[str]:

@@ -160,7 +160,7 @@ def check_options(
     reduction: str,
     workspace_bytes: int | None,
     backend: str | None,
-    device_type: str,
+    device: torch.device,
     dtype: torch.dtype,
 ) -> None:
     """Check the options that choose how the loss is computed."""
@@ -176,7 +176,7 @@ def check_options(
             raise ValueError("workspace_bytes does not fit 63 bits: expected less than 2**63")
     if backend is not None:
         _check_choice("backend", backend, BACKENDS, "None, ")
-    check_backend(backend, device_type, dtype)
+    check_backend(backend, device, dtype)
 
 
 def check_dist_impl(dist_impl: str | None, known: Collection[str]) -> None:

@@ -74,6 +74,17 @@ _AGREED = {"dim": "D", "dtype": "dtype", "has_ids": "ids", "negative_only": "neg
            "keep": "keep of negatives", "seed": "seed of negatives"}  # fmt: skip
 
 
+# What a field's number stands for, where it is not that number.
+_SAID: dict[str, Callable[[int], object]] = {
+    "dtype": lambda v: FEATURE_DTYPES[v],
+    "negative_only": bool,
+    "reduction": lambda v: REDUCTIONS[v],
+    "has_ids": lambda v: "given" if v else "missing",
+    "dist_impl": lambda v: None if v < 0 else list(DIST_IMPLS)[v],
+    "negatives": lambda v: None if v < 0 else list(KINDS.values())[v].__name__,
+    "keep": lambda v: struct.unpack("d", struct.pack("q", v))[0],
+}
+
 # torch 2.13 renamed the collectives over one tensor and warns of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -127,31 +138,21 @@ def _agree(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
     for field, name in _AGREED.items():
         values = [getattr(t, field) for t in everyone]
         if len(set(values)) > 1:
-            if field == "dtype":
-                values = [FEATURE_DTYPES[v] for v in values]
-            elif field == "negative_only":
-                values = [bool(v) for v in values]
-            elif field == "reduction":
-                values = [REDUCTIONS[v] for v in values]
-            elif field == "has_ids":
-                values = ["given" if v else "missing" for v in values]
-            elif field == "dist_impl":
-                values = [None if v < 0 else list(DIST_IMPLS)[v] for v in values]
-            elif field == "negatives":
-                values = [None if v < 0 else list(KINDS.values())[v].__name__ for v in values]
-            elif field == "keep":
-                values = [struct.unpack("d", struct.pack("q", v))[0] for v in values]
+            said = _SAID.get(field, str)
             other = next(rank for rank, v in enumerate(values) if v != values[0])
             raise ValueError(
-                f"ranks disagree on {name}: {values[0]} on rank 0 and {values[other]} on rank "
-                f"{other} of the group: expected the same on every rank"
+                f"ranks disagree on {name}: {said(values[0])} on rank 0 and {said(values[other])} "
+                f"on rank {other} of the group: expected the same on every rank"
             )
     return everyone
 
 
-def choose_impl(rows: int, dim: int, itemsize: int, world_size: int, need_text_grad: bool) -> str:
-    """Gather while the gathered texts (and their fp32 gradients) stay small, otherwise the ring."""
-    gathered = world_size * rows * dim * (itemsize + (4 if need_text_grad else 0))
+def choose_impl(
+    rows: int, dim: int, dtype: torch.dtype, world_size: int, need_text_grad: bool
+) -> str:
+    """Gather while the gathered texts (and their gradients) stay small, otherwise the ring."""
+    accumulated = torch.promote_types(dtype, torch.float32).itemsize
+    gathered = world_size * rows * dim * (dtype.itemsize + need_text_grad * accumulated)
     return "gather" if gathered <= _GATHER_BUDGET else "ring"
 
 
@@ -204,7 +205,7 @@ def global_sweep(
     rows = [t.rows for t in everyone]
     need_text_grad = any(t.need_text_grad for t in everyone)
     impl = DIST_IMPLS.get(dist_impl) or choose_impl(
-        max(rows), x.shape[1], x.element_size(), world_size, need_text_grad
+        max(rows), x.shape[1], x.dtype, world_size, need_text_grad
     )
     logger.debug("dist_impl=%s: %s over %d ranks, texts %s", dist_impl, impl, world_size, rows)
 

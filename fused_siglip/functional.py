@@ -91,7 +91,7 @@ def siglip_loss(
         _checks.check_scalar("logit_bias", logit_bias, device, dtype)
         _checks.check_pairing(image_features, text_features, image_ids, text_ids, negative_only)
         _checks.check_negatives(negatives)
-        _checks.check_options(reduction, workspace_bytes, backend, device.type, dtype)
+        _checks.check_options(reduction, workspace_bytes, backend, device, dtype)
     except (TypeError, ValueError):
         if group is not None:
             distributed.report_bad_arguments(group)
@@ -142,8 +142,9 @@ def siglip_loss(
 def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    value = value if isinstance(value, float) else float(value)
-    return torch.full((), value, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    return torch.full(
+        (), float(value), dtype=torch.promote_types(dtype, torch.float32), device=device
+    )
 
 
 def _never_equal(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,10 +40,12 @@ class Random(_Share):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+        if not isinstance(self.seed, numbers.Integral) or isinstance(self.seed, bool):
             raise TypeError(f"seed is a {type(self.seed).__qualname__}: expected an int")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: expected 0 up to 2**63")
+        if not isinstance(self.seed, int):  # NumPy's
+            object.__setattr__(self, "seed", int(self.seed))
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,13 @@ KINDS = {"random": Random, "hardest": Hardest, "easiest": Easiest}  # as the ope
 
 
 def kind_of(negatives: Negatives | None) -> str | None:
-    return None if negatives is None else type(negatives).__name__.lower()
+    """The name in :data:`KINDS`; a subclass is what it derives from."""
+    return next((name for name, kind in KINDS.items() if isinstance(negatives, kind)), None)
 
 
-# The hash: two rounds of multiplication and shift, lowbias32 of Chris Wellons' hash prospector.
+# The hash: two rounds of multiplication and shift, lowbias32 of Chris Wellons' hash prospector. It
+# makes a row's key of its index and the seed's words; a pair's hash is that of image key ^ text key
+# without the last shift, as an int32, and the pair is kept where it is below a bound.
 _MASK = 0xFFFFFFFF
 
 
@@ -118,7 +123,7 @@ def hash_bound(keep: float) -> int:
 
 _SHARE_BITS = 38  # times a number of texts below 2^25: no overflow
 
-# Images whose histograms exist at one time (in a group: whose cumulated copies do), 16 MiB each;
+# Images whose histograms exist at one time (in a group: whose cumulated copies do), 16 MiB in all;
 # and features that are converted at one time.
 ROWS_AT_ONCE = 4096
 

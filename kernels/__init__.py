@@ -40,11 +40,16 @@ class Positives(NamedTuple):
 
 
 class RandomPairs(NamedTuple):
-    """Negatives kept by a hash of the pair (defined in fused_siglip/negatives.py)."""
+    """Negatives kept by a hash of the pair (see fused_siglip/negatives.py)."""
 
     image_keys: Tensor  # (m,) int32
     text_keys: Tensor  # (n,) int32
     below: int  # kept where the pair's hash, an int32, is below it
+
+    @property
+    def share(self) -> float:
+        """Of pairs that are kept, on average."""
+        return (self.below + 2**31) / 2**32
 
 
 class AtLeast(NamedTuple):
@@ -127,37 +132,35 @@ class Panel(Protocol):
         """
 
 
-def triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+def triton_obstacle(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why the Triton backend cannot run on this device and dtype, or None where it can."""
+    device = torch.device(device)
     if not _TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "it has no float64 (use backend='torch')"
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs a CUDA or ROCm device, not {device_type} (or TRITON_INTERPRET=1 to debug)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA or ROCm device, not {device.type} (or TRITON_INTERPRET=1 to debug)"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < OLDEST_CAPABILITY:
+            return f"it needs CUDA compute capability 8.0 or newer, this device has {major}.{minor}"
     return None
 
 
-def check_backend(name: str | None, device_type: str, dtype: torch.dtype) -> None:
+def check_backend(name: str | None, device: torch.device, dtype: torch.dtype) -> None:
     """Raise ValueError where Triton was asked for by name and cannot run."""
-    obstacle = triton_obstacle(device_type, dtype) if name == "triton" else None
+    obstacle = triton_obstacle(device, dtype) if name == "triton" else None
     if obstacle is not None:
         raise ValueError(f"backend='triton' cannot run here: {obstacle}")
 
 
 def default_obstacle(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why Triton is not what a caller gets who names no backend, or None where it is."""
-    device = torch.device(device)
-    obstacle = triton_obstacle(device.type, dtype)
-    if obstacle is not None:
-        return obstacle
-    if device.type != "cuda":
-        return f"it is only chosen on a CUDA or ROCm device, not on {device.type}"
-    if torch.version.hip is None and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) < OLDEST_CAPABILITY:
-            return f"it needs CUDA compute capability 8.0 or newer, this device has {major}.{minor}"
-    return None
+    obstacle = triton_obstacle(device, dtype)
+    if obstacle is None and torch.device(device).type != "cuda":
+        return f"it is only chosen on a CUDA or ROCm device, not on {torch.device(device).type}"
+    return obstacle
 
 
 def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import GRAD_SCALE, OLDEST_CAPABILITY, AtLeast, Positives, RandomPairs
+from . import GRAD_SCALE, AtLeast, Positives, RandomPairs
 from .configs import TILE, PanelConfig, panel_config
 from .math import (
     EASY_LOGIT,
@@ -371,8 +371,7 @@ def _diagonal(positives: Positives, n: int) -> int:
 def _may_skip(kept: RandomPairs | AtLeast | None, tile: tuple[int, int]) -> bool:
     """Whether there may be tiles without a kept pair: hardly ever among many random pairs."""
     if isinstance(kept, RandomPairs):
-        share = (kept.below + 2**31) / 2**32
-        return share * math.prod(tile) < 16  # from there on less than one tile in e^16
+        return kept.share * math.prod(tile) < 16  # from there on less than one tile in e^16
     return kept is not None
 
 
@@ -433,12 +432,6 @@ class TritonPanel:
             self.target = "hip"
         else:
             self.target = torch.cuda.get_device_capability(device)
-            if self.target < OLDEST_CAPABILITY:
-                major, minor = self.target
-                raise ValueError(
-                    "the Triton backend needs CUDA compute capability 8.0 or newer, "
-                    f"got {major}.{minor}"
-                )
         tiles_m, tiles_n = self._tiles(rows, cols)
         self.sums = 3 if scalar_grads else 1
         self.partials = torch.empty(

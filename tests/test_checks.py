@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fused_siglip import SigLipLoss, siglip_loss
-from fused_siglip.kernels import default_backend, default_obstacle
+from fused_siglip.kernels import check_backend, default_backend, default_obstacle
 from fused_siglip.reference import eager_siglip_loss
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -253,6 +253,10 @@ def test_what_a_cuda_device_gets_by_default(monkeypatch, capability, dtype, expe
     obstacle = default_obstacle("cuda", dtype)
     assert (obstacle is None) == (expected == "triton")
     if capability < (8, 0):
+        with pytest.raises(
+            ValueError, match="backend='triton' cannot run here: it needs CUDA comp"
+        ):
+            check_backend("triton", torch.device("cuda"), dtype)
         assert "compute capability 8.0 or newer, this device has 7.5" in obstacle
 
 

@@ -1,5 +1,6 @@
 """Negatives chosen at random or by their logit: which they are, and the loss of what is kept."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -159,6 +160,18 @@ def test_all_of_them_is_the_loss_itself(choice):
     all_kept = loss_and_grads(siglip_loss, inputs, negatives=choice)
     plain = loss_and_grads(siglip_loss, inputs)
     assert all(torch.equal(a, p) for a, p in zip(all_kept, plain, strict=True))
+
+
+class Mine(Random):
+    pass
+
+
+@pytest.mark.parametrize("negatives", [Mine(0.3, 7), Random(0.3, np.int64(7)), Random(0.3, 7)])
+def test_a_subclass_is_what_it_derives_from(negatives):
+    inputs = make_inputs(50, 50, 8)
+    actual = siglip_loss(*inputs.tensors(), negatives=negatives)
+    assert actual == siglip_loss(*inputs.tensors(), negatives=Random(0.3, seed=7))
+    assert actual < siglip_loss(*inputs.tensors())
 
 
 def test_empty_batches_and_dropped_nan(backend, device):

@@ -18,8 +18,8 @@ SMALL_VOCABULARY = VOCABULARY // 8  # the paper: 32 k of 250 k
 BOTTLENECK = WIDTH // 8  # the paper: K = 96 of W = 768
 SHARE = 21  # captions of each language in a mixed batch, and in a batch of one language alone
 BATCH_SIZE = SHARE * len(LANGUAGES)
-RATES = {BATCH_SIZE: (3e-3, 1e-2, 2e-2), SHARE: (1e-3, 3e-3, 1e-2)}
-RATE = {BATCH_SIZE: 1e-2, SHARE: 3e-3}  # the best of these: the section shows it
+RATES = {BATCH_SIZE: (3e-3, 1e-2, 2e-2), SHARE: (3e-4, 1e-3, 3e-3, 1e-2)}
+RATE = {BATCH_SIZE: 1e-2, SHARE: 1e-3}  # the best of these: the section shows it
 SWEEP_SEED = 100  # not among the study's
 MARGIN = 0.02
 
@@ -99,6 +99,11 @@ def _minus(a: list[float], b: list[float]) -> list[float]:
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
+def _everywhere(gains: dict[str, list[float]]) -> list[float]:
+    """Mean over languages, one value a seed."""
+    return [mean(list(several)) for several in zip(*gains.values(), strict=True)]
+
+
 def _claims(rows: list[dict]) -> list[str]:
     gains = _gains(rows)
     worst = min(gains, key=lambda name: mean(gains[name]))
@@ -110,9 +115,10 @@ def _claims(rows: list[dict]) -> list[str]:
             above(gains[worst], -MARGIN),
             "one model, trained on batches that mix twelve languages, serves each of them as well "
             "as a model of its own that saw as many captions of it in as many steps",
-            "section 4.3",
+            "this page's own, after section 4.3",
             f"Mix minus alone in {worst}, where it is lowest: {interval(gains[worst]).points()}; "
-            f"seen above -{MARGIN:.0%}.",
+            f"seen above -{MARGIN:.0%}. In the mean of all languages: "
+            f"{interval(_everywhere(gains)).points()}.",
         ),
         claim(
             above(vocabulary),
@@ -233,7 +239,8 @@ Means over seeds (and range); differences paired by seed, with 95% intervals (St
 Rule: seen where the whole interval lies above the bound given, opposite where it lies below,
 otherwise not seen.
 
-Rates that were tried, on a seed of their own; the study takes {RATE[BATCH_SIZE]:g} for batches of
+Rates that were tried, on a seed of their own, whose images to train and to test with are drawn anew
+(so they overlap with the study's); the study takes {RATE[BATCH_SIZE]:g} for batches of
 {BATCH_SIZE} and {RATE[SHARE]:g} for batches of {SHARE}:
 
 {table(("captions", "rate", "accuracy"), tried)}

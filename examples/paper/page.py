@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import textwrap
@@ -61,6 +62,11 @@ def build(studies: list[Study], folders: Folders, plots: Path) -> str:
                 f"`python -m examples.paper --study {study.name}` makes it."
             )
             continue
+        if len({json.dumps(row.get("pairs")) for row in results.rows}) > 1:
+            raise ValueError(
+                f"{results.path.name} holds runs on different data, of other versions of the "
+                "packages: delete it and run the study anew"
+            )
         section = study.section(results.rows, plots).strip()
         title = re.match(r"## (.+)", section)
         found = claims(section)
@@ -70,7 +76,7 @@ def build(studies: list[Study], folders: Folders, plots: Path) -> str:
         lines += [(text, source, f"[{verdict}](#{anchor})") for verdict, text, source in found]
         sections.append(f"{section}\n\n{_source(study, results, folders)}")
     verdicts = table(("claim", "where in the paper", "verdict here"), lines, left=3)
-    siglip2 = (HERE / "siglip2.md").read_text().strip()
+    siglip2 = (HERE / "siglip2.md.in").read_text().strip()
     parts = [INTRODUCTION, "## Verdicts", verdicts, *map(_wrapped, sections), siglip2]
     return "\n\n".join(parts) + "\n"
 

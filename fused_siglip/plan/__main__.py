@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{args.world_size * args.local_batch}), D = {args.dim}, {args.dtype}, {backend} panels\n"
     )
     print(table({impl: cost.predict(impl, *sizes, dtype, device, backend) for impl in impls}))
-    chosen = choose_impl(args.local_batch, args.dim, dtype.itemsize, args.world_size, True)
+    chosen = choose_impl(args.local_batch, args.dim, dtype, args.world_size, True)
     print(
         f"\ndist_impl=None chooses {chosen}.\n\n{assumptions(args.device, dtype, args.world_size)}"
     )
