@@ -60,9 +60,9 @@ def sweep(
     images (and N texts), which negatives take part; None: all.
     Panels are visited and summed in a fixed order: the same inputs give the same bits.
     """
-    needed = grad_x is not None, grad_y is not None, scalar_grads
+    needs = Needs(grad_x is not None, grad_y is not None, scalar_grads)
     panels = _Panels(
-        x, y, image_ids, text_ids, diagonal, needed, kept is not None, workspace_bytes, backend
+        x, y, image_ids, text_ids, diagonal, needs, kept is not None, workspace_bytes, backend
     )
     plan = panels.plan
     if x.shape[0] == 0 or y.shape[0] == 0:
@@ -107,8 +107,8 @@ def count_negatives(
 
     A light sweep: one product, nothing is written but the counts.
     """
-    needed = False, False, False
-    panels = _Panels(x, y, image_ids, text_ids, diagonal, needed, True, workspace_bytes, backend)
+    needs = Needs(image=False, text=False, scalars=False)
+    panels = _Panels(x, y, image_ids, text_ids, diagonal, needs, True, workspace_bytes, backend)
     if x.shape[0] == 0 or y.shape[0] == 0:
         return
     panel = panels.workspace()
@@ -169,15 +169,15 @@ class _Panels:
         image_ids: Tensor | None,
         text_ids: Tensor | None,
         diagonal: int | None,
-        needed: tuple[bool, bool, bool],  # dX, dY, dt and db
+        needs: Needs,
         selects: bool,
         workspace_bytes: int | None,
         backend: str,
     ):
         self.x, self.y, self.image_ids, self.text_ids = x, y, image_ids, text_ids
-        self.diagonal, self.needed, self.selects = diagonal, needed, selects
-        self.type = panel_class(backend)
-        align = self.type.align
+        self.diagonal, self.needs, self.selects = diagonal, needs, selects
+        self.panel_class = panel_class(backend)
+        align = self.panel_class.align
         self.copies = image_ids is not None or not (aligned(x, align) and aligned(y, align))
         self.plan = plan_panels(
             x.shape[0],
@@ -186,9 +186,9 @@ class _Panels:
             x.dtype,
             x.device.type,
             backend,
-            need_image_grad=needed[0],
-            need_text_grad=needed[1],
-            need_scalar_grads=needed[2],
+            need_image_grad=needs.image,
+            need_text_grad=needs.text,
+            need_scalar_grads=needs.scalars,
             selects=selects,
             copies_operands=self.copies,
             multiprocessors=_multiprocessors(x.device),
@@ -196,10 +196,15 @@ class _Panels:
         )
 
     def workspace(self) -> Panel:
-        plan, (image, text, scalars) = self.plan, self.needed
-        shape = plan.rows, plan.cols
-        return self.type(
-            *shape, plan.operand_dtype, self.x.device, image or text, scalars, self.selects
+        plan, needs = self.plan, self.needs
+        return self.panel_class(
+            plan.rows,
+            plan.cols,
+            plan.operand_dtype,
+            self.x.device,
+            needs.image or needs.text,
+            needs.scalars,
+            self.selects,
         )
 
     def __len__(self) -> int:

@@ -73,6 +73,23 @@ class SigLipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
+class _AtMost(torch.autograd.Function):
+    """min(value, bound), whose gradient beyond the bound is kept where descent lowers the value.
+
+    With that of clamp, 0, what is beyond the bound once would stay there.
+    """
+
+    @staticmethod
+    def forward(ctx, value: Tensor, bound: float) -> Tensor:  # ()
+        ctx.save_for_backward(value > bound)
+        return value.clamp(max=bound)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:  # ()
+        (beyond,) = ctx.saved_tensors
+        return torch.where(beyond, upstream.clamp(min=0), upstream), None
+
+
 class LearnableSigLipLoss(nn.Module):
     """The loss with its own learnable scale and bias, for a loop that has neither.
 
@@ -86,7 +103,8 @@ class LearnableSigLipLoss(nn.Module):
         init_logit_scale: t' to start from.
         init_logit_bias: b to start from.
         max_logit_scale: upper bound of the factor t (not of t'), such as the 100 of CLIP; beyond
-            it the loss uses the bound, and t' gets no gradient. None: no bound, as in the paper.
+            it the loss uses the bound, and only a gradient that leads back reaches t'. None: no
+            bound, as in the paper.
         group, dist_impl, workspace_bytes, backend: as in :func:`fused_siglip.siglip_loss`.
 
     Raises:
@@ -140,7 +158,9 @@ class LearnableSigLipLoss(nn.Module):
     def factor(self) -> Tensor:  # ()
         """t = exp(t'), at most ``max_logit_scale``: what multiplies the similarities."""
         factor = self.logit_scale.exp()
-        return factor if self.max_logit_scale is None else factor.clamp(max=self.max_logit_scale)
+        if self.max_logit_scale is None:
+            return factor
+        return _AtMost.apply(factor, float(self.max_logit_scale))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone (timm's convention)."""

@@ -16,7 +16,7 @@ _SOFTPLUS_THRESHOLD = 40.0
 _BIN_BITS = BINS.bit_length() - 1  # BINS is a power of two
 
 # On a CPU, the share of kept pairs below which sparse products are the faster ones. Elsewhere the
-# host would have to wait for their number.
+# host would have to wait for their number. (At 1/10 dense ones still are: the "negatives" results.)
 _SPARSE_SHARE = 1 / 16
 
 
@@ -88,11 +88,12 @@ class TorchPanel:
     ) -> Tensor | None:  # (m, n)
         m, n = x.shape[0], y.shape[0]
         u = self._view("u", m, n)
+        positive = self._positive(m, n, positives)
         s = self._similarities(x, y, "s" if self.scalar_grads else "u")
-        dropped = None if kept is None else self._dropped(s, positives, kept)
+        dropped = None if kept is None else self._dropped(s, positive, kept)
         torch.mul(s, logit_scale, out=u)
         self._add_bias(u, logit_bias, positives)
-        self._negate_positives(u, positives)
+        self._negate_positives(u, positive)
         if dropped is not None:  # loss 0, gradient 0
             torch.where(dropped, u.new_full((), -torch.inf), u, out=u)
 
@@ -103,7 +104,7 @@ class TorchPanel:
             return None
 
         g = u.sigmoid_()
-        self._negate_positives(g, positives)
+        self._negate_positives(g, positive)
         if self.scalar_grads:
             # not torch.dot: BLAS adds a million terms one after the other, torch.sum pairwise
             torch.sum(torch.mul(s, g, out=terms), (0, 1), out=sums[1])
@@ -154,7 +155,7 @@ class TorchPanel:
             coarse = torch.bitwise_right_shift(bins, _BIN_BITS, out=self._scratch(m, n))
             torch.eq(coarse, selected[:, None], out=counted)
             bins.bitwise_and_(BINS - 1)
-        self._except_positives(counted, positives)
+        _except_positives(counted, self._positive(m, n, positives))
         if positives.image_ids is not None:
             counted.logical_and_(positives.image_ids[:, None] >= 0)
             counted.logical_and_(positives.text_ids >= 0)
@@ -178,7 +179,7 @@ class TorchPanel:
         return self.buffers["terms"].view(torch.int32)[: m * n].view(m, n)
 
     def _dropped(
-        self, s: Tensor, positives: Positives, kept: RandomPairs | AtLeast
+        self, s: Tensor, positive: Tensor | int | None, kept: RandomPairs | AtLeast
     ) -> Tensor:  # (m, n) bool
         m, n = s.shape
         dropped = self._view("dropped", m, n)
@@ -193,18 +194,13 @@ class TorchPanel:
                 torch.bitwise_right_shift(h, shift, out=part).bitwise_and_((1 << 32 - shift) - 1)
                 h.bitwise_xor_(part).mul_(factor)
             torch.ge(h, kept.below, out=dropped)
-        self._except_positives(dropped, positives)
+        _except_positives(dropped, positive)
         return dropped
 
-    def _except_positives(self, pairs: Tensor, positives: Positives) -> None:
-        """pairs = False where a pair is positive."""
-        m, n = pairs.shape
-        if positives.image_ids is not None:
-            torch.gt(pairs, self._positive(m, n, positives), out=pairs)
-        elif positives.diagonal is not None:
-            pairs.diagonal(positives.diagonal).fill_(False)
-
-    def _positive(self, m: int, n: int, positives: Positives) -> Tensor:  # (m, n) bool, of ids
+    def _positive(self, m: int, n: int, positives: Positives) -> Tensor | int | None:
+        """Which pairs are positive: (m, n) bool, the number of a diagonal, or None."""
+        if positives.image_ids is None:
+            return positives.diagonal
         # padding is -1 among images and -2 among texts: never a positive pair
         images = positives.image_ids.clamp(min=-1)
         texts = torch.where(positives.text_ids < 0, -2, positives.text_ids)
@@ -218,12 +214,18 @@ class TorchPanel:
         u.add_(torch.where(positives.text_ids < 0, -torch.inf, logit_bias))
         u.add_(torch.where(positives.image_ids < 0, -torch.inf, 0.0).to(u.dtype)[:, None])
 
-    def _negate_positives(self, values: Tensor, positives: Positives) -> None:
+    def _negate_positives(self, values: Tensor, positive: Tensor | int | None) -> None:
         """values = -l * values, l = +1 for a positive pair and -1 otherwise."""
-        m, n = values.shape
-        if positives.image_ids is not None:
-            positive = self._positive(m, n, positives)
-            negated = torch.neg(values, out=self._view("terms", m, n))
+        if isinstance(positive, Tensor):
+            negated = torch.neg(values, out=self._view("terms", *values.shape))
             torch.where(positive, negated, values, out=values)
-        elif positives.diagonal is not None:
-            values.diagonal(positives.diagonal).neg_()
+        elif positive is not None:
+            values.diagonal(positive).neg_()
+
+
+def _except_positives(pairs: Tensor, positive: Tensor | int | None) -> None:
+    """pairs = False where a pair is positive."""
+    if isinstance(positive, Tensor):
+        torch.gt(pairs, positive, out=pairs)
+    elif positive is not None:
+        pairs.diagonal(positive).fill_(False)

@@ -15,7 +15,7 @@ BLOCK_D = 128  # features a program of the product computes
 
 @triton.jit
 def _bound(number):
-    """The end of a loop."""
+    """The end of a loop, as the interpreter takes it too."""
     return number
 
 

@@ -53,10 +53,10 @@ TORCH, TRITON, MATH, PRODUCTS, PRODUCTS_TRITON = (
 
 MUTATIONS = (
     # signs
-    Mutation("positives keep the sign of negatives", "torch", TORCH, "values.diagonal(positives.diagonal).neg_()", "values.diagonal(positives.diagonal)"),
+    Mutation("positives keep the sign of negatives", "torch", TORCH, "values.diagonal(positive).neg_()", "values.diagonal(positive)"),
     Mutation("positives by id keep the sign", "torch", TORCH, "torch.where(positive, negated, values, out=values)", "values.copy_(values)"),
     Mutation("bias subtracted", "torch", TORCH, "u.add_(logit_bias)", "u.sub_(logit_bias)"),
-    Mutation("g of positives not negated", "torch", TORCH, "        self._negate_positives(g, positives)\n", ""),
+    Mutation("g of positives not negated", "torch", TORCH, "        self._negate_positives(g, positive)\n", ""),
     Mutation("sign of a positive logit", "triton", TRITON, "tl.where(positive, -u, u)", "u"),
     Mutation("sign of a positive's g", "triton", TRITON, "        g = tl.where(positive, -g, g)\n", "        g = g\n"),
     Mutation("branches of the sigmoid swapped", "triton", MATH, "tl.where(u >= 0, 1.0, e)", "tl.where(u >= 0, e, 1.0)"),
@@ -112,8 +112,8 @@ MUTATIONS = (
     # which negatives
     Mutation("hash shifts in the sign", "torch", TORCH, ".bitwise_and_((1 << 32 - shift) - 1)", ""),
     Mutation("what the hash keeps is dropped", "torch", TORCH, "torch.ge(h, kept.below, out=dropped)", "torch.lt(h, kept.below, out=dropped)"),
-    Mutation("positives are dropped", "torch", TORCH, "        self._except_positives(dropped, positives)\n", ""),
-    Mutation("positives are counted among negatives", "torch", TORCH, "        self._except_positives(counted, positives)\n", ""),
+    Mutation("positives are dropped", "torch", TORCH, "        _except_positives(dropped, positive)\n", ""),
+    Mutation("positives are counted among negatives", "torch", TORCH, "        _except_positives(counted, self._positive(m, n, positives))\n", ""),
     Mutation("padded texts are counted", "torch", TORCH, "counted.logical_and_(positives.text_ids >= 0)", "pass"),
     Mutation("a tie at the threshold is dropped", "torch", TORCH, "torch.lt(value, kept.least[:, None], out=dropped)", "torch.lt(value, (kept.least + 0.01)[:, None], out=dropped)"),
     Mutation("sparse product added to what memory held", "torch", PRODUCTS, "if a.is_sparse and fresh:", "if False:"),

@@ -47,12 +47,19 @@ def test_ids_and_options_reach_the_loss():
         LearnableSigLipLoss(workspace_bytes=1)(*inputs.tensors()[:2], **inputs.ids)
 
 
-def test_a_bound_holds_the_factor_and_stops_its_gradient():
+def test_a_bound_holds_the_factor_and_lets_it_come_back():
+    x = torch.eye(20)
+    loss = LearnableSigLipLoss(math.log(10), max_logit_scale=5)
+    assert loss.factor().item() == 5.0
+    ids = {"image_ids": torch.arange(20), "text_ids": torch.arange(20)}
+    loss(x, x, **ids).backward()  # pairs are alike: a larger factor would be better
+    outward, loss.logit_scale.grad = loss.logit_scale.grad.item(), None
+    ids["text_ids"] = ids["text_ids"].roll(1)
+    loss(x, x, **ids).backward()  # what is alike is no pair: a smaller one
+    assert outward == 0.0 and loss.logit_scale.grad.item() > 0.0
+    torch.optim.SGD([loss.logit_scale], lr=100.0).step()
+    assert loss.factor().item() < 5.0
     x = torch.nn.functional.normalize(torch.randn(20, 8))
-    loss = LearnableSigLipLoss(math.log(200), max_logit_scale=100)
-    assert loss.factor().item() == 100.0
-    loss(x, x).backward()
-    assert loss.logit_scale.grad.item() == 0.0 and loss.logit_bias.grad.item() != 0.0
     inside = LearnableSigLipLoss(math.log(50), max_logit_scale=100)
     inside(x, x).backward()
     assert inside.factor().item() == pytest.approx(50.0) and inside.logit_scale.grad.item() != 0.0
