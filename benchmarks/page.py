@@ -19,6 +19,7 @@ from .leads import compiled_section
 from .markdown import Results
 from .memory import ROOT
 from .plots import main_shape, plot_costs, plot_negatives
+from .ranks import ranks_block
 from .sections import (
     cost_table,
     cpu_section,
@@ -75,6 +76,7 @@ class Pages:
         self.compiled = first(found.get("compiled", []))
         self.stacks = first(found.get("integrations", []))
         self.negatives = first(found.get("negatives", []))
+        self.ranks = first(found.get("distributed", []))
 
     def plots(self) -> dict[str, tuple[Callable, Results]]:
         """File under docs/, what draws it, and of which results."""
@@ -112,6 +114,9 @@ class Pages:
     def negatives_parts(self) -> list[str]:
         return [] if self.negatives is None else [negatives_table(self.negatives)]
 
+    def ranks_parts(self) -> list[str]:
+        return [] if self.ranks is None else ranks_block(self.ranks)
+
     def readme_parts(self) -> list[str]:
         parts = []
         shown = [("gpu", results) for results in self.gpu]
@@ -135,6 +140,7 @@ FILLED = {
     "README.md": Pages.readme_parts,
     "docs/integrations.md": Pages.stacks_parts,
     "docs/negatives.md": Pages.negatives_parts,
+    "docs/distributed.md": Pages.ranks_parts,
 }
 
 

@@ -18,9 +18,9 @@ class SigLipLoss(nn.Module):
     """Drop-in for ``open_clip.loss.SigLipLoss``: the same constructor, call and values.
 
     Values and gradients equal open_clip's within rounding, with two differences that are the point
-    of this package: memory grows neither with the square of the batch nor with the number of ranks,
-    and the loss is float32 whatever the features' dtype. Dtypes, errors and what the distributed
-    loss asks for are those of :func:`fused_siglip.siglip_loss`.
+    of this package: memory grows neither with the square of the batch nor, by the ring, with the
+    number of ranks, and the loss is float32 (float64) whatever the features' dtype. Dtypes,
+    errors and what the distributed loss asks for are those of :func:`fused_siglip.siglip_loss`.
 
     Args:
         cache_labels: accepted, without effect (open_clip's class does not use it either).

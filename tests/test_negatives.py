@@ -100,11 +100,14 @@ def test_random_pairs_look_independent():
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.1, 0.01])
 @pytest.mark.parametrize("choice", [Hardest, Easiest])
 @pytest.mark.parametrize("spread", [1.0, 0.1, 0.02], ids=["around 0", "alike", "nearly equal"])
-def test_share_of_every_image_is_within_a_hundredth_of_what_was_asked(choice, keep, spread):
+@pytest.mark.parametrize("far", [False, True], ids=["", "one text far from all others"])
+def test_share_of_every_image_is_within_a_hundredth_of_what_was_asked(choice, keep, spread, far):
     generator = torch.Generator().manual_seed(0)
     m, n, d = 40, 6000, 32
     x, y = (torch.randn(rows, d, generator=generator) * spread + (spread < 1) for rows in (m, n))
     x, y = (torch.nn.functional.normalize(f, dim=1) for f in (x, y))
+    if far:
+        y[0] = -y[1]
     inputs = Inputs(x, y, torch.tensor(10.0), torch.tensor(-10.0), {})
     thresholds = engine.find_thresholds(
         x, y, inputs.logit_scale, None, None, None, choice.__name__.lower(), keep,

@@ -8,7 +8,7 @@ from benchmarks.markdown import table
 from examples.report import label_ends
 
 from . import retrieval
-from .functions import PACKAGES
+from .functions import NEAR, PACKAGES
 from .losses import LOSSES
 from .plots import COLORS, mean, percent, plt, save, spread
 from .study import NOT_SEEN, SEEN, Study, above, claim, interval, within
@@ -196,7 +196,8 @@ hurts both.
 
 **Here.** Functions and the first paragraphs of their docstrings, from the sources of the standard
 library, numpy and torch: {pairs["train"]} pairs to train with, {pairs["test"]} of other modules to
-test on, no near copies in both. Two towers, each a bag of hashed tokens and a small MLP,
+test on, no near copies in both (no text or body of one whose words have a Jaccard index of {NEAR:g}
+or more with one of the other; modules alike, such as optimizers, do share many words). Two towers, each a bag of hashed tokens and a small MLP,
 D = {retrieval.DIM}; {first["steps"] * first["batch_size"]} examples seen by every run,
 {len({row["seed"] for row in rows})} seeds; softmax is CLIP's loss with its own temperature.
 Quality: the mean reciprocal rank of the right docstring among all {pairs["test"]} for each
