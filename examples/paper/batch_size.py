@@ -197,8 +197,9 @@ hurts both.
 **Here.** Functions and the first paragraphs of their docstrings, from the sources of the standard
 library, numpy and torch: {pairs["train"]} pairs to train with, {pairs["test"]} of other modules to
 test on, no near copies in both (no text or body of one whose words have a Jaccard index of {NEAR:g}
-or more with one of the other; modules alike, such as optimizers, do share many words). Two towers, each a bag of hashed tokens and a small MLP,
-D = {retrieval.DIM}; {first["steps"] * first["batch_size"]} examples seen by every run,
+or more with one of the other; modules alike, such as optimizers, do share many words). Two towers,
+each a bag of hashed tokens and a small MLP, D = {retrieval.DIM};
+{first["steps"] * first["batch_size"]} examples seen by every run,
 {len({row["seed"] for row in rows})} seeds; softmax is CLIP's loss with its own temperature.
 Quality: the mean reciprocal rank of the right docstring among all {pairs["test"]} for each
 function, and of the right function for each docstring, averaged. Chance: {level["mrr"]:.1%};
