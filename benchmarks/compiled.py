@@ -140,7 +140,7 @@ def compile_product(
     constants = {
         "stride_od": 1,
         "stride_gm" if transposed else "stride_gk": 1,
-        "stride_xd": 1,
+        "stride_yd": 1,
         "D": d,
         "TILES": 32,
         "FRESH": fresh,
@@ -172,9 +172,7 @@ def _compile(
 ) -> Compiled:
     """absent: arguments that are None."""
     constants = constants | dict.fromkeys(absent)
-    pointers = _POINTERS | dict.fromkeys(
-        ("x_ptr", "y_ptr", "g_ptr", "other_ptr"), "*" + _TYPES[dtype]
-    )
+    pointers = _POINTERS | dict.fromkeys(("x_ptr", "y_ptr", "g_ptr"), "*" + _TYPES[dtype])
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         pointer = name.endswith("_ptr")

@@ -53,6 +53,7 @@ def _similarity(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # (BLOCK_M, BLOCK_N) fp32
+    """x y^T of a tile's rows and columns."""
     # Past the end the last row is read again: no mask on the loads, the epilogue drops the pairs.
     rows = tl.minimum(row0 + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
     cols = tl.minimum(col0 + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
@@ -222,6 +223,7 @@ def panel_kernel(
     PAIRED: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    """One tile of a panel: g, and the three sums over its pairs."""
     pid = tl.program_id(0)
     tile_m, tile_n = _grouped_tile(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row0 = tile_m * BLOCK_M
@@ -320,6 +322,7 @@ def count_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    """One tile's negatives, each added to its image's histogram: see Panel.count."""
     tile_m, tile_n = _grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row0 = tile_m * BLOCK_M
     tile = _similarity(
@@ -328,6 +331,10 @@ def count_kernel(
     )  # fmt: skip
     rows = row0 + tl.arange(0, BLOCK_M)
     counts_ptr += row0.to(tl.int64) * BINS
+    centres = tl.load(centres_ptr + rows, mask=rows < M, other=0.0)
+    factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
+    if selected_ptr is not None:
+        selected = tl.load(selected_ptr + rows, mask=rows < M, other=-1)
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     parts = column_parts(tile, PARTS)
     for part in tl.static_range(PARTS):
@@ -336,12 +343,9 @@ def count_kernel(
             row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
         )
         counted = valid & ~positive
-        centres = tl.load(centres_ptr + rows, mask=rows < M, other=0.0)
-        factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
         places = place(placed(parts[part], centres, factors))
         bins = places // BINS
         if selected_ptr is not None:
-            selected = tl.load(selected_ptr + rows, mask=rows < M, other=-1)
             counted &= bins == selected[:, None]
             bins = places % BINS
         # sums of whole numbers: the order changes nothing

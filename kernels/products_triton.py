@@ -34,6 +34,7 @@ def list_tiles_kernel(
     stride_tile,
     TILES: tl.constexpr,
 ):
+    """One line's tiles that are not 0, in their order."""
     line = tl.program_id(0)
     tile = tl.arange(0, TILES)
     flags = tl.load(flags_ptr + line * stride_line + tile * stride_tile, tile < tiles, other=0)
@@ -47,7 +48,7 @@ def list_tiles_kernel(
 def product_kernel(
     out_ptr,  # (M, D) fp32
     g_ptr,  # (M, K) rounded up to whole tiles, 0 past M and K
-    other_ptr,  # (K, D)
+    y_ptr,  # (K, D)
     lists_ptr,  # of the K tiles of every tile row of g, as list_tiles_kernel writes them
     alpha,
     M,
@@ -56,8 +57,8 @@ def product_kernel(
     stride_od,
     stride_gm,
     stride_gk,
-    stride_xk,
-    stride_xd,
+    stride_yk,
+    stride_yd,
     D: tl.constexpr,
     TILES: tl.constexpr,
     FRESH: tl.constexpr,  # out is overwritten, else added to
@@ -68,12 +69,13 @@ def product_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    """BLOCK_M rows and BLOCK_D columns of out: the sum over the tiles that a line's list names."""
     line = tl.program_id(1)
     rows = line * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_K)
     g_ptrs = g_ptr + rows.to(tl.int64)[:, None] * stride_gm + k.to(tl.int64)[None, :] * stride_gk
-    x_ptrs = other_ptr + k.to(tl.int64)[:, None] * stride_xk + d.to(tl.int64)[None, :] * stride_xd
+    y_ptrs = y_ptr + k.to(tl.int64)[:, None] * stride_yk + d.to(tl.int64)[None, :] * stride_yd
     list_ptr = lists_ptr + line * (2 + TILES)
     STEPS: tl.constexpr = TILE_K // BLOCK_K
     steps = tl.load(list_ptr) * STEPS
@@ -82,12 +84,12 @@ def product_kernel(
     for step in range(0, _bound(steps)):
         start = tile * TILE_K + step % STEPS * BLOCK_K
         g = tl.load(g_ptrs + start.to(tl.int64) * stride_gk)
-        x = tl.load(
-            x_ptrs + start.to(tl.int64) * stride_xk,
+        y = tl.load(
+            y_ptrs + start.to(tl.int64) * stride_yk,
             mask=(k < K - start)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        product = tl.dot(g, x, product, input_precision=INPUT_PRECISION)
+        product = tl.dot(g, y, product, input_precision=INPUT_PRECISION)
         tile = tl.load(list_ptr + 1 + (step + 1) // STEPS)  # past the last one: not used
 
     # A few columns at a time: addresses of all of them do not fit the registers.
