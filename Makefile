@@ -9,7 +9,7 @@ VENV = .venv
 MINUTES = 5
 STEPS = 10000
 RUN = $(VENV)/bin/python
-CORE = $(foreach part,loss autograd checks engine properties distributed long_runs modules selfcheck,tests/test_$(part).py)
+CORE = $(foreach part,loss autograd checks engine properties negatives distributed long_runs modules selfcheck,tests/test_$(part).py)
 
 .PHONY: demo test paper fuzz mutations longrun coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations lint clean
 

@@ -187,7 +187,8 @@ def check_dist_impl(dist_impl: str | None, known: Collection[str]) -> None:
 def _check_group_type(group: object) -> None:
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(
-            f"group is a {_kind(group)}: expected a torch.distributed.ProcessGroup this rank is in"
+            f"group is a {_kind(group)}: expected a torch.distributed.ProcessGroup this rank is in "
+            "(torch.distributed.group.WORLD for all ranks)"
         )
 
 
