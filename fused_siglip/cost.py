@@ -142,8 +142,8 @@ def peak_bytes(
     if world_size == 1:
         return sweep
     if impl == "gather":
-        # all texts beside the sweep; later, without its workspace, dY beside them, dX and all dY
-        return max(sweep + world_size * texts, world_size * (texts + grads) + 2 * grads)
+        # all texts beside the sweep; later, without both, dY beside dX and all dY
+        return max(sweep + world_size * texts, world_size * grads + 2 * grads)
     # Two chunks of texts and three of gradients, of which the sweep counts one; later, without its
     # workspace, dY beside them and dX.
     return max(sweep + 2 * texts + 2 * grads, 2 * texts + 5 * grads)

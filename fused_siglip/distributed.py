@@ -416,7 +416,7 @@ def _gather_texts(
     text_ids: Tensor | None,  # (N,)
     capacity: int,
     group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor | None]:  # (ranks * capacity, D), (ranks * capacity,)
+) -> list[Tensor | None]:  # (ranks * capacity, D), (ranks * capacity,)
     """Everybody's texts and ids, ``capacity`` rows a rank."""
 
     def gathered(local: Tensor) -> Tensor:
@@ -428,11 +428,11 @@ def _gather_texts(
             _all_gather(out, block, group=group)
         return out
 
-    return gathered(y), None if text_ids is None else gathered(text_ids)
+    return [gathered(y), None if text_ids is None else gathered(text_ids)]
 
 
 def _gather(
-    gathered: tuple[Tensor, Tensor | None],
+    gathered: list[Tensor | None],  # of _gather_texts; empty once gradients were computed
     use: Callable[[_Chunk, Tensor | None], None],
     y: Tensor,  # (N, D)
     text_ids: Tensor | None,  # (N,)
@@ -458,6 +458,9 @@ def _gather(
         use(chunk, None if grads is None else grads[block])
     if not need_grad:
         return None
+    # texts are not needed beside the sum of their gradients, for which a backend may take buffers
+    gathered.clear()
+    del texts, ids, chunk
     grad_y = y.new_empty(capacity, d, dtype=acc)
     with _contact(group, "summing of the texts' gradients"):
         _reduce_scatter(grad_y, grads, group=group)
