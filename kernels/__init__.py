@@ -142,9 +142,12 @@ def triton_obstacle(device: torch.device | str, dtype: torch.dtype) -> str | Non
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a CUDA or ROCm device, not {device.type} (or TRITON_INTERPRET=1 to debug)"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) < OLDEST_CAPABILITY:
-            return f"it needs CUDA compute capability 8.0 or newer, this device has {major}.{minor}"
+        found = torch.cuda.get_device_properties(device)  # which torch.compile knows for a constant
+        if (found.major, found.minor) < OLDEST_CAPABILITY:
+            return (
+                "it needs CUDA compute capability 8.0 or newer, this device has "
+                f"{found.major}.{found.minor}"
+            )
     return None
 
 

@@ -1,6 +1,7 @@
 """Every bad call: what was passed, which error it raises, and the words its message holds."""
 
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,7 +249,8 @@ def test_triton_asked_for_on_a_cpu(monkeypatch):
 def test_what_a_cuda_device_gets_by_default(monkeypatch, capability, dtype, expected):
     monkeypatch.setattr("fused_siglip.kernels._TRITON_INSTALLED", True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    found = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: found)
     assert default_backend("cuda", dtype) == expected
     obstacle = default_obstacle("cuda", dtype)
     assert (obstacle is None) == (expected == "triton")
