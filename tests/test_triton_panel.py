@@ -129,7 +129,10 @@ def check(x, y, t=T, b=B, positives=Positives(), kept=None):  # noqa: B008
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "m, n, d",
-    [(1, 1, 1), (1, 130, 64), (127, 129, 32), (128, 128, 48), (129, 1, 65), (257, 300, 40)],
+    [
+        *[(1, 1, 1), (1, 130, 64), (127, 129, 32), (128, 128, 48), (129, 1, 65), (257, 300, 40)],
+        *[(127, 384, 16), (384, 127, 16)],  # one row, one column short of tiles off the diagonal
+    ],
 )
 def test_sizes(m, n, d, dtype):
     check(*features(m, n, d, dtype), positives=Positives(diagonal=0))
