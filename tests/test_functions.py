@@ -210,7 +210,7 @@ def test_examples_seen_are_matched():
     assert set(batch_size.BATCH_SIZES) == {64, 256, 1024, 4096, 8192}
     for loss, taken in batch_size.RATE.items():
         assert set(taken.values()) <= set(batch_size.RATES)
-        assert batch_size.rate_of(loss, 64) == taken[256] / 2
+        assert batch_size.rate_of(loss, 64) == taken[64]
         assert batch_size.rate_of(loss, 4096) == taken[1024] * 2
 
 
