@@ -139,14 +139,14 @@ def find_range(
     ``reduce`` puts in place of a tensor its "SUM" or "MAX" over the ranks of a group.
     """
 
-    def blocks(padding: Tensor) -> Iterator[Tensor]:  # (n, D)
+    def blocks(padding: Tensor) -> Iterator[Tensor]:  # () or (D,) -> (n, D)
         for start in range(0, len(y), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             block = y[rows].to(dtype)
             yield block if text_ids is None else block.where(text_ids[rows, None] >= 0, padding)
 
     total = y.new_zeros(y.shape[1] + 1, dtype=dtype)  # and the number of texts
-    for texts in blocks(total[:-1]):
+    for texts in blocks(total.new_zeros(())):
         total[:-1] += texts.sum(0)
     total[-1] = len(y) if text_ids is None else (text_ids >= 0).sum()
     if reduce is not None:

@@ -16,7 +16,7 @@ _SOFTPLUS_THRESHOLD = 40.0
 _BIN_BITS = BINS.bit_length() - 1  # BINS is a power of two
 
 # On a CPU, the share of kept pairs below which sparse products are the faster ones. Elsewhere the
-# host would have to wait for their number. (At 1/10 dense ones still are: the "negatives" results.)
+# host would have to wait for their number.
 _SPARSE_SHARE = 1 / 16
 
 

@@ -10,6 +10,7 @@ from launch import launch, returned
 from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random, engine, siglip_loss
 from fused_siglip.kernels import panel_class
 from fused_siglip.kernels.products import add_product
+from fused_siglip.negatives import ROWS_AT_ONCE, find_range
 from helpers import NAMES, Inputs, error, loss_and_grads, make_inputs, one_tile, oracle, shares
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -119,6 +120,16 @@ def test_share_of_every_image_is_within_a_hundredth_of_what_was_asked(choice, ke
     ties = (value == last).sum(1)  # float32 itself tells no more apart
     kept, wanted = kept.sum(1), keep * n
     assert (kept >= wanted).all() and (kept - wanted <= 0.01 * wanted + ties).all(), kept
+
+
+def test_the_range_of_texts_leaves_out_padding_in_every_block():
+    y = torch.randn(2 * ROWS_AT_ONCE + 100, 8, dtype=torch.float64) + 3
+    ids = torch.arange(len(y)) % 3 - 1
+    real = y[ids >= 0]
+    y[ids < 0] = torch.nan
+    centre, radius = find_range(y, ids, y.dtype)
+    torch.testing.assert_close(centre, real.mean(0))
+    torch.testing.assert_close(radius, (real - real.mean(0)).norm(dim=1).max())
 
 
 @pytest.mark.parametrize("t", [10.0, -10.0])
