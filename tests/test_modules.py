@@ -65,6 +65,15 @@ def test_a_bound_holds_the_factor_and_lets_it_come_back():
     assert inside.factor().item() == pytest.approx(50.0) and inside.logit_scale.grad.item() != 0.0
 
 
+def test_a_bound_under_torch_compile():
+    x, y = (torch.nn.functional.normalize(torch.randn(20, 8)) for _ in range(2))
+    eager, compiled = (LearnableSigLipLoss(max_logit_scale=5) for _ in range(2))
+    torch._dynamo.reset()
+    torch.compile(compiled, backend="aot_eager", fullgraph=True)(x, y).backward()
+    eager(x, y).backward()
+    assert torch.equal(compiled.logit_scale.grad, eager.logit_scale.grad)
+
+
 def test_names_for_weight_decay_are_its_parameters():
     loss = LearnableSigLipLoss()
     assert loss.no_weight_decay() == {name for name, _ in loss.named_parameters()}

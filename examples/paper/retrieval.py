@@ -157,6 +157,11 @@ def evaluate(trained: Trained, parts: dict[str, Part]) -> dict[str, dict[str, fl
     }
 
 
+def nothing_learned(ranks: list[float], candidates: int) -> bool:
+    """Whether mean reciprocal ranks lie within three times chance, on average."""
+    return sum(ranks) / len(ranks) < 3 * chance(candidates)["mrr"]
+
+
 def chance(candidates: int) -> dict[str, float]:
     """What :func:`retrieval` gives on average when the order is random."""
     return {

@@ -118,6 +118,13 @@ def above(differences: Iterable[float], bound: float = 0.0) -> str:
     return OPPOSITE if found.high < bound else NOT_SEEN
 
 
+def above_unless(undecided: bool, differences: Iterable[float]) -> tuple[str, str]:
+    """Verdict on "above 0" and its words; not seen where chance or a cap decides instead."""
+    if undecided:
+        return NOT_SEEN, "undecided by the rule below."
+    return above(differences), "seen above 0."
+
+
 def within(differences: Iterable[float], margin: float) -> str:
     """Verdict on "no more than ``margin`` apart": seen where the whole 95% interval lies within,
     opposite where all of it lies outside, otherwise not seen.
