@@ -1,5 +1,6 @@
 """What is built, what it holds, and that it works where nothing else is installed."""
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,11 +20,18 @@ def run(code: str) -> str:
     return result.stdout
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def distributions(tmp_path_factory):
+    """Wheel and source distribution, built from a copy: setuptools writes into the tree it builds,
+    and other workers may be building at the same time."""
     pytest.importorskip("build")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("fused_siglip", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
     out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
