@@ -23,7 +23,8 @@ class Gluon:
     tile: tuple[int, int]
     stages: int
     parts: int
-    shared: bool = True  # both consumers on one tile; else they take turns
+    consumers: int = 2
+    shared: bool = True  # the consumers work on one tile; else they take turns
     hold: bool = False  # the second consumer starts one step later
     store_buffers: int = 0  # through shared memory and the copy engine; 0: from registers
     block_k: int = 64
@@ -33,12 +34,12 @@ class Gluon:
 
     @property
     def registers(self) -> int:
-        """A thread of a consumer: what 65,536 allow beside the other consumer and the producer."""
-        return 240 if self.num_warps == 4 else 112
+        """A thread of a consumer: what 65,536 allow beside the other consumers and the producer."""
+        return 240 if self.num_warps * self.consumers == 8 else 112
 
     @property
     def rows(self) -> int:  # of a consumer
-        return self.tile[0] // 2 if self.shared else self.tile[0]
+        return self.tile[0] // self.consumers if self.shared else self.tile[0]
 
 
 @dataclass(frozen=True)
@@ -58,29 +59,26 @@ _W256 = PanelConfig(
     block_d=64, num_warps=8, num_stages=3, parts=16, fold=(8, 2, 8), tile=(128, 256)
 )
 _SHARED = Gluon((256, 128), stages=4, parts=8, num_warps=8)
+_FOUR = Gluon((256, 128), stages=4, parts=8, consumers=4)
 _TURNS = Gluon((128, 128), stages=6, parts=8, shared=False, num_warps=8)
 _WIDE = Gluon((128, 256), stages=4, parts=16)
 
 CANDIDATES: dict[str, PanelConfig | Tma | Gluon] = {
-    "pointers_128x128": _W128,
     "tma_128x128": Tma(_W128, persistent=False),
-    "gluon_shared": _SHARED,
     "gluon_shared_staged": replace(_SHARED, store_buffers=1),
-    "gluon_shared_group16": replace(_SHARED, group_m=16),
-    "gluon_shared_wide": replace(_WIDE, store_buffers=2),
-    "gluon_turns": _TURNS,
-    "gluon_turns_s5": replace(_TURNS, stages=5),
+    "gluon_four": _FOUR,
+    "gluon_four_staged": replace(_FOUR, store_buffers=1),
+    "gluon_four_staged_s3": replace(_FOUR, stages=3, store_buffers=2),
+    "gluon_four_staged_group4": replace(_FOUR, store_buffers=1, group_m=4),
     "gluon_turns_group16": replace(_TURNS, group_m=16),
-    "gluon_turns_staged": replace(_TURNS, store_buffers=1),
-    "gluon_turns_staged2": replace(_TURNS, stages=5, store_buffers=2),
-    "gluon_turns_64x256": replace(_WIDE, tile=(64, 256), stages=5, shared=False),
+    "gluon_turns_staged_group16": replace(_TURNS, stages=5, store_buffers=2, group_m=16),
 }
 # What is left out shows where the time goes. Not right, and only timed.
 ABLATIONS: dict[str, Gluon] = {
-    "gluon_shared_bare": replace(_SHARED, mode="bare"),
-    "gluon_shared_wide_bare": replace(_WIDE, mode="bare", store_buffers=2),
-    "gluon_turns_bare": replace(_TURNS, mode="bare"),
-    "gluon_turns_loads": replace(_TURNS, mode="loads"),
+    "gluon_four_bare": replace(_FOUR, mode="bare", store_buffers=1),
+    "gluon_four_loads": replace(_FOUR, mode="loads", store_buffers=1),
+    "gluon_wide_bare": replace(_WIDE, mode="bare", store_buffers=2),
+    "gluon_wide_loads": replace(_WIDE, mode="loads", store_buffers=2),
 }
 
 
@@ -152,6 +150,7 @@ class _GluonCandidate(_Candidate):
             GRAD_SCALE=self.grad_scale,
             SCALAR_GRADS=True,
             SHARED=config.shared,
+            CONSUMERS=config.consumers,
             HOLD=config.hold,
             STORE_BUFFERS=config.store_buffers,
             MODE=config.mode,
@@ -197,7 +196,7 @@ def panel_of(name: str) -> type[Panel]:
     config = (CANDIDATES | ABLATIONS)[name]
     fields = {"tile": config.tile, "config_of": config}
     if isinstance(config, Gluon):
-        fields["slots"] = 2 if config.shared else 1
+        fields["slots"] = config.consumers if config.shared else 1
         return type(name, (_GluonCandidate,), fields)
     base = _TmaCandidate if isinstance(config, Tma) else _PointerCandidate
     return type(name, (base,), fields)

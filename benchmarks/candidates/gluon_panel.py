@@ -230,13 +230,14 @@ def consumer(
     which: gl.constexpr, x_bufs, y_bufs, g_bufs, full, empty, turn, partials_ptr, g_ptr, g_desc,
     stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n,
     D: gl.constexpr, GROUP_M: gl.constexpr, PARTS: gl.constexpr, GRAD_SCALE: gl.constexpr,
-    SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr, HOLD: gl.constexpr, MODE: gl.constexpr,
+    SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr, CONSUMERS: gl.constexpr,
+    HOLD: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """Multiplies blocks and turns tiles into g and sums: half of each, or every other one."""
     STAGES: gl.constexpr = x_bufs.shape[0]
     BLOCK_M: gl.constexpr = x_bufs.shape[1]
     BLOCK_N: gl.constexpr = y_bufs.shape[1]
-    ROWS: gl.constexpr = BLOCK_M // 2 if SHARED else BLOCK_M
+    ROWS: gl.constexpr = BLOCK_M // CONSUMERS if SHARED else BLOCK_M
     scale = gl.load(scale_ptr)
     bias = gl.load(bias_ptr)
     tiles = tiles_m * tiles_n
@@ -266,7 +267,7 @@ def consumer(
         out = g_ptr, stride_gm, g_desc, g_bufs
         epilogue(
             tile, row0, tn * BLOCK_N, M, N, diagonal, scale, bias, out, partials_ptr,
-            t * 2 + which if SHARED else t, tiles * 2 if SHARED else tiles,
+            t * CONSUMERS + which if SHARED else t, tiles * CONSUMERS if SHARED else tiles,
             PARTS, GRAD_SCALE, SCALAR_GRADS, MODE,
         )  # fmt: skip
     if g_desc is not None:
@@ -284,9 +285,9 @@ def panel_ws_kernel(
     bias_ptr,  # () fp32
     M, N, diagonal, stride_gm,
     D: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-    GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr, HOLD: gl.constexpr,
-    STORE_BUFFERS: gl.constexpr, MODE: gl.constexpr, REGISTERS: gl.constexpr,
-    num_warps: gl.constexpr,
+    GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr,
+    CONSUMERS: gl.constexpr, HOLD: gl.constexpr, STORE_BUFFERS: gl.constexpr,
+    MODE: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -300,7 +301,7 @@ def panel_ws_kernel(
         mbarrier.init(turn.index(s), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
-        mbarrier.init(empty.index(s), count=2 if SHARED else 1)
+        mbarrier.init(empty.index(s), count=CONSUMERS if SHARED else 1)
     if g_desc is not None:
         g_shape: gl.constexpr = [
             STORE_BUFFERS,
@@ -309,17 +310,39 @@ def panel_ws_kernel(
         ]
         g_bufs0 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
         g_bufs1 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
+        if CONSUMERS == 4:
+            g_bufs2 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
+            g_bufs3 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
     else:
         g_bufs0: gl.constexpr = None
         g_bufs1: gl.constexpr = None
+        g_bufs2: gl.constexpr = None
+        g_bufs3: gl.constexpr = None
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
-    gl.warp_specialize([
-        (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_ptr, g_desc,
-                    stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M,
-                    PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, HOLD, MODE)),
-        (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_ptr, g_desc,
-                    stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M,
-                    PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, HOLD, MODE)),
-        (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
-    ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip
+    if CONSUMERS == 4:
+        gl.warp_specialize([
+            (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (consumer, (2, x_bufs, y_bufs, g_bufs2, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (consumer, (3, x_bufs, y_bufs, g_bufs3, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
+        ], [num_warps, num_warps, num_warps, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
+        ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip
