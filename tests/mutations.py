@@ -46,6 +46,7 @@ ENGINE, AUTOGRAD, FUNCTIONAL, DISTRIBUTED = (
     f"fused_siglip/{name}.py" for name in ("engine", "autograd", "functional", "distributed")
 )
 NEGATIVES = "fused_siglip/negatives.py"
+KERNELS = "kernels/__init__.py"
 TORCH, TRITON, MATH, PRODUCTS, PRODUCTS_TRITON = (
     f"kernels/{name}.py"
     for name in ("panel_torch", "panel_triton", "math", "products", "products_triton")
@@ -66,6 +67,7 @@ MUTATIONS = (
     Mutation("id 0 is padding", "torch", TORCH, "torch.where(positives.image_ids < 0,", "torch.where(positives.image_ids <= 0,"),
     Mutation("padding pairs with padding", "torch", TORCH, "torch.where(positives.text_ids < 0, -2, positives.text_ids)", "torch.where(positives.text_ids < 0, -1, positives.text_ids)"),
     Mutation("padded features are not blanked", "torch", ENGINE, "        copy.masked_fill_(ids[:, None] < 0, 0)\n", "        pass\n"),
+    Mutation("features at an odd address are not copied", "torch", KERNELS, "return dense and at_aligned_address(features)", "return dense"),
     Mutation("ids compared in 32 bits", "torch", TORCH, "torch.eq(images[:, None], texts,", "torch.eq(images[:, None].int(), texts.int(),"),
     Mutation("negative_only forgotten with ids", "torch", FUNCTIONAL, "torch.where(text_ids < 0, -1, 1)", "torch.where(text_ids < 0, -1, 0)"),
     Mutation("padded texts take part", "triton", TRITON, "(image_ids >= 0)[:, None] & (text_ids >= 0)[None, :]", "(image_ids >= 0)[:, None] & (text_ids >= -1)[None, :]"),

@@ -22,6 +22,8 @@ if not (HAS_GPU or INTERPRETED):
 
 import triton.language as tl  # noqa: E402
 
+from fused_siglip import siglip_loss  # noqa: E402
+from fused_siglip.kernels import panel_triton  # noqa: E402
 from fused_siglip.kernels.math import (  # noqa: E402
     EASY_LOGIT,
     easy_softplus_sigmoid,
@@ -33,6 +35,8 @@ from fused_siglip.kernels.panel_triton import TritonPanel  # noqa: E402
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 T, B = 10.0, -10.0
+# Roundings in softplus and sigmoid; on a device exp2 (to 2^-22) and rsqrt^2 (to 2^-21.4) besides.
+FUNCTIONS = 8 if INTERPRETED else 24
 
 # NumPy, under the interpreter, warns of the NaN and Inf some tests feed in.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -104,7 +108,7 @@ def formula(x, y, t, b, positives, dtype, kept=None):
 def check(x, y, t=T, b=B, positives=Positives(), kept=None):  # noqa: B008
     """Against float64. The logits are the source of error: eager fp32 has them rounded as we do.
 
-    g and each term of the sums may deviate by 4 times what eager fp32 deviates at most, plus 4
+    g and each term of the sums may deviate by 4 times what eager fp32 deviates at most, plus the
     roundings of fp32 in the functions and, for g, what storing it costs. A sum may deviate by
     that for every term, all in one direction, plus the roundings of adding up.
     """
@@ -114,13 +118,13 @@ def check(x, y, t=T, b=B, positives=Positives(), kept=None):  # noqa: B008
     eps = UNIT_ROUNDOFF[torch.float32]
     for actual, e, f in zip(sums.double(), exact, eager, strict=True):
         deviation = (f.double() - e).abs().sum()
-        slack = 4 * deviation + 32 * eps * e.abs().sum()
+        slack = 4 * deviation + (FUNCTIONS + 24) * eps * e.abs().sum()
         assert (actual - e.sum()).abs() <= slack, (actual, e.sum(), slack)
     # relative to each element: a small gradient is held to its own size. The smallest numbers a
     # format has bound that from below.
     deviation = ((eager[2].double() - exact[2]).abs() / exact[2].abs().clamp(min=1e-300)).max()
     tiny = torch.finfo(x.dtype).tiny
-    slack = (4 * deviation + 8 * eps + UNIT_ROUNDOFF[x.dtype]) * exact[2].abs()
+    slack = (4 * deviation + FUNCTIONS * eps + UNIT_ROUNDOFF[x.dtype]) * exact[2].abs()
     slack += tiny / GRAD_SCALE.get(x.dtype, 1)
     assert ((g - exact[2]).abs() <= slack).all()
     return g
@@ -204,6 +208,13 @@ def test_nan_and_inf_propagate_as_in_torch(shape, value):
     torch.testing.assert_close(g[3], exact[2][3], rtol=0, atol=0, equal_nan=True)
 
 
+def agree(a, b, unit=UNIT_ROUNDOFF[torch.float32]):
+    """To the bit in the interpreter; a device's compiler may fuse other operations in each form."""
+    if INTERPRETED:
+        return torch.equal(a, b)
+    return torch.allclose(a, b, rtol=16 * unit, atol=0)
+
+
 @pytest.mark.parametrize("positives", [Positives(diagonal=-20), "ids"])
 def test_variants_agree_and_repeat_to_the_bit(positives):
     x, y = features(150, 260, 32, torch.bfloat16)
@@ -215,11 +226,67 @@ def test_variants_agree_and_repeat_to_the_bit(positives):
     again = run(x, y, positives=positives)
     assert torch.equal(sums, again[0]) and torch.equal(g, again[1])
     forward, none = run(x, y, positives=positives, write_g=False, scalar_grads=False)
-    assert none is None and forward.tolist() == [sums[0].item(), 7.0, 7.0]
+    assert none is None and agree(forward[:1], sums[:1]) and forward[1:].tolist() == [7.0, 7.0]
     scalars, none = run(x, y, positives=positives, write_g=False)
-    assert none is None and torch.equal(scalars, sums)
-    only_g = run(x, y, positives=positives, scalar_grads=False)
-    assert only_g[0].tolist() == forward.tolist() and torch.equal(only_g[1], g)
+    assert none is None and agree(scalars, sums)
+    loss, only_g = run(x, y, positives=positives, scalar_grads=False)
+    assert agree(loss, forward) and agree(only_g, g, UNIT_ROUNDOFF[x.dtype])
+
+
+class Spy:
+    """A kernel that notes the arguments it is launched with."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launches.append(arguments)
+            return self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
+def off_by_one(tensor):
+    """The same values, one element behind an aligned address."""
+    return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("ids", [None, "off by one", "every second"])
+def test_the_sweep_launches_nothing_at_an_odd_address(monkeypatch, ids, dtype):
+    """Those would be other kernels, which read element by element and spill."""
+    m, n = 150, 260
+    x, y = features(m, n, 48, dtype)
+    labels = {}
+    if ids is not None:
+        labels = {
+            "image_ids": torch.arange(m, device=DEVICE) % 50,
+            "text_ids": torch.arange(n, device=DEVICE) % 70 - 1,
+        }
+    options = {"negative_only": ids is None, "backend": "triton"}
+    options["workspace_bytes"] = TritonPanel.workspace_bytes(*TritonPanel.tile, dtype, True, True)
+    scalars = [torch.tensor(v, device=DEVICE) for v in (T, B)]
+
+    def gradients(x, y, labels):
+        leaves = [f.detach().requires_grad_() for f in (x, y)]
+        loss = siglip_loss(*leaves, *scalars, **labels, **options)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    spy = Spy(panel_triton.panel_kernel)
+    monkeypatch.setattr(panel_triton, "panel_kernel", spy)
+    expected = gradients(x, y, labels)
+    if ids == "off by one":
+        labels = {name: off_by_one(values) for name, values in labels.items()}
+    elif ids is not None:
+        labels = {name: torch.stack([v, v - 1], 1)[:, 0] for name, v in labels.items()}
+    for moved in ((off_by_one(x), y), (x, off_by_one(y))):
+        assert any(f.data_ptr() % 16 for f in moved)
+        actual = gradients(*moved, labels)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    tensors = [a for launch in spy.launches for a in launch if isinstance(a, torch.Tensor)]
+    assert len(spy.launches) >= 3 * 2 and len(tensors) >= 6 * len(spy.launches)
+    assert not any(t.data_ptr() % 16 for t in tensors)
 
 
 def test_smaller_panels_reuse_the_workspace():
@@ -436,9 +503,9 @@ def test_variants_of_a_choice_agree_and_repeat_to_the_bit(positives, choice):
     again = run(x, y, positives=positives, kept=kept)
     assert torch.equal(sums, again[0]) and torch.equal(g, again[1])
     scalars, none = run(x, y, positives=positives, write_g=False, kept=kept)
-    assert none is None and torch.equal(scalars, sums)
+    assert none is None and agree(scalars, sums)
     forward, _ = run(x, y, positives=positives, write_g=False, scalar_grads=False, kept=kept)
-    assert forward.tolist() == [sums[0].item(), 7.0, 7.0]
+    assert agree(forward[:1], sums[:1]) and forward[1:].tolist() == [7.0, 7.0]
 
 
 def test_nan_is_dropped_by_a_hash_and_kept_by_a_logit():
