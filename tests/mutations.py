@@ -132,7 +132,7 @@ MUTATIONS = (
     Mutation("negative places in the wrong order", "triton", MATH, "~magnitude, magnitude)", "magnitude - _HALF, magnitude)"),
     Mutation("negative places in the wrong order", "torch", TORCH, "bins.bitwise_xor_(below_zero).add_(HALF)", "bins.add_(below_zero * HALF).add_(HALF)"),
     Mutation("tiles with gradient are skipped", "triton", TRITON, "(tile_loss != 0).to(tl.int32)", "(tile_loss > 1).to(tl.int32)"),
-    Mutation("a tile left out of a line's list", "triton", PRODUCTS_TRITON, "tl.store(list_ptr, tl.sum(found))", "tl.store(list_ptr, tl.sum(found) - 1)"),
+    Mutation("a tile left out of a line's list", "triton", PRODUCTS_TRITON, "tl.store(list_ptr, listed)", "tl.store(list_ptr, listed - 1)"),
     Mutation("skipped lines leave what memory held", "triton", PRODUCTS_TRITON, "if FRESH | (steps > 0):", "if steps > 0:"),
     Mutation("every rank hashes its images from 0", "distributed", DISTRIBUTED, "image_keys(seed, first_image, ", "image_keys(seed, 0, "),
     Mutation("every chunk hashes its texts from 0", "distributed", DISTRIBUTED, "text_keys(seed, chunk.first, ", "text_keys(seed, 0, "),

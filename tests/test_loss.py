@@ -47,7 +47,7 @@ def test_ids_that_repeat_and_pad_over_many_panels(backend, device, dtype, m, n):
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_negative_only_and_reductions(backend, device, ids, reduction):
-    inputs = make_inputs(150, 90, 24, ids=ids, device=device)
+    inputs = make_inputs(150, 90, 48, ids=ids, device=device)
     options = {"negative_only": True, "reduction": reduction}
     actual = loss_and_grads(siglip_loss, inputs, backend=backend, **options)
     assert_as_exact_as_eager(actual, inputs, **options)
@@ -66,7 +66,7 @@ def test_every_subset_of_inputs_that_require_grad(backend, device, flags):
 )
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_scales_and_biases_from_tame_to_extreme(backend, device, dtype, t, b):
-    inputs = make_inputs(140, 140, 32, dtype, t=t, b=b, device=device)
+    inputs = make_inputs(140, 140, 48, dtype, t=t, b=b, device=device)
     actual = loss_and_grads(siglip_loss, inputs, backend=backend)
     assert_as_exact_as_eager(actual, inputs)
 
@@ -116,7 +116,7 @@ def test_expanded_features(backend, device):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_any_cut_into_panels(backend, device, dtype):
-    inputs = make_inputs(300, 300, 32, dtype, device=device)
+    inputs = make_inputs(300, 300, 48, dtype, device=device)
     for tiles in (1, 2, 5, 1000):
         workspace = tiles * one_tile(backend, dtype, device)
         actual = loss_and_grads(siglip_loss, inputs, backend=backend, workspace_bytes=workspace)
@@ -129,7 +129,7 @@ def test_a_last_panel_of_one_row_and_column(backend, device, dtype, ids):
     """A product whose output is one row may be another routine of the library."""
     skip_float64_on_triton(backend, dtype)
     size = 2 * 128 + 1
-    inputs = make_inputs(size, size, 32, dtype, ids=ids, device=device)
+    inputs = make_inputs(size, size, 40, dtype, ids=ids, device=device)
     workspace = one_tile(backend, dtype, device)
     actual = loss_and_grads(siglip_loss, inputs, backend=backend, workspace_bytes=workspace)
     assert_as_exact_as_eager(actual, inputs)

@@ -51,7 +51,7 @@ def test_loss_and_gradients_of_what_is_kept(backend, device, dtype, choice, ids)
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("triton has no float64")
     inputs = make_inputs(
-        150, 130 if ids else 150, 24, dtype, t=10.0, b=-5.0, ids=ids, device=device
+        150, 130 if ids else 150, 48, dtype, t=10.0, b=-5.0, ids=ids, device=device
     )
     operand = operand_dtype(backend, dtype, device)
     for tiles in TILES:
@@ -85,9 +85,9 @@ def test_only_some_inputs_require_grad(backend, device, choice, requires_grad):
 def test_random_pairs_are_those_of_the_definition(backend, device, keep, seed):
     expected = None
     for tiles in TILES:
-        kept, x = pairs_kept(Random(keep, seed), 200, 150, backend, device, tiles)
+        kept, x = pairs_kept(Random(keep, seed), 200, 160, backend, device, tiles)
         if expected is None:
-            inputs = Inputs(x, torch.eye(150), torch.tensor(0.1), torch.tensor(0.0), {})
+            inputs = Inputs(x, torch.eye(160), torch.tensor(0.1), torch.tensor(0.0), {})
             expected, _ = kept_pairs(inputs, Random(keep, seed), negative_only=True)
         assert torch.equal(kept, expected)
 
