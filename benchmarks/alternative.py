@@ -26,6 +26,7 @@ from fused_siglip.kernels.panel_triton import (
     stored_dtype,
 )
 from fused_siglip.kernels.products import add_product
+from fused_siglip.kernels.totals_triton import finish
 
 BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes
 
@@ -89,6 +90,7 @@ class LibraryPanel:
 
     tile = TILE
     align = 1
+    finish = staticmethod(finish)
     in_place = False
 
     @classmethod
@@ -133,7 +135,7 @@ class LibraryPanel:
         self.g = None
         if write_g:
             self.g = self.s if self.in_place else empty(shape, dtype=stored_dtype(dtype))
-        self.partials = empty(3 * math.prod(shape) // math.prod(BLOCK), dtype=torch.float32)
+        self.all_partials = empty(3 * math.prod(shape) // math.prod(BLOCK), dtype=torch.float32)
         self.sums = 3 if scalar_grads else 1
         self.dtype = dtype
 
@@ -144,7 +146,7 @@ class LibraryPanel:
         logit_scale: Tensor,  # ()
         logit_bias: Tensor,  # ()
         positives: Positives,
-        sums: Tensor,  # (3,)
+        sums: Tensor | None,  # (3,)
         kept: None = None,
     ) -> Tensor | None:  # (m, n)
         m, n = x.shape[0], y.shape[0]
@@ -156,7 +158,8 @@ class LibraryPanel:
         else:
             torch.mm(x.to(s.dtype), y.T.to(s.dtype), out=s)
         blocks_m, blocks_n = (triton.cdiv(k, side) for k, side in zip((m, n), BLOCK, strict=True))
-        partials = self.partials[: 3 * blocks_m * blocks_n].view(3, -1)
+        partials = self.all_partials[: 3 * blocks_m * blocks_n].view(3, -1)
+        self.partials = partials[: self.sums]
         with torch.cuda.device_of(x):
             elementwise_kernel[(blocks_n, blocks_m)](
                 self.s,
@@ -175,7 +178,8 @@ class LibraryPanel:
                 BLOCK_N=BLOCK[1],
                 num_warps=8,
             )
-            torch.sum(partials[: self.sums], 1, out=sums[: self.sums])
+            if sums is not None:
+                torch.sum(self.partials, 1, out=sums[: self.sums])
         return None if self.g is None else self.g[:m, :n].to(self.dtype)
 
     def add_product(

@@ -47,14 +47,15 @@ def sweep(
     backend: str,
     add_to_grad_x: bool = False,
     kept: RandomPairs | AtLeast | None = None,
-) -> Tensor:  # (3,)
+) -> Tensor:  # (3 or 1, k)
     """Sum the loss over all pairs, and its derivatives in s = X Y^T, t and b.
 
     With g = dL/dz, writes g Y (which is dL/dX / t) to ``grad_x``, or adds it to what is there, and
     writes g^T X (dL/dY / t) to ``grad_y``; None where nobody needs it. Returns the sums of
-    softplus(u), g*s = dL/dt and g = dL/db, the last two 0 without ``scalar_grads``. Everything
-    accumulates in fp32 (float64 for float64 features). The factor t is left to the caller, who has
-    an upstream scalar to multiply by anyway.
+    softplus(u) and, with ``scalar_grads``, of g*s = dL/dt and g = dL/db, each in parts that are
+    still to be added up: see :meth:`fused_siglip.kernels.Panel.finish`. Everything accumulates in
+    fp32 (float64 for float64 features). The factor t is left to the caller, who has an upstream
+    scalar to multiply by anyway.
 
     Without ids, pair (i, i + diagonal) is positive; None: no pair is. ``kept`` says, for all M
     images (and N texts), which negatives take part; None: all.
@@ -65,18 +66,22 @@ def sweep(
         x, y, image_ids, text_ids, diagonal, needs, kept is not None, workspace_bytes, backend
     )
     plan = panels.plan
+    rows_of_sums = 3 if scalar_grads else 1
     if x.shape[0] == 0 or y.shape[0] == 0:
         if grad_x is not None and not add_to_grad_x:
             grad_x.zero_()
         if grad_y is not None:
             grad_y.zero_()
-        return torch.zeros(3, dtype=plan.accumulate_dtype, device=x.device)
+        return torch.zeros(rows_of_sums, 1, dtype=plan.accumulate_dtype, device=x.device)
 
     panel = panels.workspace()
-    sums = torch.zeros(len(panels), 3, dtype=plan.accumulate_dtype, device=x.device)
+    sums = None  # of a single panel: they need no adding up
+    if len(panels) > 1:
+        sums = torch.empty(len(panels), rows_of_sums, dtype=plan.accumulate_dtype, device=x.device)
     alpha = 1.0 / GRAD_SCALE.get(plan.operand_dtype, 1.0)
     d = x.shape[1]
-    for part, (rows, cols, x_rows, y_cols, positives) in zip(sums, panels, strict=True):
+    for k, (rows, cols, x_rows, y_cols, positives) in enumerate(panels):
+        part = None if sums is None else sums[k]
         g = panel(
             x_rows, y_cols, logit_scale, logit_bias, positives, part, _kept_in(kept, rows, cols)
         )
@@ -86,7 +91,7 @@ def sweep(
         if grad_y is not None:
             fresh = rows.start == 0
             panel.add_product(grad_y[cols], g, x_rows[:, :d], alpha, fresh, transposed=True)
-    return sums.sum(0)
+    return panel.partials if sums is None else sums.T
 
 
 def count_negatives(

@@ -95,11 +95,22 @@ class Panel(Protocol):
         logit_scale: Tensor,  # () in the accumulation dtype
         logit_bias: Tensor,  # () likewise
         positives: Positives,
-        sums: Tensor,  # (3,) accumulation dtype, overwritten: sums of softplus(u), g*s and g;
-        # without scalar_grads only the first
+        sums: Tensor | None,  # (3,) accumulation dtype, overwritten: sums of softplus(u), g*s and
+        # g; without scalar_grads (1,), the first. None: they stay in ``partials``
         kept: RandomPairs | AtLeast | None = None,  # None: all negatives
     ) -> Tensor | None:  # (m, n) g times GRAD_SCALE in dtype, a view of the workspace; or None
         ...
+
+    partials: Tensor  # (3 or 1, k) what adds up to the sums of the last call, given None for them
+
+    @staticmethod
+    def finish(
+        partials: Tensor,  # (3 or 1, k) accumulation dtype: sums, as in a call, over parts of pairs
+        logit_scale: Tensor,  # () likewise
+        divisor: float | Tensor,  # ()
+    ) -> tuple[Tensor, Tensor]:  # (), (3,) accumulation dtype
+        """The loss, and [sum of g*s, sum of g, t], all over ``divisor``: what the gradients of t,
+        of b, and of the features are to be multiplied by."""
 
     def add_product(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import GRAD_SCALE, AtLeast, Positives, RandomPairs
 from .places import BINS, FORMATS, HALF, cut
 from .products import add_product
+from .totals import finish
 
 # torch's softplus returns u itself beyond its threshold; at 40 that is exact in float64 too
 # (the default, 20, drops 2e-9).
@@ -29,6 +30,7 @@ class TorchPanel:
 
     tile = (64, 64)
     align = 1
+    finish = staticmethod(finish)
 
     @staticmethod
     def _buffers(
@@ -67,6 +69,7 @@ class TorchPanel:
         selects: bool = False,
     ):
         self.write_g, self.scalar_grads = write_g, scalar_grads
+        self.acc = torch.promote_types(dtype, torch.float32)
         self.buffers = {
             name: torch.empty(rows * cols, dtype=d, device=device)
             for name, d in self._buffers(dtype, write_g, scalar_grads, selects).items()
@@ -83,10 +86,13 @@ class TorchPanel:
         logit_scale: Tensor,  # ()
         logit_bias: Tensor,  # ()
         positives: Positives,
-        sums: Tensor,  # (3,)
+        sums: Tensor | None,  # (3,)
         kept: RandomPairs | AtLeast | None = None,
     ) -> Tensor | None:  # (m, n)
         m, n = x.shape[0], y.shape[0]
+        if sums is None:
+            sums = torch.empty(3 if self.scalar_grads else 1, dtype=self.acc, device=x.device)
+            self.partials = sums[:, None]
         u = self._view("u", m, n)
         positive = self._positive(m, n, positives)
         s = self._similarities(x, y, "s" if self.scalar_grads else "u")

@@ -23,6 +23,7 @@ from .math import (
 from .places import BINS
 from .products import add_product
 from .products_triton import add_kept_product, list_elements
+from .totals_triton import finish
 
 
 @triton.jit
@@ -388,6 +389,7 @@ class TritonPanel:
 
     tile = TILE
     align = 16  # what Triton tells apart: only then are loads wide
+    finish = staticmethod(finish)
 
     @classmethod
     def _tiles(cls, rows: int, cols: int) -> tuple[int, int]:
@@ -438,8 +440,8 @@ class TritonPanel:
             self.target = torch.cuda.get_device_capability(device)
         tiles_m, tiles_n = self._tiles(rows, cols)
         self.sums = 3 if scalar_grads else 1
-        self.partials = torch.empty(
-            self.sums * tiles_m * tiles_n, dtype=torch.float32, device=device
+        self.partials = self.all_partials = torch.empty(
+            self.sums, tiles_m * tiles_n, dtype=torch.float32, device=device
         )
         # Whole tiles, so that the kernel stores without a mask and rows stay aligned.
         shape = (tiles_m * self.tile[0], tiles_n * self.tile[1])
@@ -468,7 +470,7 @@ class TritonPanel:
         logit_scale: Tensor,  # ()
         logit_bias: Tensor,  # ()
         positives: Positives,
-        sums: Tensor,  # (3,)
+        sums: Tensor | None,  # (3,)
         kept: RandomPairs | AtLeast | None = None,
     ) -> Tensor | None:  # (m, n)
         (m, d), n = x.shape, y.shape[0]
@@ -477,14 +479,16 @@ class TritonPanel:
         tiles = math.prod(self._tiles(m, n))
         image_keys, text_keys, below = kept if isinstance(kept, RandomPairs) else (None,) * 3
         centres, factors, least = kept if isinstance(kept, AtLeast) else (None,) * 3
-        partials = self.partials[: self.sums * tiles].view(self.sums, tiles)
+        if self.partials.shape[1] != tiles:
+            used = self.all_partials.view(-1)[: self.sums * tiles]
+            self.partials = used.view(self.sums, tiles)
         self.skips = self.flags is not None and _may_skip(kept, self.tile)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             panel_kernel[(tiles,)](
                 x,
                 y,
                 self.g,
-                partials,
+                self.partials,
                 logit_scale,
                 logit_bias,
                 positives.image_ids,
@@ -509,7 +513,8 @@ class TritonPanel:
                 **config.constants(),
                 **config.options(),
             )
-            torch.sum(partials, 1, out=sums[: self.sums])
+            if sums is not None:
+                torch.sum(self.partials, 1, out=sums[: self.sums])
         return None if self.g is None else self.g[:m, :n].to(self.dtype)
 
     def add_product(
