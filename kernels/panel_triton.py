@@ -440,7 +440,7 @@ class TritonPanel:
             self.target = torch.cuda.get_device_capability(device)
         tiles_m, tiles_n = self._tiles(rows, cols)
         self.sums = 3 if scalar_grads else 1
-        self.partials = self.all_partials = torch.empty(
+        self.partials = torch.empty(
             self.sums, tiles_m * tiles_n, dtype=torch.float32, device=device
         )
         # Whole tiles, so that the kernel stores without a mask and rows stay aligned.
@@ -480,8 +480,7 @@ class TritonPanel:
         image_keys, text_keys, below = kept if isinstance(kept, RandomPairs) else (None,) * 3
         centres, factors, least = kept if isinstance(kept, AtLeast) else (None,) * 3
         if self.partials.shape[1] != tiles:
-            used = self.all_partials.view(-1)[: self.sums * tiles]
-            self.partials = used.view(self.sums, tiles)
+            self.partials = self.partials.as_strided((self.sums, tiles), (tiles, 1))
         self.skips = self.flags is not None and _may_skip(kept, self.tile)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             panel_kernel[(tiles,)](
