@@ -90,6 +90,7 @@ class LibraryPanel:
 
     tile = TILE
     align = 1
+    gs_from_products = False
     finish = staticmethod(finish)
     in_place = False
 

@@ -57,6 +57,7 @@ def _sweep(
     settled = contextlib.nullcontext()
     if torch.is_autocast_enabled(x.device.type):
         settled = torch.autocast(x.device.type, enabled=False)
+    factor = 1.0
     with settled:
         if group_name is not None:
             sums, grad_x, grad_y, divisor = distributed.global_sweep(
@@ -71,16 +72,24 @@ def _sweep(
                 backend=backend,
             )
         else:
-            sums, grad_x, grad_y = _local_sweep(
-                *inputs, negative_only, needs, (negatives, keep, seed), workspace_bytes, backend
-            )
             if reduction == "sum":
                 divisor = 1
             elif image_ids is None:
                 divisor = max(x.shape[0], 1)
             else:
                 divisor = (image_ids >= 0).sum().clamp(min=1)
-        loss, factors = panel_class(backend).finish(sums, logit_scale, divisor)
+            if logit_scale.is_cpu and backend == "torch":
+                factor = _known_factor(logit_scale, divisor)
+            sums, grad_x, grad_y = _local_sweep(
+                *inputs,
+                negative_only,
+                needs,
+                (negatives, keep, seed),
+                workspace_bytes,
+                backend,
+                factor,
+            )
+        loss, factors = panel_class(backend).finish(sums, logit_scale, divisor, factor)
     return (
         loss,
         factors,
@@ -104,6 +113,7 @@ def _local_sweep(
     negatives: tuple[str | None, float, int],  # kind, share, seed
     workspace_bytes: int | None,
     backend: str,
+    factor: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # (3 or 1, k), (M, D), (N, D)
     """The sums and gradients of one process: see :func:`fused_siglip.engine.sweep`."""
     acc = logit_scale.dtype
@@ -124,8 +134,17 @@ def _local_sweep(
         kept = find_thresholds(
             x, y, logit_scale, image_ids, text_ids, diagonal, kind, keep, **options
         )
-    sums = sweep(*inputs, grad_x, grad_y, scalar_grads=needs.scalars, kept=kept, **options)
+    sums = sweep(
+        *inputs, grad_x, grad_y, scalar_grads=needs.scalars, factor=factor, kept=kept, **options
+    )
     return sums, grad_x, grad_y
+
+
+def _known_factor(logit_scale: Tensor, divisor: float | Tensor) -> float:
+    """t / R, to go into the products where the host need not wait for it: then a backward from the
+    loss itself has nothing to multiply. 1 where products may over- or underflow."""
+    factor = logit_scale.item() / float(divisor)
+    return factor if 1e-9 < abs(factor) < 1e9 else 1.0
 
 
 @torch.library.register_fake("fused_siglip::sweep")
@@ -250,7 +269,7 @@ def _multiply(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     torch.compile (which plans memory itself), the saved tensor stays as it is.
     """
     if dtype == saved.dtype and not torch.compiler.is_compiling() and not _graph_is_kept():
-        return saved.mul_(factor)
+        return saved if factor.is_cpu and factor.item() == 1 else saved.mul_(factor)
     if dtype == saved.dtype or torch.compiler.is_compiling():
         return saved.mul(factor).to(dtype)
     # straight into half precision: on a GPU without a temporary as large as the gradient in fp32

@@ -38,6 +38,12 @@ class Positives(NamedTuple):
     image_ids: Tensor | None = None  # (m,) int64; pair (i, j) is positive where the ids are equal
     text_ids: Tensor | None = None  # (n,) int64; and takes no part where either is negative
 
+    def block(self, rows: slice) -> Positives:
+        """Of some rows of the panel."""
+        diagonal = None if self.diagonal is None else self.diagonal + rows.start
+        image_ids = None if self.image_ids is None else self.image_ids[rows]
+        return Positives(diagonal, image_ids, self.text_ids)
+
 
 class RandomPairs(NamedTuple):
     """Negatives kept by a hash of the pair (see fused_siglip/negatives.py)."""
@@ -51,6 +57,10 @@ class RandomPairs(NamedTuple):
         """Of pairs that are kept, on average."""
         return (self.below + 2**31) / 2**32
 
+    def block(self, rows: slice, cols: slice = slice(None)) -> RandomPairs:
+        """Of some rows and columns."""
+        return RandomPairs(self.image_keys[rows], self.text_keys[cols], self.below)
+
 
 class AtLeast(NamedTuple):
     """Negatives kept by their logit: dropped where (s - centre) * factor < least (NaN is kept)."""
@@ -59,11 +69,18 @@ class AtLeast(NamedTuple):
     factors: Tensor  # (m,) (s - centre) * factor lies within -1 and 1, the first to keep highest
     least: Tensor  # (m,)
 
+    def block(self, rows: slice, cols: slice = slice(None)) -> AtLeast:
+        """Of some rows; thresholds hold for every column."""
+        return AtLeast(*(of_images[rows] for of_images in self))
+
 
 class Panel(Protocol):
     """What a backend does with one panel: product, scale and bias, log-sigmoid, dL/dz."""
 
     tile: tuple[int, int]  # panel sides are multiples of it (the last panel may be smaller)
+    # The sum of g*s is left 0, the caller takes it from g Y or g^T X; of a single panel, puts it
+    # into totals[1].
+    gs_from_products: bool
     align: int  # D and the rows' distance should be multiples of it, features adjacent: see aligned
 
     @staticmethod
@@ -108,9 +125,11 @@ class Panel(Protocol):
         partials: Tensor,  # (3 or 1, k) accumulation dtype: sums, as in a call, over parts of pairs
         logit_scale: Tensor,  # () likewise
         divisor: float | Tensor,  # ()
+        factor: float = 1.0,
     ) -> tuple[Tensor, Tensor]:  # (), (3,) accumulation dtype
-        """The loss, and [sum of g*s, sum of g, t], all over ``divisor``: what the gradients of t,
-        of b, and of the features are to be multiplied by."""
+        """The loss, and [sum of g*s, sum of g, t / factor], all over ``divisor``: the gradients of
+        t and of b, and what those of the features, made times ``factor``, are to be multiplied by.
+        """
 
     def add_product(
         self,

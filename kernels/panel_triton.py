@@ -389,6 +389,7 @@ class TritonPanel:
 
     tile = TILE
     align = 16  # what Triton tells apart: only then are loads wide
+    gs_from_products = False  # g is rounded before it enters them
     finish = staticmethod(finish)
 
     @classmethod

@@ -44,10 +44,12 @@ def finish_kernel(
 
 
 def finish(
-    partials: Tensor, logit_scale: Tensor, divisor: float | Tensor
+    partials: Tensor, logit_scale: Tensor, divisor: float | Tensor, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:  # (), (3,)
     """See :meth:`fused_siglip.kernels.Panel.finish`."""
     loss, factors = partials.new_empty(()), partials.new_empty(3)
+    if factor != 1:
+        logit_scale = logit_scale / factor
     known = not isinstance(divisor, Tensor)
     with torch.cuda.device_of(partials):  # Triton launches on the current device
         finish_kernel[(1,)](
