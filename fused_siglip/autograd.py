@@ -204,11 +204,11 @@ class SigLipFunction(torch.autograd.Function):
         seed: int,
     ) -> Tensor:  # ()
         acc = torch.promote_types(dtype, torch.float32)
-        loss, factors, grad_x, grad_y = torch.ops.fused_siglip.sweep(
-            x.to(dtype),
-            y.to(dtype),
-            logit_scale.to(acc).reshape(()),
-            logit_bias.to(acc).reshape(()),
+        loss, factors, grad_x, grad_y = torch.ops.fused_siglip.sweep.default(
+            x if x.dtype == dtype else x.to(dtype),
+            y if y.dtype == dtype else y.to(dtype),
+            _scalar(logit_scale, acc),
+            _scalar(logit_bias, acc),
             image_ids,
             text_ids,
             negative_only,
@@ -235,16 +235,33 @@ class SigLipFunction(torch.autograd.Function):
         factors, grad_x, grad_y, _ = ctx.saved_tensors
         *scalar_grads, factor = (upstream * factors).unbind()
         (_, x_dtype), (_, y_dtype), *scalars_like = ctx.like
+        compiling = torch.compiler.is_compiling()
+        # Memory of a saved gradient is taken for the result where nothing can read it again: when
+        # this very backward frees the graph. With retain_graph or create_graph, and in
+        # torch.compile (which plans memory itself), it stays as it is.
+        last = not compiling and not _graph_is_kept()
+        if last and factor.is_cpu and factor.item() == 1:
+            factor = None
         grads = [
-            _multiply(grad_x, factor, x_dtype) if ctx.needs.image else None,
-            _multiply(grad_y, factor, y_dtype) if ctx.needs.text else None,
+            _multiply(grad_x, factor, x_dtype, last) if ctx.needs.image else None,
+            _multiply(grad_y, factor, y_dtype, last) if ctx.needs.text else None,
         ]
         for grad, (shape, dtype) in zip(scalar_grads, scalars_like, strict=True):
-            grads.append(grad.reshape(shape).to(dtype) if ctx.needs.scalars else None)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            if not ctx.needs.scalars:
+                grad = None
+            elif grad.shape != shape or grad.dtype != dtype:
+                grad = grad.reshape(shape).to(dtype)
+            grads.append(grad)
+        if torch.is_grad_enabled() and not compiling:  # create_graph=True
             trap = torch.empty(0, requires_grad=True)
             grads = [g if g is None else _NoDoubleBackward.apply(g, trap) for g in grads]
         return (*grads, *[None] * 13)
+
+
+def _scalar(value: Tensor, dtype: torch.dtype) -> Tensor:  # ()
+    if value.dim() == 0 and value.dtype == dtype:
+        return value  # every torch call less counts where the batch is small
+    return value.to(dtype).reshape(())
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -262,14 +279,12 @@ class _NoDoubleBackward(torch.autograd.Function):
         )
 
 
-def _multiply(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """saved * factor in ``dtype``, in the saved tensor's own memory when nothing can read it again.
-
-    That is so when this very backward frees the graph. With retain_graph or create_graph, and in
-    torch.compile (which plans memory itself), the saved tensor stays as it is.
-    """
-    if dtype == saved.dtype and not torch.compiler.is_compiling() and not _graph_is_kept():
-        return saved if factor.is_cpu and factor.item() == 1 else saved.mul_(factor)
+def _multiply(saved: Tensor, factor: Tensor | None, dtype: torch.dtype, last: bool) -> Tensor:
+    """saved * factor in ``dtype``; None: a factor of 1. ``last``: saved may be changed."""
+    if factor is None:
+        return saved.to(dtype)
+    if dtype == saved.dtype and last:
+        return saved.mul_(factor)
     if dtype == saved.dtype or torch.compiler.is_compiling():
         return saved.mul(factor).to(dtype)
     # straight into half precision: on a GPU without a temporary as large as the gradient in fp32

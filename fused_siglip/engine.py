@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from .plan import PanelPlan, plan_panels
 _PRODUCTS_AT_ONCE = 1 << 17  # in the cache of a core, with both operands
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """Which gradients are computed. One that nobody needs costs nothing."""
 
     image: bool  # dX: 2*M*N*D FLOPs
@@ -83,7 +82,7 @@ def sweep(
     if len(panels) > 1:
         sums = torch.empty(len(panels), rows_of_sums, dtype=plan.accumulate_dtype, device=x.device)
     alpha = factor / GRAD_SCALE.get(plan.operand_dtype, 1.0)
-    d = x.shape[1]
+    d = None if plan.operand_dim == x.shape[1] else x.shape[1]
     from_products = scalar_grads and panel.gs_from_products
     from_text = from_products and grad_y is not None and (grad_x is None or add_to_grad_x)
     gs_sum = 0.0
@@ -95,10 +94,12 @@ def sweep(
             gs_sum -= _inner_product(x_rows, grad_x[rows])
         if grad_x is not None:
             fresh = cols.start == 0 and not add_to_grad_x
-            panel.add_product(grad_x[rows], g, y_cols[:, :d], alpha, fresh, transposed=False)
+            other = y_cols if d is None else y_cols[:, :d]
+            panel.add_product(_block(grad_x, rows), g, other, alpha, fresh, transposed=False)
         if grad_y is not None:
             fresh = rows.start == 0
-            panel.add_product(grad_y[cols], g, x_rows[:, :d], alpha, fresh, transposed=True)
+            other = x_rows if d is None else x_rows[:, :d]
+            panel.add_product(_block(grad_y, cols), g, other, alpha, fresh, transposed=True)
         # sum g*s = <X, g Y> = <Y, g^T X>, of rows or columns that are complete
         if from_text:
             if rows.stop == x.shape[0]:
@@ -230,16 +231,16 @@ class _Panels:
             needs.scalars,
             self.selects,
         )
-        if panel.gs_from_products and len(self.y) <= self.x.shape[1]:
+        if panel.gs_from_products and self.y.shape[0] <= self.x.shape[1]:
             panel.gs_from_products = False  # a pass over the pairs is the shorter one
         return panel
 
     def __len__(self) -> int:
-        (m, rows), (n, cols) = (len(self.x), self.plan.rows), (len(self.y), self.plan.cols)
-        return -(-m // rows) * -(-n // cols)
+        m, n = self.x.shape[0], self.y.shape[0]
+        return -(-m // self.plan.rows) * -(-n // self.plan.cols)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Positives]]:
-        m, n, plan = len(self.x), len(self.y), self.plan
+        m, n, plan = self.x.shape[0], self.y.shape[0], self.plan
         for i in range(0, m, plan.rows):
             rows = slice(i, min(i + plan.rows, m))
             x_rows, x_ids = _operand(self.x, self.image_ids, rows, plan, self.copies)
@@ -248,6 +249,11 @@ class _Panels:
                 y_cols, y_ids = _operand(self.y, self.text_ids, cols, plan, self.copies)
                 in_panel = None if self.diagonal is None else self.diagonal + i - j
                 yield rows, cols, x_rows, y_cols, Positives(in_panel, x_ids, y_ids)
+
+
+def _block(tensor: Tensor, part: slice) -> Tensor:
+    """Some rows; the tensor itself where that is all of them."""
+    return tensor if part.stop - part.start == tensor.shape[0] else tensor[part]
 
 
 def _inner_product(features: Tensor, grad: Tensor) -> float:  # (m, D or more), (m, D), on a CPU
@@ -274,10 +280,12 @@ def _operand(
     A copy has zeros beyond D, where the backend wants more features, and in padded rows: these may
     hold anything, and 0 * NaN would reach the gradients.
     """
-    features = features[part]
-    ids = None if ids is None else ids[part]
+    features = _block(features, part)
+    ids = None if ids is None else _block(ids, part)
     if not copies:
-        return features.to(plan.operand_dtype), ids
+        if features.dtype != plan.operand_dtype:
+            features = features.to(plan.operand_dtype)
+        return features, ids
     m, d = features.shape
     copy = features.new_empty(m, plan.operand_dim, dtype=plan.operand_dtype)
     copy[:, :d] = features

@@ -5,6 +5,7 @@ Installed as ``fused_siglip.kernels``. Importing this package imports neither tr
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -201,12 +202,14 @@ def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:
     return "triton" if default_obstacle(device, dtype) is None else "torch"
 
 
+@functools.cache
 def _torch_panel() -> type[Panel]:
     from .panel_torch import TorchPanel
 
     return TorchPanel
 
 
+@functools.cache
 def _triton_panel() -> type[Panel]:
     from .panel_triton import TritonPanel
 

@@ -106,7 +106,7 @@ MUTATIONS = (
     Mutation("scale missing from the gradients", "torch", TOTALS, "(*scalars, logit_scale)", "(*scalars, torch.ones_like(logit_scale))"),
     Mutation("upstream missing from the gradients", "torch", AUTOGRAD, "(upstream * factors).unbind()", "factors.unbind()"),
     Mutation("dt and db exchanged", "torch", AUTOGRAD, "zip(scalar_grads,", "zip(scalar_grads[::-1],"),
-    Mutation("saved gradients reused where the graph is kept", "torch", AUTOGRAD, "not torch.compiler.is_compiling() and not _graph_is_kept()", "not torch.compiler.is_compiling()"),
+    Mutation("saved gradients reused where the graph is kept", "torch", AUTOGRAD, "not compiling and not _graph_is_kept()", "not compiling"),
     Mutation("g*s of what other panels left in dX too", "torch", ENGINE, "gs_sum -= _inner", "gs_sum -= 0 * _inner"),
     Mutation("g*s of incomplete rows", "torch", ENGINE, "elif from_products and cols.stop == y.shape[0]:", "elif from_products:"),
     Mutation("mean over texts", "torch", AUTOGRAD, "divisor = max(x.shape[0], 1)", "divisor = max(y.shape[0], 1)"),
