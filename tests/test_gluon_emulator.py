@@ -8,10 +8,10 @@ import inspect
 import numpy as np
 import pytest
 
-from support import gluon_arrays as arrays
-from support import gluon_language
-from support.gluon_arrays import Buffer, Deadlock, Fault, Int, Pointer, Race, bfloat16, float32
-from support.gluon_emulator import Descriptor, RandomOrder, launch
+from support.gluon import arrays, language
+from support.gluon.arrays import Buffer, Deadlock, Fault, Int, Pointer, Race, bfloat16, float32
+from support.gluon.hopper import Descriptor
+from support.gluon.schedule import RandomOrder, launch
 
 # A producer loads blocks of x and y, a consumer multiplies them.
 SOURCE = """
@@ -73,12 +73,15 @@ def run(folder, seed: int, old: str = "", new: str = "", steps: int = 5) -> None
     path.write_text(SOURCE.replace(old, new) if old else SOURCE)
     draw = np.random.default_rng(seed)
     x, y = (
-        Descriptor(draw.standard_normal((rows, 16 * steps - 3)), (block, 16), bfloat16)
+        Descriptor(
+            Buffer((rows, 16 * steps - 3), bfloat16, draw.standard_normal((rows, 16 * steps - 3))),
+            (block, 16),
+        )
         for rows, block in ((40, 16), (32, 32))
     )
     out = Buffer((48, 32), float32)
     arguments = {"x_desc": x, "y_desc": y, "out_ptr": Pointer(out), "STEPS": steps}
-    launch(gluon_language.load(path).kernel, 3, arguments, RandomOrder(seed))
+    launch(language.load(path).kernel, 3, arguments, RandomOrder(seed))
     assert (out.writes == 1).all() and not out.data[40:].any()
     np.testing.assert_allclose(out.data[:40], x.array @ y.array.T, atol=1e-4)
 
@@ -145,13 +148,13 @@ def test_halves_are_rounded_to_even():
     assert np.isnan(arrays.rounded(np.float32([np.nan]), bfloat16)).all()
 
 
-@pytest.mark.parametrize("name", [gluon_language.GLUON + ".language", gluon_language.HOPPER])
+@pytest.mark.parametrize("name", [language.GLUON + ".language", language.HOPPER])
 def test_names_and_arguments_are_gluons(name):
     """Those that the emulator offers; Gluon may take more arguments."""
     pytest.importorskip("triton")
-    if not hasattr(importlib.import_module(gluon_language.GLUON), "language"):
+    if not hasattr(importlib.import_module(language.GLUON), "language"):
         pytest.skip("this triton has no such Gluon")
-    ours, theirs = gluon_language.stubs()[name], importlib.import_module(name)
+    ours, theirs = language.stubs()[name], importlib.import_module(name)
     pairs = [(theirs, *item) for item in vars(ours).items() if item[0][0] != "_"]
     for part in {"mbarrier", "tma"} & set(vars(ours)):
         pairs += [(getattr(theirs, part), *item) for item in vars(getattr(ours, part)).items()]

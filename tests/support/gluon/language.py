@@ -16,11 +16,11 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from support import gluon_arrays as arrays
-from support import gluon_emulator as emulator
-from support.gluon_arrays import Fault, Int, Tensor, binary, value
+from support.gluon import arrays, hopper
+from support.gluon.arrays import Fault, Int, Tensor, binary, value
+from support.gluon.schedule import program
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GLUON = "triton.experimental.gluon"
 HOPPER = GLUON + ".language.nvidia.hopper"
 
@@ -108,14 +108,15 @@ _LANGUAGE = {
     "static_range": builtins.range,
     "static_assert": _static_assert,
     "range": _range,
-    "program_id": lambda axis: Int(emulator.program().pid),
-    "num_programs": lambda axis: Int(emulator.program().grid),
+    "program_id": lambda axis: Int(program().pid),
+    "num_programs": lambda axis: Int(program().grid),
     "cdiv": lambda x, div: (x + div - 1) // div,
     "minimum": _extremum(np.minimum, min),
     "maximum": _extremum(np.maximum, max),
     "where": _where,
     "abs": _unary(np.abs),
     "exp2": _unary(np.exp2),
+    "log2": _unary(np.log2),
     "rsqrt": _unary(lambda a: 1 / np.sqrt(a)),
     "fma": _fma,
     "max": _fold(np.max),
@@ -134,9 +135,9 @@ _LANGUAGE = {
     "store": arrays.store_global,
 }
 _GLUON_LANGUAGE = {
-    "allocate_shared_memory": emulator.allocate_shared,
+    "allocate_shared_memory": hopper.allocate_shared,
     "convert_layout": lambda x, layout: x.like(x.a, layout),
-    "warp_specialize": lambda partitions, warps, registers: emulator.program().specialise(
+    "warp_specialize": lambda partitions, warps, registers: program().specialise(
         partitions, warps, registers
     ),
     "BlockedLayout": _blocked_layout,
@@ -147,17 +148,21 @@ _GLUON_LANGUAGE = {
     "thread_barrier": lambda: None,
 }  # fmt: skip
 _HOPPER = {
-    "tma": SimpleNamespace(async_copy_global_to_shared=emulator.copy_to_shared),
-    "warpgroup_mma": emulator.multiply,
+    "tma": SimpleNamespace(
+        async_copy_global_to_shared=hopper.copy_to_shared,
+        async_copy_shared_to_global=hopper.copy_to_global,
+        store_wait=hopper.wait_for_stores,
+    ),
+    "warpgroup_mma": hopper.multiply,
     "warpgroup_mma_init": lambda x: x,
-    "warpgroup_mma_wait": emulator.wait_for_products,
-    "fence_async_shared": lambda cluster=False: None,
+    "warpgroup_mma_wait": hopper.wait_for_products,
+    "fence_async_shared": hopper.fence,
     "mbarrier": SimpleNamespace(
         MBarrierLayout=lambda: "barrier",
-        init=emulator.Barrier.init,
-        expect=emulator.Barrier.expect,
-        arrive=emulator.Barrier.arrive,
-        wait=emulator.Barrier.wait,
+        init=hopper.Barrier.init,
+        expect=hopper.Barrier.expect,
+        arrive=hopper.Barrier.arrive,
+        wait=hopper.Barrier.wait,
     ),
 }
 
@@ -181,7 +186,7 @@ def stubs() -> dict[str, Stub]:
         GLUON + ".language.nvidia": {},
         HOPPER: _HOPPER,
         GLUON + ".nvidia": {},
-        GLUON + ".nvidia.hopper": {"TensorDescriptor": emulator.Descriptor},
+        GLUON + ".nvidia.hopper": {"TensorDescriptor": hopper.Descriptor},
     }
     modules = {name: Stub(name) for name in contents}
     for name, module in modules.items():

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.gluon_arrays import Buffer, Fault, Int, Pointer, bfloat16, float32
-from support.gluon_emulator import Descriptor, RandomOrder, launch
+from support.gluon.arrays import Buffer, Fault, Int, Pointer, bfloat16, float32
+from support.gluon.hopper import Descriptor
+from support.gluon.schedule import RandomOrder, launch
 
 EPS = 2.0**-24
 UNIT_ROUNDOFF_BF16 = 2.0**-8
 NO_DIAGONAL = 1 << 20  # meets no pair
-FORMS = ("easy_softplus_sigmoid", "softplus_sigmoid")  # of the epilogue
+FORMS = ("easy_softplus_sigmoid", "exp_sigmoid", "softplus_sigmoid")  # of the epilogue
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Case:
     parts: int = 4
     grad_scale: float = 1.0
     block: tuple[int, int, int] = (32, 64, 16)
+    shared: bool = True  # both consumers work on one tile
+    hold: bool = False
+    copies: int | None = None  # g leaves in blocks of so many columns; None: through registers
+    buffers: int = 2  # of these blocks, a consumer
+    store_g: bool = True
+    scalar_grads: bool = True
 
 
 class Outcome(NamedTuple):
@@ -51,7 +58,10 @@ def features(case: Case, seed: int) -> tuple[Descriptor, Descriptor]:
         y[i + case.diagonal] = x[i] + 0.5 * y[i + case.diagonal]
     block_m, block_n, block_k = case.block
     return tuple(
-        Descriptor(f / np.linalg.norm(f, axis=1, keepdims=True), (rows, block_k), bfloat16)
+        Descriptor(
+            Buffer(f.shape, bfloat16, f / np.linalg.norm(f, axis=1, keepdims=True)),
+            (rows, block_k),
+        )
         for f, rows in ((x, block_m), (y, block_n))
     )
 
@@ -74,30 +84,36 @@ def check(case: Case, x: Descriptor, y: Descriptor, sums, g) -> tuple[float, flo
     eager = formula(x.array, y.array, case, np.float32)
     deviation = (np.abs(eager[2] - exact[2]) / np.maximum(np.abs(exact[2]), 1e-300)).max()
     slack = (4 * deviation + 8 * EPS + UNIT_ROUNDOFF_BF16) * np.abs(exact[2]) + 2.0**-126
-    of_g = (np.abs(g - exact[2]) / slack).max()
+    of_g = (np.abs(g - exact[2]) / slack).max() if case.store_g else 0.0
     of_sums = [
         abs(total - e.sum()) / (4 * np.abs(f - e).sum() + 32 * EPS * np.abs(e).sum())
-        for total, e, f in zip(sums, exact, eager, strict=True)
+        for total, e, f in zip(sums, exact, eager, strict=case.scalar_grads)
     ]
     return of_g, max(of_sums)
 
 
-def run(module: ModuleType, case: Case, seed: int, **constants) -> Outcome:
+def run(module: ModuleType, case: Case, seed: int) -> Outcome:
     """One launch in an order that the seed decides. Raises what the emulator does."""
     block_m, block_n, _ = case.block
     tiles_m, tiles_n = -(-case.m // block_m), -(-case.n // block_n)
     x, y = features(case, seed)
     stride = 1 << 27  # offsets of g need 64 bits
-    g = Buffer((tiles_m * block_m, tiles_n * block_n), bfloat16, stride=stride)
-    slots = constants.pop("slots")
-    partials = Buffer((3, slots * tiles_m * tiles_n), float32)
+    # copies stop at the edge; what goes through registers is whole tiles
+    padded = (tiles_m * block_m, tiles_n * block_n)
+    g = Buffer(padded if case.copies is None else (case.m, case.n), bfloat16, stride=stride)
+    g_desc = None
+    if case.copies is not None:
+        g_desc = Descriptor(g, (block_m // 2 if case.shared else block_m, case.copies))
+    slots = tiles_m * tiles_n * (2 if case.shared else 1)
+    partials = Buffer((3 if case.scalar_grads else 1, slots), float32)
     forms: Counter = Counter()
     for name in FORMS:
         vars(module)[name] = _counted(getattr(module, name), forms, name)
     arguments = {
         "x_desc": x,
         "y_desc": y,
-        "g_ptr": Pointer(g),
+        "g_ptr": Pointer(g) if case.store_g and g_desc is None else None,
+        "g_desc": g_desc,
         "partials_ptr": Pointer(partials),
         "scale_ptr": Pointer(Buffer((1, 1), float32, case.t)),
         "bias_ptr": Pointer(Buffer((1, 1), float32, case.b)),
@@ -110,13 +126,16 @@ def run(module: ModuleType, case: Case, seed: int, **constants) -> Outcome:
         "STAGES": case.stages,
         "PARTS": case.parts,
         "GRAD_SCALE": case.grad_scale,
-        "CONSUMER_REGS": 240,
+        "SCALAR_GRADS": case.scalar_grads,
+        "SHARED": case.shared,
+        "HOLD": case.hold,
+        "STORE_BUFFERS": case.buffers,
         "num_warps": 4,
     }
-    launch(module.panel_ws_kernel, case.grid, arguments | constants, RandomOrder(seed))
-    if not (g.writes == 1).all() or not (partials.writes == 1).all():
+    launch(module.panel_ws_kernel, case.grid, arguments, RandomOrder(seed))
+    if not (g.writes == case.store_g).all() or not (partials.writes == 1).all():
         raise Fault("g or the partial sums are not written throughout")
-    if g.data[case.m :].any() or g.data[:, case.n :].any():
+    if case.store_g and (g.data[case.m :].any() or g.data[:, case.n :].any()):
         raise Fault("g past the last row or column is not 0")
     sums = partials.data.astype(np.float64).sum(1)
     errors = check(case, x, y, sums, g.data[: case.m, : case.n] / case.grad_scale)

@@ -1,4 +1,4 @@
-"""Numbers, tensors and global memory of emulated Gluon kernels: see gluon_emulator.py."""
+"""Numbers, tensors and global memory of emulated Gluon kernels: see hopper.py."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class Buffer:
         unwritten = np.nan if dtype.np is np.float32 else -1
         self.data, self.writes = np.full(shape, unwritten, dtype.np), np.zeros(shape, np.int32)
         if init is not None:
-            self.data[:], self.writes[:] = np.reshape(init, shape), 1
+            self.data[:], self.writes[:] = rounded(np.reshape(init, shape), dtype), 1
 
     def locate(self, offsets):
         rows, cols = np.divmod(offsets, self.stride)
