@@ -145,6 +145,7 @@ _GLUON_LANGUAGE = {
     "NVMMADistributedLayout": lambda version, warps_per_cta, instr_shape: (
         "mma", *map(tuple, (version, warps_per_cta, instr_shape)),
     ),
+    "num_warps": lambda: program().current.warps,
     "thread_barrier": lambda: None,
 }  # fmt: skip
 _HOPPER = {
@@ -180,6 +181,7 @@ def stubs() -> dict[str, Stub]:
     contents = {
         "triton": {"jit": _jit, "cdiv": _LANGUAGE["cdiv"]},
         "triton.language": _LANGUAGE,
+        "triton.language.extra": {"libdevice": SimpleNamespace(fast_log2f=_unary(np.log2))},
         "triton.experimental": {},
         GLUON: {"jit": _jit, "constexpr_function": _jit},
         GLUON + ".language": _LANGUAGE | _GLUON_LANGUAGE,

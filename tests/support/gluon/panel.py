@@ -1,12 +1,12 @@
-"""Launches of an emulated Gluon panel kernel, held to float64, and the kernel broken on purpose."""
+"""Launches of the emulated Gluon panel kernel, and their numbers against float64."""
 
 from __future__ import annotations
 
-import ast
 import inspect
+import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,12 +14,14 @@ import numpy as np
 
 from support.gluon.arrays import Buffer, Fault, Int, Pointer, bfloat16, float32
 from support.gluon.hopper import Descriptor
+from support.gluon.language import ROOT
 from support.gluon.schedule import RandomOrder, launch
 
+KERNEL = ROOT / "benchmarks/candidates/gluon_panel.py"
 EPS = 2.0**-24
 UNIT_ROUNDOFF_BF16 = 2.0**-8
 NO_DIAGONAL = 1 << 20  # meets no pair
-FORMS = ("easy_softplus_sigmoid", "exp_sigmoid", "softplus_sigmoid")  # of the epilogue
+FORMS = ("exp_sigmoid", "softplus_sigmoid")  # of the epilogue
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,66 @@ class Case:
     buffers: int = 2  # of these blocks, a consumer
     store_g: bool = True
     scalar_grads: bool = True
+
+
+CONFIGS = {
+    "shared": {},
+    "hold": {"hold": True},
+    "turns": {"shared": False},
+    "turns, wide": {"shared": False, "block": (16, 128, 16), "stages": 5},
+    "shared, copies": {"copies": 32, "buffers": 2},
+    "turns, copies": {"shared": False, "copies": 32, "buffers": 1},
+}
+
+SHAPES = (
+    {"m": 64, "n": 128, "d": 48},
+    {"m": 64, "n": 128, "d": 40, "t": 100.0},  # the last step of D is not whole
+    {"m": 70, "n": 150, "d": 64, "diagonal": -23, "grid": 3},
+    {"m": 33, "n": 65, "d": 16, "t": 100.0, "diagonal": 5},  # one step
+    {"m": 96, "n": 64, "d": 128, "diagonal": NO_DIAGONAL, "grid": 1},
+    {"m": 65, "n": 190, "d": 77, "t": 100.0, "diagonal": 77, "grid": 5, "group": 1},
+    {"m": 1, "n": 1, "d": 48},
+    {"m": 31, "n": 63, "d": 32, "t": 0.5},
+    {"m": 130, "n": 70, "d": 48, "diagonal": -64, "grid": 4, "group": 8, "stages": 3},
+    {"m": 64, "n": 192, "d": 96, "stages": 2, "grid": 1, "b": -2.0},
+    {"m": 64, "n": 192, "d": 48, "stages": 5, "parts": 8, "grid": 1, "t": -3.0},
+    {"m": 70, "n": 150, "d": 112, "stages": 3, "parts": 2, "grid": 7},
+    {"m": 50, "n": 100, "d": 48, "grad_scale": 0.125, "diagonal": 10},
+    {"m": 70, "n": 150, "d": 96, "b": -20.0, "diagonal": 30},
+    {"m": 60, "n": 128, "d": 48, "t": 30.0, "b": 5.0},
+    {"m": 64, "n": 128, "d": 32, "t": -100.0, "b": 0.0, "diagonal": NO_DIAGONAL},
+    {"m": 64, "n": 128, "d": 32, "t": 100.0, "b": 0.0, "diagonal": NO_DIAGONAL},
+)
+
+
+def random_case(seed: int) -> Case:
+    """Sizes around one to three tiles, and what a launch may choose."""
+    draw = random.Random(seed)
+    config = CONFIGS[draw.choice(list(CONFIGS))]
+    m, n = draw.randint(1, 100), draw.randint(1, 200)
+    scale = draw.choice([(10.0, -10.0), (100.0, -10.0), (100.0, 0.0), (-8.0, -3.0), (0.0, -5.0)])
+    case = Case(
+        m,
+        n,
+        draw.choice([draw.randint(1, 64), 16 * draw.randint(1, 7)]),
+        *scale,
+        draw.choice([0, draw.randint(-m, n), NO_DIAGONAL]),
+        grid=draw.randint(1, 6),
+        group=draw.choice([1, 2, 8]),
+        stages=draw.randint(2, 5),
+        parts=draw.choice([2, 4, 8]),
+        grad_scale=draw.choice([1.0, 0.25]),
+        store_g=draw.random() < 0.9,
+        scalar_grads=draw.random() < 0.9,
+    )
+    case = replace(case, **{k: v for k, v in config.items() if k != "stages"})
+    if not case.store_g:
+        return replace(case, copies=None)
+    if case.copies is not None:  # whole parts, and buffers that the copies of a tile go round in
+        copies = draw.choice([c for c in (16, 32, 64) if c >= case.block[1] // case.parts])
+        buffers = draw.choice([k for k in (1, 2, 4) if k <= case.block[1] // copies])
+        return replace(case, copies=copies, buffers=buffers)
+    return case
 
 
 class Outcome(NamedTuple):
@@ -153,26 +215,3 @@ def _counted(function: Callable, calls: Counter, name: str) -> Callable:
 
     count.__wrapped__ = function
     return count
-
-
-class Break(NamedTuple):
-    """Of one function, formatted as by ast.unparse: comments and line breaks do not matter."""
-
-    what: str
-    function: str
-    old: str  # occurs once there
-    new: str
-
-    def edit(self, source: str) -> str:
-        """The file's source, broken; ValueError where it is not what this break was made for."""
-        tree = ast.parse(source)
-        found = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == self.function]
-        text = ast.unparse(found[0]) if found else ""
-        if text.count(self.old) != 1:
-            raise ValueError(
-                f"{self.what}: {self.function} holds {self.old!r} {text.count(self.old)} times: "
-                "expected once"
-            )
-        broken = ast.parse(text.replace(self.old, self.new)).body[0]
-        tree.body[tree.body.index(found[0])] = broken
-        return ast.unparse(tree)

@@ -41,9 +41,10 @@ class Event(Protocol):
 class Partition(threading.Thread):
     """``known``: the copies and products, bits of a number, that it knows to be over."""
 
-    def __init__(self, owner: Program, name: str, function: Callable, arguments: Sequence):
+    def __init__(self, owner: Program, name: str, warps: int, function: Callable, arguments):
         super().__init__(daemon=True)
         self.owner, self.name, self.function, self.arguments = owner, name, function, arguments
+        self.warps = warps
         self.go, self.known = threading.Semaphore(0), 0
         self.in_flight, self.unknown = [], []  # products: not complete; not known to be
         self.stores = []  # copies out of shared memory, not known to be over
@@ -88,8 +89,8 @@ class Program:
 
     shared_limit = 232448  # bytes that one program may take on Hopper
 
-    def __init__(self, pid: int, grid: int, order):
-        self.pid, self.grid, self.order = pid, grid, order
+    def __init__(self, pid: int, grid: int, warps: int, order: RandomOrder):
+        self.pid, self.grid, self.warps, self.order = pid, grid, warps, order
         self.events, self.barriers, self.uses, self.bits = [], [], [], 0
         self.turn, self.current, self.shared_bytes = threading.Semaphore(0), None, 0
 
@@ -118,8 +119,10 @@ class Program:
         if not len(partitions) - 1 == len(worker_warps) == len(worker_registers):
             raise Fault("warps and registers of every partition but the first")
         running = [
-            Partition(self, str(i), function, arguments)
-            for i, (function, arguments) in enumerate(partitions)
+            Partition(self, str(i), warps, *partition)
+            for i, (warps, partition) in enumerate(
+                zip([self.warps, *worker_warps], partitions, strict=True)
+            )
         ]
         try:
             while True:
@@ -166,7 +169,7 @@ class RandomOrder:
 def launch(kernel: Callable, grid: int, arguments: dict, order: RandomOrder) -> None:
     global _running
     for pid in range(grid):
-        _running = Program(pid, grid, order)
+        _running = Program(pid, grid, arguments.get("num_warps", 4), order)
         try:
             kernel(**arguments)
         finally:
