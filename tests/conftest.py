@@ -12,7 +12,7 @@ def pytest_collection_modifyitems(config, items):
     """Of two workers one runs a file whole, for its fixtures; compiling, the longest, is shared."""
     if config.getoption("loadgroup", False):
         for item in items:
-            if item.path.name != "test_triton_compiled.py":
+            if not item.path.name.endswith("_compiled.py"):
                 item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 

@@ -148,7 +148,9 @@ def test_halves_are_rounded_to_even():
     assert np.isnan(arrays.rounded(np.float32([np.nan]), bfloat16)).all()
 
 
-@pytest.mark.parametrize("name", [language.GLUON + ".language", language.HOPPER])
+@pytest.mark.parametrize(
+    "name", [language.GLUON + ".language", language.HOPPER], ids=["language", "hopper"]
+)
 def test_names_and_arguments_are_gluons(name):
     """Those that the emulator offers; Gluon may take more arguments."""
     pytest.importorskip("triton")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 
 import gluon_soak
 import pytest
@@ -33,6 +33,13 @@ def test_against_float64(kernel, config):
     for case, seed in launches(config):
         ran |= set(run(kernel, case, seed).forms)
     assert ran == set(FORMS)
+
+
+@pytest.mark.parametrize("mode", ["loads", "bare"])
+@pytest.mark.parametrize("config", ["shared", "turns", "shared, copies"])
+def test_ablations(kernel, config, mode):
+    for case, seed in islice(launches(config), 4):
+        run(kernel, replace(case, mode=mode), seed)
 
 
 @pytest.mark.parametrize(
