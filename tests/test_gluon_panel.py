@@ -9,6 +9,7 @@ from itertools import chain, islice
 import gluon_soak
 import pytest
 
+from benchmarks.candidates import CANDIDATES, Gluon
 from support.gluon.arrays import Deadlock, Fault, Race
 from support.gluon.breaks import BREAKS
 from support.gluon.language import load
@@ -42,17 +43,24 @@ def test_ablations(kernel, config, mode):
         run(kernel, replace(case, mode=mode), seed)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"block": (128, 256, 64), "parts": 16},
-        {"block": (128, 256, 64), "parts": 16, "copies": 64, "hold": True},
-        {"block": (128, 128, 64), "parts": 8, "stages": 6, "shared": False},
-    ],
-    ids=["shared", "hold, copies", "turns"],
-)
-def test_blocks_as_on_a_device(kernel, config):
-    run(kernel, Case(200, 300, 200, diagonal=40, group=8, **config), seed=0)
+@pytest.mark.parametrize("name", [n for n, c in CANDIDATES.items() if isinstance(c, Gluon)])
+def test_candidates_as_on_a_device(kernel, name):
+    config = CANDIDATES[name]
+    case = Case(
+        m=130,
+        n=270,
+        d=136,
+        diagonal=40,
+        group=config.group_m,
+        stages=config.stages,
+        parts=config.parts,
+        block=(*config.tile, config.block_k),
+        shared=config.shared,
+        hold=config.hold,
+        copies=64 if config.store_buffers else None,
+        buffers=config.store_buffers,
+    )
+    run(kernel, case, seed=0)
 
 
 def test_random_schedules(capsys):

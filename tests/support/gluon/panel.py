@@ -60,6 +60,9 @@ SHAPES = (
     {"m": 64, "n": 128, "d": 48},
     {"m": 64, "n": 128, "d": 40, "t": 100.0},  # the last step of D is not whole
     {"m": 70, "n": 150, "d": 64, "diagonal": -23, "grid": 3},
+    {"m": 64, "n": 128, "d": 32, "t": -100.0, "b": 0.0, "diagonal": NO_DIAGONAL},
+    {"m": 64, "n": 128, "d": 32, "t": 100.0, "b": 0.0, "diagonal": NO_DIAGONAL},
+    {"m": 50, "n": 100, "d": 48, "grad_scale": 0.125, "diagonal": 10},
     {"m": 33, "n": 65, "d": 16, "t": 100.0, "diagonal": 5},  # one step
     {"m": 96, "n": 64, "d": 128, "diagonal": NO_DIAGONAL, "grid": 1},
     {"m": 65, "n": 190, "d": 77, "t": 100.0, "diagonal": 77, "grid": 5, "group": 1},
@@ -69,11 +72,8 @@ SHAPES = (
     {"m": 64, "n": 192, "d": 96, "stages": 2, "grid": 1, "b": -2.0},
     {"m": 64, "n": 192, "d": 48, "stages": 5, "parts": 8, "grid": 1, "t": -3.0},
     {"m": 70, "n": 150, "d": 112, "stages": 3, "parts": 2, "grid": 7},
-    {"m": 50, "n": 100, "d": 48, "grad_scale": 0.125, "diagonal": 10},
     {"m": 70, "n": 150, "d": 96, "b": -20.0, "diagonal": 30},
     {"m": 60, "n": 128, "d": 48, "t": 30.0, "b": 5.0},
-    {"m": 64, "n": 128, "d": 32, "t": -100.0, "b": 0.0, "diagonal": NO_DIAGONAL},
-    {"m": 64, "n": 128, "d": 32, "t": 100.0, "b": 0.0, "diagonal": NO_DIAGONAL},
 )
 
 
