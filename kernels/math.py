@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from . import places
 
@@ -64,6 +65,31 @@ def easy_softplus_sigmoid(u):
     softplus = e * (e * (0.32950472831726074 * e - 0.4999868869781494)) + e
     sigmoid = e * (e * (0.9847315549850464 * e - 0.9999477863311768)) + e
     return softplus, sigmoid
+
+
+# Up to it 1 + exp(u) of eight pairs can be multiplied: (1 + exp(10))^8 is 5.5e34.
+MODERATE_LOGIT = tl.constexpr(10.0)
+
+
+@triton.jit
+def exp_sigmoid(u):
+    """exp(u) and sigmoid(u) where every u is at most MODERATE_LOGIT."""
+    e = _exp(u)
+    r = tl.rsqrt(1.0 + e)
+    return e, e * (r * r)
+
+
+@triton.jit
+def join_exps(a, b):
+    """(1 + a)(1 + b) - 1, so that log1p of it is log1p(a) + log1p(b): one logarithm for several."""
+    return a * b + (a + b)
+
+
+@triton.jit
+def log1p_wide(e):
+    """log(1 + e) for fp32 e >= 0: to 1.5 ulp up to 1, to 2^-22 of itself beyond."""
+    # a logarithm of 1 + e alone would lose what 1 + e rounds off, which is most of a small e
+    return tl.where(e <= 1.0, log1p_unit(e), libdevice.fast_log2f(1.0 + e) * 0.6931471805599453)
 
 
 @triton.jit

@@ -1,0 +1,200 @@
+"""Panel kernels that a device is to choose among: bf16, positives on the diagonal.
+
+Each is a :class:`fused_siglip.kernels.Panel`. The one that wins moves into kernels/, the others go.
+``python -m benchmarks.tune`` compiles, checks and times them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fused_siglip.kernels import Panel, Positives
+from fused_siglip.kernels.configs import PanelConfig
+from fused_siglip.kernels.panel_triton import TritonPanel
+
+
+@dataclass(frozen=True)
+class Gluon:
+    """How the warp-specialised kernel is compiled: see gluon_panel.py."""
+
+    tile: tuple[int, int]
+    stages: int
+    parts: int
+    shared: bool = True  # both consumers on one tile; else they take turns
+    hold: bool = False  # the second consumer starts one step later
+    store_buffers: int = 0  # through shared memory and the copy engine; 0: from registers
+    block_k: int = 64
+    group_m: int = 8
+    mode: str = "all"  # "bare": product and store alone; "loads": copies alone
+
+    @property
+    def rows(self) -> int:  # of a consumer
+        return self.tile[0] // 2 if self.shared else self.tile[0]
+
+
+@dataclass(frozen=True)
+class Tma:
+    """How the kernel with tensor descriptors is compiled: see tma_panel.py."""
+
+    config: PanelConfig
+    persistent: bool
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return self.config.tile
+
+
+_W128 = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(8, 2, 8), maxnreg=128)
+_W256 = PanelConfig(
+    block_d=64, num_warps=8, num_stages=3, parts=16, fold=(8, 2, 8), tile=(128, 256)
+)
+_COOP = Gluon((128, 256), stages=4, parts=16)
+_PING = Gluon((128, 128), stages=6, parts=8, shared=False)
+
+CANDIDATES: dict[str, PanelConfig | Tma | Gluon] = {
+    "pointers_128x128": _W128,
+    "pointers_128x256_s3": _W256,
+    "pointers_128x256_s4": replace(_W256, num_stages=4),
+    "tma_128x128": Tma(_W128, persistent=False),
+    "tma_128x256_s4": Tma(replace(_W256, num_stages=4), persistent=False),
+    "tma_128x256_s3_persistent": Tma(_W256, persistent=True),
+    "gluon_shared": _COOP,
+    "gluon_shared_group16": replace(_COOP, group_m=16),
+    "gluon_shared_s3": replace(_COOP, stages=3),
+    "gluon_shared_hold": replace(_COOP, hold=True),
+    "gluon_shared_staged": replace(_COOP, store_buffers=2),
+    "gluon_shared_staged_hold": replace(_COOP, store_buffers=2, hold=True),
+    "gluon_shared_256x128": replace(_COOP, tile=(256, 128), parts=8),
+    "gluon_turns_128x128": _PING,
+    "gluon_turns_128x128_staged": replace(_PING, stages=5, store_buffers=2),
+    "gluon_turns_64x256": replace(_COOP, tile=(64, 256), stages=5, shared=False),
+}
+# What is left out shows where the time goes. Not right, and only timed.
+ABLATIONS: dict[str, Gluon] = {
+    "gluon_shared_bare": replace(_COOP, mode="bare"),
+    "gluon_shared_staged_bare": replace(_COOP, mode="bare", store_buffers=2),
+    "gluon_shared_loads": replace(_COOP, mode="loads"),
+    "gluon_turns_128x128_bare": replace(_PING, mode="bare"),
+    "gluon_turns_128x128_loads": replace(_PING, mode="loads"),
+}
+
+
+class _Candidate(TritonPanel):
+    """The shipped panel with another kernel."""
+
+    config_of: PanelConfig | Tma | Gluon
+    slots = 1  # of partial sums, a tile
+
+    def __init__(self, rows: int, cols: int, dtype: torch.dtype, device: torch.device, *rest):
+        super().__init__(rows, cols, dtype, device, *rest)
+        if self.slots > 1:
+            self.partials = self.partials.new_empty(self.slots * self.partials.numel())
+        properties = torch.cuda.get_device_properties(device)
+        self.programs = properties.multi_processor_count
+
+    def __call__(
+        self,
+        x: Tensor,  # (m, D)
+        y: Tensor,  # (n, D)
+        logit_scale: Tensor,  # ()
+        logit_bias: Tensor,  # ()
+        positives: Positives,
+        sums: Tensor,  # (3,)
+        kept: None = None,
+    ) -> Tensor:  # (m, n)
+        (m, _), n = x.shape, y.shape[0]
+        tiles_m, tiles_n = self._tiles(m, n)
+        tiles = tiles_m * tiles_n
+        partials = self.partials[: 3 * self.slots * tiles].view(3, -1)
+        diagonal = n if positives.diagonal is None else positives.diagonal
+        scalars = (logit_scale, logit_bias, m, n, diagonal)
+        self.launch(tiles, x, y, partials, scalars)
+        torch.sum(partials, 1, out=sums)
+        return self.g[:m, :n]
+
+    def launch(
+        self, tiles: int, x: Tensor, y: Tensor, partials: Tensor, scalars: tuple
+    ) -> None: ...
+
+
+class _GluonCandidate(_Candidate):
+    def launch(self, tiles: int, x: Tensor, y: Tensor, partials: Tensor, scalars: tuple) -> None:
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        from .gluon_panel import panel_ws_kernel
+
+        config = self.config_of
+
+        def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
+            layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+            return TensorDescriptor.from_tensor(t, list(block), layout)
+
+        (block_m, block_n), block_k = config.tile, config.block_k
+        staged = config.store_buffers > 0
+        panel_ws_kernel[(min(self.programs, tiles),)](
+            descriptor(x, block_m, block_k),
+            descriptor(y, block_n, block_k),
+            None if staged else self.g,
+            descriptor(self.g, config.rows, 64) if staged else None,
+            partials,
+            *scalars,
+            self.g.stride(0),
+            D=x.shape[1],
+            GROUP_M=config.group_m,
+            STAGES=config.stages,
+            PARTS=config.parts,
+            GRAD_SCALE=self.grad_scale,
+            SCALAR_GRADS=True,
+            SHARED=config.shared,
+            HOLD=config.hold,
+            STORE_BUFFERS=config.store_buffers,
+            MODE=config.mode,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+class _TmaCandidate(_Candidate):
+    def launch(self, tiles: int, x: Tensor, y: Tensor, partials: Tensor, scalars: tuple) -> None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        from .tma_panel import panel_tma_kernel
+
+        config = self.config_of.config
+        (block_m, block_n), block_d = config.tile, config.block_d
+        persistent = self.config_of.persistent
+        panel_tma_kernel[(min(self.programs, tiles) if persistent else tiles,)](
+            TensorDescriptor.from_tensor(x, [block_m, block_d]),
+            TensorDescriptor.from_tensor(y, [block_n, block_d]),
+            self.g,
+            partials,
+            *scalars,
+            self.g.stride(0),
+            D=x.shape[1],
+            GRAD_SCALE=self.grad_scale,
+            PERSISTENT=persistent,
+            **config.constants(),
+            **config.options(),
+        )
+
+
+class _PointerCandidate(TritonPanel):
+    config_of: PanelConfig
+
+    def config(self, dtype: torch.dtype, precision: str) -> PanelConfig:
+        return self.config_of
+
+
+def panel_of(name: str) -> type[Panel]:
+    """The panel class of a candidate or an ablation."""
+    config = (CANDIDATES | ABLATIONS)[name]
+    fields = {"tile": config.tile, "config_of": config}
+    if isinstance(config, Gluon):
+        fields["slots"] = 2 if config.shared else 1
+        return type(name, (_GluonCandidate,), fields)
+    base = _TmaCandidate if isinstance(config, Tma) else _PointerCandidate
+    return type(name, (base,), fields)

@@ -1,0 +1,314 @@
+"""Panel kernels for Hopper in Gluon: persistent, warp-specialised, fed by the copy engine.
+
+One producer warp copies blocks of x and y into a ring of shared-memory stages. Two consumers of
+four warps multiply them and turn tiles into g and its sums. SHARED: both work on one tile, half of
+its rows each. Otherwise they take turns (ping-pong): each owns whole tiles, and one multiplies
+while the other is in its epilogue. For half operands and positives on the diagonal.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from fused_siglip.kernels.math import (
+    MODERATE_LOGIT,
+    column_parts,
+    exp_sigmoid,
+    join_exps,
+    log1p_wide,
+    softplus_sigmoid,
+)
+
+
+@gluon.jit
+def tile_of(t, tiles_m, tiles_n, GROUP_M: gl.constexpr):
+    """Row and column of tile ``t``: down the columns of bands GROUP_M tiles high."""
+    band = GROUP_M * tiles_n
+    first = t // band * GROUP_M
+    height = gl.minimum(tiles_m - first, GROUP_M)
+    return first + t % band % height, t % band // height
+
+
+@gluon.jit
+def quarters(t):
+    """(m, n) as four of (m / 16, 8, n / 2), without leaving registers: a thread holds rows that are
+    8 apart, and columns of both halves."""
+    left, right = column_parts(t, 2)
+    rows: gl.constexpr = (t.shape[0] // 16, 2, 8, t.shape[1] // 2)
+    a, b = gl.split(gl.permute(gl.reshape(left, rows), (0, 2, 3, 1)))
+    c, d = gl.split(gl.permute(gl.reshape(right, rows), (0, 2, 3, 1)))
+    return a, b, c, d
+
+
+@gluon.jit
+def add_grads(g, s, gs_sum, g_sum):
+    """The running sums of g*s and g, with a part's added."""
+    g0, g1, g2, g3 = quarters(g)
+    s0, s1, s2, s3 = quarters(s)
+    gs_sum = g3 * s3 + (g2 * s2 + (g1 * s1 + (g0 * s0 + gs_sum)))
+    return gs_sum, g_sum + ((g0 + g1) + (g2 + g3))
+
+
+@gluon.jit
+def producer(
+    x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n,
+    D: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """Copies the blocks of every tile, in the order in which the consumers take them."""
+    STAGES: gl.constexpr = x_bufs.shape[0]
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    BLOCK_N: gl.constexpr = y_desc.block_type.shape[0]
+    i = 0
+    for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tm, tn = tile_of(t, tiles_m, tiles_n, GROUP_M)
+        for k in range(0, D, BLOCK_K):
+            stage = i % STAGES
+            mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, x_desc.block_type.nbytes + y_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(x_desc, [tm * BLOCK_M, k], bar, x_bufs.index(stage))
+            tma.async_copy_global_to_shared(y_desc, [tn * BLOCK_N, k], bar, y_bufs.index(stage))
+            i += 1
+
+
+@gluon.jit
+def multiply(
+    row, i, x_bufs, y_bufs, full, empty,
+    D: gl.constexpr, ROWS: gl.constexpr, HOLD: gl.constexpr, which: gl.constexpr,
+    MODE: gl.constexpr,
+):  # fmt: skip
+    """x y^T of ROWS rows of the blocks from ``row`` on; and where the ring stands after it."""
+    STAGES: gl.constexpr = x_bufs.shape[0]
+    BLOCK_K: gl.constexpr = x_bufs.shape[2]
+    BLOCK_N: gl.constexpr = y_bufs.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
+    acc = warpgroup_mma_init(gl.zeros((ROWS, BLOCK_N), gl.float32, layout))
+    if HOLD and which == 1 and D > BLOCK_K:
+        # one step behind the other consumer: then their epilogues lie apart
+        mbarrier.wait(full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
+    for k in range(0, gl.cdiv(D, BLOCK_K)):
+        stage = i % STAGES
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        if MODE != "loads":
+            x = x_bufs.index(stage).slice(row, ROWS)
+            y = y_bufs.index(stage).permute((1, 0))
+            acc = warpgroup_mma(x, y, acc, is_async=True, use_acc=k > 0)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+        # the step before is done: its stage is free
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=k > 0)
+        i += 1
+    return acc, i
+
+
+@gluon.jit
+def any_pairs(s, row0, col0, M, N, diagonal, scale, bias):
+    """softplus and g of pairs that may be positive, or lie past the edge: 0 there, as s is."""
+    rows = row0 + gl.arange(0, s.shape[0], gl.SliceLayout(1, s.type.layout))
+    cols = col0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+    positive = (rows + diagonal)[:, None] == cols[None, :]
+    sign = gl.where(positive, gl.full_like(s, -1.0), gl.full_like(s, 1.0))
+    past = (rows >= M)[:, None] | (cols >= N)[None, :]
+    u = gl.where(past, gl.full_like(s, float("-inf")), (s * scale + bias) * sign)
+    softplus, g = softplus_sigmoid(u)
+    return softplus, g * sign
+
+
+@gluon.jit
+def meets_diagonal_or_edge(row0, col0, M, N, diagonal, ROWS: gl.constexpr, COLS: gl.constexpr):
+    meets = (row0 + diagonal < col0 + COLS) & (col0 < row0 + diagonal + ROWS)
+    return meets | (row0 + ROWS > M) | (col0 + COLS > N)
+
+
+@gluon.jit
+def store_part(g, row0, col0, g_ptr, stride_gm):
+    """g of one column part to memory, 16 bytes a thread."""
+    WIDTH: gl.constexpr = g.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [32 * 8 // WIDTH, WIDTH // 8], [gl.num_warps(), 1], [1, 0]
+    )
+    out = gl.convert_layout(g.to(g_ptr.dtype.element_ty), layout)
+    rows = row0 + gl.arange(0, g.shape[0], gl.SliceLayout(1, layout))
+    cols = col0 + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    gl.store(g_ptr + rows.to(gl.int64)[:, None] * stride_gm + cols[None, :], out)
+
+
+@gluon.jit
+def stage_part(g, p: gl.constexpr, row0, col0, g_desc, g_bufs):
+    """g of column part ``p`` to a buffer in shared memory, and a full one on to memory."""
+    WIDTH: gl.constexpr = g.shape[1]
+    GROUP: gl.constexpr = g_desc.block_type.shape[1] // WIDTH
+    BUFFERS: gl.constexpr = g_bufs.shape[0]
+    buf = g_bufs.index(p // GROUP % BUFFERS)
+    if p % GROUP == 0:
+        tma.store_wait(BUFFERS - 1)  # what was last in this buffer has left it
+    buf.slice(p % GROUP * WIDTH, WIDTH, 1).store(g.to(g_desc.dtype))
+    if p % GROUP == GROUP - 1:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(g_desc, [row0, col0 - (GROUP - 1) * WIDTH], buf)
+
+
+@gluon.jit
+def write_part(g, p: gl.constexpr, row0, col0, out, GRAD_SCALE: gl.constexpr):
+    g_ptr, stride_gm, g_desc, g_bufs = out
+    if g_desc is not None:
+        stage_part(g * GRAD_SCALE, p, row0, col0, g_desc, g_bufs)
+    elif g_ptr is not None:
+        store_part(g * GRAD_SCALE, row0, col0, g_ptr, stride_gm)
+
+
+@gluon.jit
+def epilogue(
+    tile, row0, col0, M, N, diagonal, scale, bias, out, partials_ptr, slot, slots,
+    PARTS: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
+    MODE: gl.constexpr,
+):  # fmt: skip
+    """g of a tile, and its three sums into their slot."""
+    ROWS: gl.constexpr = tile.shape[0]
+    WIDTH: gl.constexpr = tile.shape[1] // PARTS
+    parts = column_parts(tile, PARTS)
+    most = gl.max(gl.max(tile, 1), 0) * scale + bias
+    plain = ~meets_diagonal_or_edge(row0, col0, M, N, diagonal, ROWS, tile.shape[1])
+    loss = quarters(gl.full_like(parts[0], 0.0))[0]
+    gs_sum = loss
+    g_sum = loss
+    if MODE != "all":  # of an ablation: similarities are stored as they are
+        for p in gl.static_range(PARTS):
+            write_part(parts[p], p, row0, col0 + p * WIDTH, out, GRAD_SCALE)
+    elif plain & (scale >= 0) & (most <= MODERATE_LOGIT):
+        e4 = loss
+        for p in gl.static_range(PARTS):
+            e, g = exp_sigmoid(parts[p] * scale + bias)
+            e0, e1, e2, e3 = quarters(e)
+            if p % 2 == 0:
+                e4 = join_exps(join_exps(e0, e1), join_exps(e2, e3))
+            else:
+                e8 = join_exps(e4, join_exps(join_exps(e0, e1), join_exps(e2, e3)))
+                loss += log1p_wide(e8)
+            if SCALAR_GRADS:
+                gs_sum, g_sum = add_grads(g, parts[p], gs_sum, g_sum)
+            write_part(g, p, row0, col0 + p * WIDTH, out, GRAD_SCALE)
+    else:
+        for p in gl.static_range(PARTS):
+            # a branch: without it the compiler mixes the parts, and runs out of registers
+            if meets_diagonal_or_edge(row0, col0 + p * WIDTH, M, N, diagonal, ROWS, WIDTH):
+                softplus, g = any_pairs(
+                    parts[p], row0, col0 + p * WIDTH, M, N, diagonal, scale, bias
+                )  # fmt: skip
+            else:
+                softplus, g = softplus_sigmoid(parts[p] * scale + bias)
+            l0, l1, l2, l3 = quarters(softplus)
+            loss += (l0 + l1) + (l2 + l3)
+            if SCALAR_GRADS:
+                gs_sum, g_sum = add_grads(g, parts[p], gs_sum, g_sum)
+            write_part(g, p, row0, col0 + p * WIDTH, out, GRAD_SCALE)
+    gl.store(partials_ptr + slot, gl.sum(gl.sum(gl.sum(loss, 2), 1), 0))
+    if SCALAR_GRADS:
+        gl.store(partials_ptr + slots + slot, gl.sum(gl.sum(gl.sum(gs_sum, 2), 1), 0))
+        gl.store(partials_ptr + 2 * slots + slot, gl.sum(gl.sum(gl.sum(g_sum, 2), 1), 0))
+
+
+@gluon.jit
+def consumer(
+    which: gl.constexpr, x_bufs, y_bufs, g_bufs, full, empty, turn, partials_ptr, g_ptr, g_desc,
+    stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n,
+    D: gl.constexpr, GROUP_M: gl.constexpr, PARTS: gl.constexpr, GRAD_SCALE: gl.constexpr,
+    SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr, HOLD: gl.constexpr, MODE: gl.constexpr,
+):  # fmt: skip
+    """Multiplies blocks and turns tiles into g and sums: half of each, or every other one."""
+    STAGES: gl.constexpr = x_bufs.shape[0]
+    BLOCK_M: gl.constexpr = x_bufs.shape[1]
+    BLOCK_N: gl.constexpr = y_bufs.shape[1]
+    ROWS: gl.constexpr = BLOCK_M // 2 if SHARED else BLOCK_M
+    scale = gl.load(scale_ptr)
+    bias = gl.load(bias_ptr)
+    tiles = tiles_m * tiles_n
+    first = gl.program_id(0)
+    step = gl.num_programs(0)
+    if not SHARED:
+        first += which * step
+        step *= 2
+    i = 0
+    for t in range(first, tiles, step):
+        tm, tn = tile_of(t, tiles_m, tiles_n, GROUP_M)
+        row0 = tm * BLOCK_M
+        if SHARED:
+            row0 += which * ROWS
+            acc, i = multiply(
+                which * ROWS, i, x_bufs, y_bufs, full, empty, D, ROWS, HOLD, which, MODE
+            )  # fmt: skip
+        else:
+            sequence = t // gl.num_programs(0)
+            i = sequence * gl.cdiv(D, x_bufs.shape[2])
+            # else a waiting consumer could take a later fill of the same parity for its own
+            mbarrier.wait(turn.index(which), ((sequence // 2) & 1) ^ (1 - which))
+            acc, i = multiply(0, i, x_bufs, y_bufs, full, empty, D, ROWS, False, which, MODE)
+            mbarrier.arrive(turn.index(1 - which), count=1)
+        tile = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+        out = g_ptr, stride_gm, g_desc, g_bufs
+        epilogue(
+            tile, row0, tn * BLOCK_N, M, N, diagonal, scale, bias, out, partials_ptr,
+            t * 2 + which if SHARED else t, tiles * 2 if SHARED else tiles,
+            PARTS, GRAD_SCALE, SCALAR_GRADS, MODE,
+        )  # fmt: skip
+    if g_desc is not None:
+        tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "diagonal"])
+def panel_ws_kernel(
+    x_desc,  # (M, D), blocks of BLOCK_M x BLOCK_K
+    y_desc,  # (N, D), blocks of BLOCK_N x BLOCK_K
+    g_ptr,  # (M, N) rounded up to whole tiles; None: no g, or through g_desc
+    g_desc,  # likewise, blocks of a consumer's rows x 64; or None
+    partials_ptr,  # (1 or 3, slots) fp32: sums of softplus(u), g*s, g; a slot a consumer and tile
+    scale_ptr,  # () fp32
+    bias_ptr,  # () fp32
+    M, N, diagonal, stride_gm,
+    D: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr, HOLD: gl.constexpr,
+    STORE_BUFFERS: gl.constexpr, MODE: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    BLOCK_N: gl.constexpr = y_desc.block_type.shape[0]
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    y_bufs = gl.allocate_shared_memory(y_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], y_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(2):
+        mbarrier.init(turn.index(s), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(empty.index(s), count=2 if SHARED else 1)
+    if g_desc is not None:
+        g_shape: gl.constexpr = [
+            STORE_BUFFERS,
+            g_desc.block_type.shape[0],
+            g_desc.block_type.shape[1],
+        ]
+        g_bufs0 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
+        g_bufs1 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
+    else:
+        g_bufs0: gl.constexpr = None
+        g_bufs1: gl.constexpr = None
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    tiles_n = gl.cdiv(N, BLOCK_N)
+    gl.warp_specialize([
+        (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                    stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M,
+                    PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, HOLD, MODE)),
+        (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                    stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M,
+                    PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, HOLD, MODE)),
+        (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
+    ], [4, 1], [240, 24])  # fmt: skip

@@ -1,0 +1,447 @@
+"""The first minutes with a GPU: which panel kernel is right and fastest, and what bounds the rest.
+
+``python -m benchmarks.tune`` compiles every candidate (see candidates/) in a process of its own,
+compares it with float64, times those that are right beside the plain products, and then whole
+steps. The rows are written after each of them, so that a run that is cut short loses nothing. A
+kernel that hangs is ended with its process, and the rest goes on without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fused_siglip import siglip_loss
+from fused_siglip.kernels import BACKENDS, Positives, panel_class
+from fused_siglip.plan import plan_panels
+
+from .cases import Case, Inputs, make_inputs, step
+from .harness import (
+    RESULTS,
+    environment,
+    floors,
+    interleaved,
+    median,
+    results_path,
+    summary,
+    write_results,
+)
+from .losses import default_fused
+from .memory import ROOT
+from .parts.anatomy import SECTIONS, counter_table
+from .parts.checks import cuda_tool
+from .parts.timings import _captured
+
+MIB = 1 << 20
+PANEL_SIDE = 11264  # a panel's side by default, B = 65536
+SILENCE = 25  # seconds without a row after which a step is taken to hang
+SCALES = (10.0, 100.0)
+BIAS = -10.0
+SHIPPED = "triton"
+
+
+def names(on_gpu: bool) -> tuple[list[str], list[str]]:
+    """Candidates, and ablations, that this machine can run."""
+    if not on_gpu:
+        return [], []
+    from .candidates import ABLATIONS, CANDIDATES
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        return [n for n in CANDIDATES if n.startswith("pointers")], []
+    return list(CANDIDATES), list(ABLATIONS)
+
+
+def register(name: str) -> None:
+    """Make a candidate a backend, for the rest of this process."""
+    from .candidates import panel_of
+
+    BACKENDS[name] = functools.partial(panel_of, name)
+
+
+def check(name: str, device: str) -> Iterator[dict]:
+    """Compile a candidate and compare g and the sums of a ragged panel with float64."""
+    from .candidates import ABLATIONS
+
+    start = time.perf_counter()
+    register(name)
+    dims = (768, 1152) if name.startswith("gluon_shared") else (768,)
+    for dim, (t, diagonal) in product(dims, ((10.0, 37), (100.0, -53), (100.0, 5000))):
+        inputs = make_inputs(1111, dim, "bfloat16", device, t, BIAS)
+        x, y = inputs.x[:700], inputs.y[: 1111 if t == SCALES[0] else 900]
+        panel = panel_class(name)(1111, 1111, x.dtype, x.device, True, True)
+        panel.g.fill_(float("nan"))
+        sums = torch.full((3,), float("nan"), device=x.device)
+        g = panel(x, y, inputs.t, inputs.b, Positives(diagonal=diagonal), sums)
+        torch.cuda.synchronize()
+        row = {"kind": "checked", "candidate": name, "dim": dim, "logit_scale": t}
+        row |= {"diagonal": diagonal, "seconds": time.perf_counter() - start, "right": None}
+        if name not in ABLATIONS:
+            errors = panel_errors(x, y, t, diagonal, g, sums)
+            row |= errors | {"right": max(errors.values()) <= 1}
+        yield row
+
+
+def panel_errors(
+    x: Tensor, y: Tensor, t: float, diagonal: int, g: Tensor, sums: Tensor
+) -> dict[str, float]:
+    """Errors over their bounds: the largest of g (one rounding to bf16), and of each sum."""
+    s = x.double() @ y.double().T
+    rows, cols = (torch.arange(n, device=x.device) for n in s.shape)
+    sign = torch.where(rows[:, None] + diagonal == cols, -1.0, 1.0)
+    u = sign * (t * s + BIAS)
+    exact = sign * torch.sigmoid(u)
+    softplus = torch.nn.functional.softplus(u, threshold=700)
+    logit = abs(t) * s.abs() + abs(BIAS)  # which tensor cores may cut off at 2^-20 of itself
+    bound = exact.abs() * (2.0**-8 + 2.0**-20 * logit)
+    found = {"g": ((g.double() - exact).abs() / bound).max().item()}
+    drift = 2.0**-20 * (exact.abs() * logit).sum()
+    terms = {"loss": softplus, "gs_sum": exact * s, "g_sum": exact}
+    for (name, term), total in zip(terms.items(), sums.double(), strict=True):
+        found[name] = ((total - term.sum()).abs() / (2e-6 * term.abs().sum() + drift)).item()
+    return {k: float("inf") if v != v else v for k, v in found.items()}
+
+
+def panels(chosen: Sequence[str], size: int, repeats: int, device: str) -> Iterator[dict]:
+    """Each candidate alone at one panel's shape, beside the plain product with half output."""
+    for dim in (768, 1152) if size > 1000 else (32,):
+        for t in SCALES:
+            inputs = make_inputs(size, dim, "bfloat16", device, t, BIAS)
+            plain = torch.empty(size, size, dtype=inputs.x.dtype, device=device)
+            functions: dict[str, Callable] = {
+                "plain product": functools.partial(torch.mm, inputs.x, inputs.y.T, out=plain)
+            }
+            for name in (SHIPPED, *chosen):
+                if dim == 1152 and name != SHIPPED and not name.startswith("gluon_shared"):
+                    continue  # compiled anew for every dim
+                yield {"kind": "begin", "candidate": name}
+                functions[name] = _panel_call(name, inputs)
+                functions[name]()
+                _synchronize(device)
+            yield {"kind": "begin", "candidate": None}
+            seconds = interleaved(functions, repeats, device=device)
+            base = median(seconds["plain product"])
+            for name, times in seconds.items():
+                yield {
+                    "kind": "panel", "candidate": name, "size": size, "dim": dim,
+                    "logit_scale": t, **summary(times), "over_plain": median(times) / base,
+                    "tflops": 2e-12 * size * size * dim / median(times),
+                }  # fmt: skip
+
+
+def _panel_call(name: str, inputs: Inputs) -> Callable[[], object]:
+    if name != SHIPPED:
+        register(name)
+    x, y = inputs.x, inputs.y
+    backend = name if x.is_cuda else "torch"
+    if not x.is_cuda:
+        x, y = x.float(), y.float()
+    panel = panel_class(backend)(len(x), len(y), x.dtype, x.device, True, True)
+    sums = torch.zeros(3, device=x.device)
+    return lambda: panel(x, y, inputs.t, inputs.b, Positives(diagonal=0), sums)
+
+
+def products(sizes: Sequence[int], dim: int, repeats: int, device: str) -> Iterator[dict]:
+    """The two products of the gradients at a panel's shape: fp32 with beta 0 and 1, and bf16."""
+    for size in sizes:
+        g = torch.rand(size, size, device=device).mul_(1e-3).to(torch.bfloat16)
+        y = make_inputs(size, dim, "bfloat16", device).y
+        half, full = torch.zeros_like(y), torch.zeros(size, dim, device=device)
+        functions = {}
+        for what, a in (("g y", g), ("gT x", g.T)):
+            functions[what, "bf16"] = functools.partial(torch.mm, a, y, out=half)
+            for beta in (0, 1) if torch.device(device).type == "cuda" else ():
+                functions[what, f"fp32, beta {beta}"] = functools.partial(
+                    torch.addmm, full, a, y, out_dtype=full.dtype, beta=beta, out=full
+                )
+        for (what, how), times in interleaved(functions, repeats, device=device).items():
+            yield {
+                "kind": "product", "product": what, "how": how, "size": size, "dim": dim,
+                **summary(times), "tflops": 2e-12 * size * size * dim / median(times),
+            }  # fmt: skip
+
+
+def steps(
+    chosen: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    workspaces: Sequence[int | None],
+    repeats: int,
+    device: str,
+) -> Iterator[dict]:
+    """Whole steps against the three plain products, by workspace; peers at the first shape."""
+    for (size, dim), t in ((shape, t) for shape in shapes for t in SCALES):
+        inputs = make_inputs(size, dim, "bfloat16", device, t, BIAS)
+        functions: dict[tuple, Callable] = {}
+        for name in chosen:
+            if name != SHIPPED and name not in BACKENDS:
+                register(name)
+            backend = name if inputs.x.is_cuda else "torch"
+            for space in workspaces if t == SCALES[0] or name != SHIPPED else workspaces[:1]:
+                loss = functools.partial(siglip_loss, backend=backend, workspace_bytes=space)
+                functions[name, space] = step(loss, inputs)
+                yield {"kind": "begin", "candidate": name}
+                functions[name, space]()  # compiles
+                _synchronize(device)
+        peers = ("siglip_kernel", "eager") if (size, dim) == shapes[0] else ()
+        for name in peers:
+            case = Case(name, size, dim, "bfloat16", device)
+            try:
+                function = case.step(inputs)
+                function()
+            except Exception as error:
+                yield {"kind": "left_out", "loss": name, "reason": str(error)[-300:]}
+            else:
+                functions[name, None] = function
+        functions["floor", None] = floors(size, size, dim, inputs.x.dtype, device)[3]
+        yield {"kind": "begin", "candidate": None}
+        seconds = interleaved(functions, repeats, device=device)
+        floor = median(seconds.pop(("floor", None)))
+        for (name, space), times in seconds.items():
+            yield {
+                "kind": "step", "candidate": name, "batch_size": size, "dim": dim,
+                "logit_scale": t, "workspace_bytes": space, **summary(times),
+                "floor_seconds": floor, "ratio_to_floor": median(times) / floor,
+                "panel": _panel_sides(name, inputs, space),
+            }  # fmt: skip
+        del functions
+        if inputs.x.is_cuda:
+            torch.cuda.empty_cache()
+
+
+def _panel_sides(name: str, inputs: Inputs, space: int | None) -> tuple[int, int] | None:
+    if name not in BACKENDS or not inputs.x.is_cuda:
+        return None
+    units = torch.cuda.get_device_properties(inputs.x.device).multi_processor_count
+    (m, d), n = inputs.x.shape, len(inputs.y)
+    plan = plan_panels(
+        m, n, d, inputs.x.dtype, "cuda", name, multiprocessors=units, workspace_bytes=space
+    )
+    return plan.rows, plan.cols
+
+
+def small(size: int, dim: int, repeats: int, device: str) -> Iterator[dict]:
+    """A small batch as called, and replayed from a CUDA graph."""
+    inputs = make_inputs(size, dim, "bfloat16", device)
+    functions: dict[tuple[str, bool], Callable] = {}
+    for name in (default_fused(device), "eager"):
+        function = Case(name, size, dim, "bfloat16", device).step(inputs)
+        functions[name, False] = function
+        if torch.device(device).type == "cuda":
+            functions[name, True] = _captured(function)
+    for (name, graph), times in interleaved(functions, repeats, 3, device).items():
+        yield {
+            "kind": "small", "loss": name, "graph": graph, "batch_size": size, "dim": dim,
+            **summary(times),
+        }  # fmt: skip
+
+
+def counters(chosen: Sequence[str], size: int) -> Iterator[dict]:
+    """Hardware counters of one launch of each kernel."""
+    for name in chosen if torch.cuda.is_available() else ():
+        # clock control would set the card's clocks, which are not ours to set
+        command = [cuda_tool("ncu"), "--csv", "--clock-control", "none", "--launch-count", "1"]
+        command += ["--kernel-name", "regex:panel.*", "--launch-skip", "1"]
+        command += [argument for section in SECTIONS for argument in ("--section", section)]
+        command += [sys.executable, "-m", "benchmarks.tune", "--one", name]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        found = counter_table(done.stdout)
+        if not found:
+            said = " ".join((done.stdout + done.stderr).split())[-300:]
+            yield {"kind": "left_out", "loss": f"counters of {name}", "reason": said}
+        for row in found:
+            yield {
+                "kind": "counter", "candidate": name, "size": size, "name": row["Metric Name"],
+                "unit": row["Metric Unit"], "value": row["Metric Value"],
+            }  # fmt: skip
+
+
+def one(name: str, size: int, device: str) -> None:
+    """Two launches of a panel kernel, for a profiler."""
+    call = _panel_call(name, make_inputs(size, 768, "bfloat16", device, SCALES[1], BIAS))
+    call()
+    call()
+    torch.cuda.synchronize()
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict]:
+    """Everything that is timed, in one process; ``args.done`` of it is skipped."""
+    on_gpu = torch.device(args.device).type == "cuda"
+    repeats, size = (12, PANEL_SIDE) if on_gpu else (1, 256)
+    parts: dict[str, Callable[[], Iterator[dict]]] = {
+        "panels": lambda: panels(args.chosen, size, repeats, args.device),
+        "products": lambda: products(
+            (8192, 11264, 16384) if on_gpu else (256,), 768 if on_gpu else 32, repeats, args.device
+        ),
+        "steps": lambda: steps(
+            (SHIPPED, *args.best),
+            ((32768, 768), (65536, 768), (65536, 1152)) if on_gpu else ((256, 32),),
+            (None, 384 * MIB, 480 * MIB) if on_gpu else (None,),
+            8 if on_gpu else 1,
+            args.device,
+        ),
+        "small": lambda: small(
+            1024 if on_gpu else 64, 768 if on_gpu else 32, 5 * repeats, args.device
+        ),
+        "counters": lambda: counters((SHIPPED, *args.best), size),
+    }
+    for name in args.parts:
+        yield {"kind": "begin", "part": name, "candidate": None}
+        yield from parts[name]()
+
+
+def _synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Child:
+    """A process of this module whose rows are read as they come."""
+
+    def __init__(self, *arguments: str):
+        command = [sys.executable, "-m", "benchmarks.tune", *arguments]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.errors: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(
+            target=lambda: self.errors.extend(self.process.stderr), daemon=True
+        ).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def rows(self, deadline: float, silence: float = SILENCE) -> Iterator[dict]:
+        """Its rows, and last one of kind "ended" that says how: None, or what went wrong."""
+        why = None
+        while True:
+            wait = min(silence, deadline - time.monotonic())
+            try:
+                line = self.lines.get(timeout=max(wait, 0.01))
+            except queue.Empty:
+                why = f"no row for {silence:.0f} s" if wait == silence else "no time left"
+                self.process.kill()
+                break
+            if line is None:
+                if self.process.wait():
+                    why = "".join(self.errors)[-1500:] or f"code {self.process.returncode}"
+                break
+            if line.startswith("{"):
+                yield json.loads(line)
+        yield {"kind": "ended", "why": why}
+
+
+def check_all(chosen: Sequence[str], device: str, seconds: float) -> Iterator[dict]:
+    """Check every candidate, all at once."""
+    deadline = time.monotonic() + seconds
+    children = {name: Child("--check", name, "--device", device) for name in chosen}
+    for name, child in children.items():
+        for row in child.rows(deadline, silence=seconds):
+            if row["kind"] != "ended":
+                yield row
+            elif row["why"]:
+                yield {"kind": "checked", "candidate": name, "right": False, "why": row["why"]}
+
+
+def best_of(rows: Sequence[dict], most: int = 2) -> list[str]:
+    """The fastest candidates at the late temperature, of those that are right."""
+    timed = {
+        row["candidate"]: row["seconds"]
+        for row in rows
+        if row["kind"] == "panel" and row["logit_scale"] == SCALES[1] and row["dim"] == 768
+    }
+    _, ablations = names(torch.cuda.is_available())
+    ranked = sorted(timed, key=timed.__getitem__)
+    return [n for n in ranked if n not in ("plain product", SHIPPED, *ablations)][:most]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.tune", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="on a CPU: does it run at all?")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="by default results/")
+    parser.add_argument("--commit", help="of the tree, where git cannot tell")
+    parser.add_argument("--seconds", type=float, default=195.0)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--check", help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--chosen", nargs="*", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--best", nargs="*", default=[], help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.one:
+        one(args.one, PANEL_SIDE, args.device)
+        return 0
+    if args.check or args.parts:
+        for row in check(args.check, args.device) if args.check else measure(args):
+            print(json.dumps(row), flush=True)
+        return 0
+
+    deadline = time.monotonic() + args.seconds
+    where = environment(args.device)
+    where["commit"] = where["commit"] or args.commit
+    path = args.output_dir / results_path("tune", where).name
+    rows: list[dict] = []
+
+    def take(row: dict) -> None:
+        rows.append(row)
+        print(show(row), flush=True)
+        write_results("tune", where, rows, path)
+
+    candidates, ablations = names(torch.device(args.device).type == "cuda")
+    for row in check_all([*candidates, *ablations], args.device, min(90, args.seconds / 2)):
+        take(row)
+    wrong = {row["candidate"] for row in rows if row["right"] is False}
+    parts = ["panels", "products", "steps", "small", "counters"]
+    hung: set[str] = set()
+    while parts:
+        right = [n for n in (*candidates, *ablations) if n not in wrong | hung]
+        begun = {"part": parts[0], "candidate": None}
+        best = best_of(rows)
+        if parts[0] != "panels" or not candidates:
+            run, later = parts, []
+        else:
+            run, later = parts[:1], parts[1:]
+        child = Child("--parts", *run, "--device", args.device, "--chosen", *right, "--best", *best)
+        for row in child.rows(deadline):
+            if row["kind"] == "begin":
+                begun |= row
+            else:
+                take(row | ({"part": begun["part"]} if row["kind"] == "ended" else {}))
+        if rows[-1]["why"] is None:
+            parts = later
+        elif begun["candidate"] in right:
+            hung.add(begun["candidate"])  # once more without it
+        else:
+            parts = [*run[run.index(begun["part"]) + 1 :], *later]
+        if time.monotonic() > deadline - 5:
+            break
+    print(f"{len(rows)} rows in {path}")
+    return 0
+
+
+def show(row: dict) -> str:
+    """One line."""
+    left_out = ("seconds_p10", "seconds_p90", "kind")
+    values = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()
+              if k not in left_out and v is not None)  # fmt: skip
+    return f"{row['kind']}: {' '.join(values)}"[:400]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main())
