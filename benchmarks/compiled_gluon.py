@@ -28,7 +28,8 @@ class Compiled:
     threads: int
     pools: tuple[int, ...]  # registers a thread that warps set themselves
     stack_bytes: int
-    spills: int
+    spills: int  # loads and stores of the stack
+    hot_spills: int  # of these, where products or exponentials are
     shared_bytes: int
     product: str  # the shape of the matrix instruction
     copies_in: int
@@ -93,12 +94,21 @@ def _inspect(kernel) -> Compiled:
         pools=tuple(int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", kernel.asm["ptx"])),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
         spills=opcodes["LDL"] + opcodes["STL"],
+        hot_spills=sum(_spills(block) for block in basic_blocks(sass) if _is_hot(block)),
         shared_bytes=kernel.metadata.shared,
         product=", ".join(sorted(products)),
         copies_in=opcodes["UTMALDG"],
         copies_out=opcodes["UTMASTG"],
         instructions_a_pair=_costs(sass),
     )
+
+
+def _is_hot(block: list[str]) -> bool:
+    return any(op.startswith(("HGMMA", "MUFU.EX2")) for op in block)
+
+
+def _spills(block: list[str]) -> int:
+    return sum(op.partition(".")[0] in ("LDL", "STL") for op in block)
 
 
 def _costs(sass: str) -> dict[str, float]:
