@@ -23,6 +23,7 @@ from .losses import LOSSES
 from .memory import ROOT, peak_extra_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
+QUEUE_CYCLES = 4_000_000  # of the device, 2 ms: longer than a host takes to launch a call
 USABLE_MEMORY = 0.8  # of what is available now; the rest is everybody else's
 
 
@@ -32,9 +33,16 @@ def interleaved(
     warmup: int = 1,
     device: str = "cpu",
     on_round: Callable[[], object] = lambda: None,
+    queued: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, ``repeats`` each. Round robin, so that drift hits all alike."""
-    seconds_of = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
+    """Seconds of every call, ``repeats`` each. Round robin, so that drift hits all alike.
+
+    On a GPU the calls are ``queued`` behind other work, as in a training step: what counts is the
+    device's time. Otherwise the device waits for the host, which then counts too.
+    """
+    seconds_of = _cpu_seconds
+    if torch.device(device).type == "cuda":
+        seconds_of = functools.partial(_cuda_seconds, queued=queued)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
         for name, function in functions.items():
@@ -51,8 +59,10 @@ def _cpu_seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _cuda_seconds(function: Callable[[], object]) -> float:
+def _cuda_seconds(function: Callable[[], object], queued: bool) -> float:
     _l2_flusher().zero_()
+    if queued:
+        torch.cuda._sleep(QUEUE_CYCLES)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()

@@ -72,11 +72,28 @@ MODERATE_LOGIT = tl.constexpr(10.0)
 
 
 @triton.jit
-def exp_sigmoid(u):
-    """exp(u) and sigmoid(u) where every u is at most MODERATE_LOGIT."""
-    e = _exp(u)
-    r = tl.rsqrt(1.0 + e)
-    return e, e * (r * r)
+def moderate_exp(u):
+    """exp(u) where every u is at most MODERATE_LOGIT."""
+    return _exp(u)
+
+
+@triton.jit
+def four_sigmoids(e0, e1, e2, e3):
+    """sigmoid(u) of four pairs from their exp(u), by one reciprocal: special functions are scarce.
+
+    1 / (w0 w1 w2 w3) times three of the w is the reciprocal of the fourth.
+    """
+    w0 = 1.0 + e0
+    w1 = 1.0 + e1
+    w2 = 1.0 + e2
+    w3 = 1.0 + e3
+    w01 = w0 * w1
+    w23 = w2 * w3
+    r = tl.rsqrt(w01 * w23)
+    r = r * r
+    r01 = r * w23
+    r23 = r * w01
+    return e0 * (r01 * w1), e1 * (r01 * w0), e2 * (r23 * w3), e3 * (r23 * w2)
 
 
 @triton.jit

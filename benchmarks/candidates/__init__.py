@@ -28,7 +28,13 @@ class Gluon:
     store_buffers: int = 0  # through shared memory and the copy engine; 0: from registers
     block_k: int = 64
     group_m: int = 8
+    num_warps: int = 4  # of a consumer
     mode: str = "all"  # "bare": product and store alone; "loads": copies alone
+
+    @property
+    def registers(self) -> int:
+        """A thread of a consumer: what 65,536 allow beside the other consumer and the producer."""
+        return 240 if self.num_warps == 4 else 112
 
     @property
     def rows(self) -> int:  # of a consumer
@@ -51,34 +57,30 @@ _W128 = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(8, 2, 
 _W256 = PanelConfig(
     block_d=64, num_warps=8, num_stages=3, parts=16, fold=(8, 2, 8), tile=(128, 256)
 )
-_COOP = Gluon((128, 256), stages=4, parts=16)
-_PING = Gluon((128, 128), stages=6, parts=8, shared=False)
+_SHARED = Gluon((256, 128), stages=4, parts=8, num_warps=8)
+_TURNS = Gluon((128, 128), stages=6, parts=8, shared=False, num_warps=8)
+_WIDE = Gluon((128, 256), stages=4, parts=16)
 
 CANDIDATES: dict[str, PanelConfig | Tma | Gluon] = {
     "pointers_128x128": _W128,
-    "pointers_128x256_s3": _W256,
-    "pointers_128x256_s4": replace(_W256, num_stages=4),
     "tma_128x128": Tma(_W128, persistent=False),
-    "tma_128x256_s4": Tma(replace(_W256, num_stages=4), persistent=False),
-    "tma_128x256_s3_persistent": Tma(_W256, persistent=True),
-    "gluon_shared": _COOP,
-    "gluon_shared_group16": replace(_COOP, group_m=16),
-    "gluon_shared_s3": replace(_COOP, stages=3),
-    "gluon_shared_hold": replace(_COOP, hold=True),
-    "gluon_shared_staged": replace(_COOP, store_buffers=2),
-    "gluon_shared_staged_hold": replace(_COOP, store_buffers=2, hold=True),
-    "gluon_shared_256x128": replace(_COOP, tile=(256, 128), parts=8),
-    "gluon_turns_128x128": _PING,
-    "gluon_turns_128x128_staged": replace(_PING, stages=5, store_buffers=2),
-    "gluon_turns_64x256": replace(_COOP, tile=(64, 256), stages=5, shared=False),
+    "gluon_shared": _SHARED,
+    "gluon_shared_staged": replace(_SHARED, store_buffers=1),
+    "gluon_shared_group16": replace(_SHARED, group_m=16),
+    "gluon_shared_wide": replace(_WIDE, store_buffers=2),
+    "gluon_turns": _TURNS,
+    "gluon_turns_s5": replace(_TURNS, stages=5),
+    "gluon_turns_group16": replace(_TURNS, group_m=16),
+    "gluon_turns_staged": replace(_TURNS, store_buffers=1),
+    "gluon_turns_staged2": replace(_TURNS, stages=5, store_buffers=2),
+    "gluon_turns_64x256": replace(_WIDE, tile=(64, 256), stages=5, shared=False),
 }
 # What is left out shows where the time goes. Not right, and only timed.
 ABLATIONS: dict[str, Gluon] = {
-    "gluon_shared_bare": replace(_COOP, mode="bare"),
-    "gluon_shared_staged_bare": replace(_COOP, mode="bare", store_buffers=2),
-    "gluon_shared_loads": replace(_COOP, mode="loads"),
-    "gluon_turns_128x128_bare": replace(_PING, mode="bare"),
-    "gluon_turns_128x128_loads": replace(_PING, mode="loads"),
+    "gluon_shared_bare": replace(_SHARED, mode="bare"),
+    "gluon_shared_wide_bare": replace(_WIDE, mode="bare", store_buffers=2),
+    "gluon_turns_bare": replace(_TURNS, mode="bare"),
+    "gluon_turns_loads": replace(_TURNS, mode="loads"),
 }
 
 
@@ -153,7 +155,8 @@ class _GluonCandidate(_Candidate):
             HOLD=config.hold,
             STORE_BUFFERS=config.store_buffers,
             MODE=config.mode,
-            num_warps=4,
+            REGISTERS=config.registers,
+            num_warps=config.num_warps,
             enable_fp_fusion=True,
         )
 

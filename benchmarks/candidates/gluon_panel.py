@@ -20,9 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fused_siglip.kernels.math import (
     MODERATE_LOGIT,
     column_parts,
-    exp_sigmoid,
+    four_sigmoids,
     join_exps,
     log1p_wide,
+    moderate_exp,
     softplus_sigmoid,
 )
 
@@ -48,9 +49,17 @@ def quarters(t):
 
 
 @gluon.jit
-def add_grads(g, s, gs_sum, g_sum):
-    """The running sums of g*s and g, with a part's added."""
-    g0, g1, g2, g3 = quarters(g)
+def whole(a, b, c, d):
+    """The (m, n) whose quarters these are."""
+    rows: gl.constexpr = a.shape[0] * 16
+    left = gl.reshape(gl.permute(gl.join(a, b), (0, 3, 1, 2)), (rows, a.shape[2]))
+    right = gl.reshape(gl.permute(gl.join(c, d), (0, 3, 1, 2)), (rows, a.shape[2]))
+    return gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), (rows, 2 * a.shape[2]))
+
+
+@gluon.jit
+def add_grads(g0, g1, g2, g3, s, gs_sum, g_sum):
+    """The running sums of g*s and g, with a part's added; g in quarters."""
     s0, s1, s2, s3 = quarters(s)
     gs_sum = g3 * s3 + (g2 * s2 + (g1 * s1 + (g0 * s0 + gs_sum)))
     return gs_sum, g_sum + ((g0 + g1) + (g2 + g3))
@@ -185,16 +194,16 @@ def epilogue(
     elif plain & (scale >= 0) & (most <= MODERATE_LOGIT):
         e4 = loss
         for p in gl.static_range(PARTS):
-            e, g = exp_sigmoid(parts[p] * scale + bias)
-            e0, e1, e2, e3 = quarters(e)
+            e0, e1, e2, e3 = quarters(moderate_exp(parts[p] * scale + bias))
             if p % 2 == 0:
                 e4 = join_exps(join_exps(e0, e1), join_exps(e2, e3))
             else:
                 e8 = join_exps(e4, join_exps(join_exps(e0, e1), join_exps(e2, e3)))
                 loss += log1p_wide(e8)
+            g0, g1, g2, g3 = four_sigmoids(e0, e1, e2, e3)
             if SCALAR_GRADS:
-                gs_sum, g_sum = add_grads(g, parts[p], gs_sum, g_sum)
-            write_part(g, p, row0, col0 + p * WIDTH, out, GRAD_SCALE)
+                gs_sum, g_sum = add_grads(g0, g1, g2, g3, parts[p], gs_sum, g_sum)
+            write_part(whole(g0, g1, g2, g3), p, row0, col0 + p * WIDTH, out, GRAD_SCALE)
     else:
         for p in gl.static_range(PARTS):
             # a branch: without it the compiler mixes the parts, and runs out of registers
@@ -207,7 +216,8 @@ def epilogue(
             l0, l1, l2, l3 = quarters(softplus)
             loss += (l0 + l1) + (l2 + l3)
             if SCALAR_GRADS:
-                gs_sum, g_sum = add_grads(g, parts[p], gs_sum, g_sum)
+                g0, g1, g2, g3 = quarters(g)
+                gs_sum, g_sum = add_grads(g0, g1, g2, g3, parts[p], gs_sum, g_sum)
             write_part(g, p, row0, col0 + p * WIDTH, out, GRAD_SCALE)
     gl.store(partials_ptr + slot, gl.sum(gl.sum(gl.sum(loss, 2), 1), 0))
     if SCALAR_GRADS:
@@ -275,7 +285,8 @@ def panel_ws_kernel(
     M, N, diagonal, stride_gm,
     D: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
     GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr, HOLD: gl.constexpr,
-    STORE_BUFFERS: gl.constexpr, MODE: gl.constexpr, num_warps: gl.constexpr,
+    STORE_BUFFERS: gl.constexpr, MODE: gl.constexpr, REGISTERS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -311,4 +322,4 @@ def panel_ws_kernel(
                     stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M,
                     PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, HOLD, MODE)),
         (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
-    ], [4, 1], [240, 24])  # fmt: skip
+    ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip

@@ -139,7 +139,9 @@ def latency(run: Run) -> Iterator[dict]:
                         raise
                     why = f"not captured: {str(error).strip()[:200]}"
                     yield {"kind": "left_out", "loss": name, **shape, "reason": why}
-        seconds = interleaved(functions, 5 * run.sizes.repeats, warmup=3, device=run.device)
+        seconds = interleaved(
+            functions, 5 * run.sizes.repeats, warmup=3, device=run.device, queued=False
+        )
         for (name, graph), times in seconds.items():
             yield {"kind": "latency", "loss": name, "graph": graph, **shape, **summary(times)}
 
