@@ -29,12 +29,22 @@ class Compiled:
     pools: tuple[int, ...]  # registers a thread that warps set themselves
     stack_bytes: int
     spills: int  # loads and stores of the stack
-    hot_spills: int  # of these, where products or exponentials are
+    spills_a_step: int  # of these, beside products; the others are run once a tile at most
     shared_bytes: int
     product: str  # the shape of the matrix instruction
     copies_in: int
     copies_out: int
+    unsynchronised: tuple[str, ...]  # which of UNTIL_ALL_WARPS are broken
     instructions_a_pair: dict[str, float]
+
+
+# Of a partition one thread arrives at a barrier or copies for all: after a wait or fence, its warps
+# have to meet before that. The compiler sees to it. What; who must not come before the others.
+UNTIL_ALL_WARPS = {
+    "a stage is freed": (r"wgmma\.wait_group", r"mbarrier\.arrive"),
+    "a buffer of g is written": (r"cp\.async\.bulk\.wait_group", r"st\.shared|stmatrix"),
+    "g is copied": (r"fence\.proxy\.async", r"cp\.async\.bulk\.tensor\S*\.global\.shared"),
+}
 
 
 def compile_gluon(config: Gluon, d: int = 768) -> Compiled:
@@ -57,7 +67,8 @@ def compile_gluon(config: Gluon, d: int = 768) -> Compiled:
         "HOLD": config.hold,
         "STORE_BUFFERS": config.store_buffers,
         "MODE": config.mode,
-        "num_warps": 4,
+        "REGISTERS": config.registers,
+        "num_warps": config.num_warps,
     }
     kinds = {
         "x_desc": descriptor(block_m, config.block_k),
@@ -72,7 +83,9 @@ def compile_gluon(config: Gluon, d: int = 768) -> Compiled:
         if name not in constants and (name.endswith("_ptr") or name == "stride_gm"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(panel_ws_kernel, signature, constants, attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    kernel = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.num_warps}
+    )
     return _inspect(kernel)
 
 
@@ -94,21 +107,33 @@ def _inspect(kernel) -> Compiled:
         pools=tuple(int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", kernel.asm["ptx"])),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
         spills=opcodes["LDL"] + opcodes["STL"],
-        hot_spills=sum(_spills(block) for block in basic_blocks(sass) if _is_hot(block)),
+        spills_a_step=sum(
+            op.startswith(("LDL", "STL"))
+            for block in basic_blocks(sass)
+            if any(op.startswith("HGMMA") for op in block)
+            for op in block
+        ),
         shared_bytes=kernel.metadata.shared,
         product=", ".join(sorted(products)),
         copies_in=opcodes["UTMALDG"],
         copies_out=opcodes["UTMASTG"],
+        unsynchronised=tuple(
+            what
+            for what, (first, then) in UNTIL_ALL_WARPS.items()
+            if not _warps_meet(kernel.asm["ptx"], first, then)
+        ),
         instructions_a_pair=_costs(sass),
     )
 
 
-def _is_hot(block: list[str]) -> bool:
-    return any(op.startswith(("HGMMA", "MUFU.EX2")) for op in block)
-
-
-def _spills(block: list[str]) -> int:
-    return sum(op.partition(".")[0] in ("LDL", "STL") for op in block)
+def _warps_meet(ptx: str, first: str, then: str) -> bool:
+    """Whether between all of ``first`` and what comes ``then`` there is a barrier of warps."""
+    waiting = False
+    for line in re.findall(rf".*(?:{first}|{then}|bar\.sync).*", ptx):
+        if waiting and re.search(then, line):
+            return False
+        waiting = "bar.sync" not in line and (waiting or bool(re.search(first, line)))
+    return True
 
 
 def _costs(sass: str) -> dict[str, float]:

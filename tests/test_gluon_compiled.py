@@ -21,9 +21,9 @@ from benchmarks.candidates import CANDIDATES, Gluon  # noqa: E402
 from benchmarks.compiled import SHARED  # noqa: E402
 from benchmarks.compiled_gluon import compile_gluon  # noqa: E402
 
-# Of both consumers, outside products and epilogue: what a reduction over warps loads is kept from
-# tile to tile (only some threads load it), and with 240 registers taken it waits on the stack.
-MOST_SPILLS = 20
+# Of both consumers, a few once a tile: what a reduction over warps loads is kept from tile to tile
+# (only some threads load it), and where registers are short it waits on the stack.
+MOST_SPILLS = 16
 # of the parts of a tile, by the form of the epilogue
 MOST_INSTRUCTIONS_A_PAIR = {"joined": 16.0, "plain": 24.0, "masked": 34.0}
 
@@ -39,16 +39,17 @@ def test_compiles_as_meant(name):
     config = CANDIDATES[name]
     compiled = compile_gluon(config)
     print(compiled)
-    assert compiled.hot_spills == 0 and compiled.spills <= MOST_SPILLS
+    assert compiled.spills_a_step == 0 and compiled.spills <= MOST_SPILLS
     assert (compiled.stack_bytes == 0) == (compiled.spills == 0)
     assert compiled.shared_bytes <= SHARED["sm_90"][1]
     assert compiled.product == f"64x{config.tile[1]}x16"
     assert compiled.copies_in == 2
     assert (compiled.copies_out > 0) == (config.store_buffers > 0)
-    # what the kernel starts with is shared out anew: two consumers and the producer, 4 warps each
+    assert compiled.unsynchronised == ()
+    # what the kernel starts with is shared out anew: consumers, and 4 warps with the producer
     pool = compiled.registers * compiled.threads
-    assert pool <= 65536 and {24, 240} <= set(compiled.pools)
-    assert pool >= (2 * 240 + 24) * 128
+    assert pool <= 65536 and {24, config.registers} <= set(compiled.pools)
+    assert pool >= 2 * 32 * config.num_warps * config.registers + 128 * 24
     costs = compiled.instructions_a_pair
     assert "joined" in costs
     assert all(costs[form] <= MOST_INSTRUCTIONS_A_PAIR[form] for form in costs)

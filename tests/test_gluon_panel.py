@@ -59,6 +59,7 @@ def test_candidates_as_on_a_device(kernel, name):
         hold=config.hold,
         copies=64 if config.store_buffers else None,
         buffers=config.store_buffers,
+        warps=config.num_warps,
     )
     run(kernel, case, seed=0)
 

@@ -90,7 +90,7 @@ BREAKS = (
     Break("the logarithm of every other part left out", "shared", "epilogue", "join_exps(e4, join_exps(join_exps(e0, e1), join_exps(e2, e3)))", "join_exps(join_exps(e0, e1), join_exps(e2, e3))"),
     Break("exponentials added, not joined", "shared", "epilogue", "e4 = join_exps(join_exps(e0, e1), ", "e4 = join_exps(e0 + e1, "),
     Break("half of the columns not summed", "shared", "quarters", "gl.reshape(right, rows)", "gl.reshape(left, rows)"),
-    Break("a quarter of g*s not summed", "shared", "add_grads", "g1 * s1 + ", ""),
+    Break("a quarter of g*s not summed", "shared", "add_grads", "(g1 * s1 + ", "("),
     Break("a quarter of the losses not summed", "shared", "epilogue", "l0 + l1", "l0"),
     Break("sums of g*s and g exchanged", "shared", "epilogue", "partials_ptr + 2 * slots + slot, gl.sum(gl.sum(gl.sum(g_sum", "partials_ptr + 2 * slots + slot, gl.sum(gl.sum(gl.sum(gs_sum"),
     Break("g in registers not scaled", "shared", "write_part", "store_part(g * GRAD_SCALE", "store_part(g"),

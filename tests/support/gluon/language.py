@@ -129,6 +129,7 @@ _LANGUAGE = {
     "arange": _arange,
     "reshape": lambda x, shape: x.like(x.a.reshape(shape), ("reshape", x.layout)),
     "permute": lambda x, dims: x.like(x.a.transpose(dims), ("permute", x.layout)),
+    "join": lambda a, b: a.like(np.stack([a.a, b.a], -1), ("join", a.layout)),
     "split": lambda x: tuple(x.like(x.a[..., i], ("split", x.layout)) for i in (0, 1)),
     "expand_dims": lambda x, axis: x.like(np.expand_dims(x.a, axis)),
     "load": arrays.load_global,

@@ -21,7 +21,7 @@ KERNEL = ROOT / "benchmarks/candidates/gluon_panel.py"
 EPS = 2.0**-24
 UNIT_ROUNDOFF_BF16 = 2.0**-8
 NO_DIAGONAL = 1 << 20  # meets no pair
-FORMS = ("exp_sigmoid", "softplus_sigmoid")  # of the epilogue
+FORMS = ("moderate_exp", "softplus_sigmoid")  # of the epilogue
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Case:
     buffers: int = 2  # of these blocks, a consumer
     store_g: bool = True
     scalar_grads: bool = True
+    warps: int = 4  # a consumer
     mode: str = "all"  # or an ablation, which stores similarities ("bare") or zeros ("loads")
 
 
@@ -197,7 +198,8 @@ def run(module: ModuleType, case: Case, seed: int) -> Outcome:
         "HOLD": case.hold,
         "STORE_BUFFERS": case.buffers,
         "MODE": case.mode,
-        "num_warps": 4,
+        "REGISTERS": 240,
+        "num_warps": case.warps,
     }
     launch(module.panel_ws_kernel, case.grid, arguments, RandomOrder(seed))
     if not (g.writes == case.store_g).all() or not (partials.writes == 1).all():
