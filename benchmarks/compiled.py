@@ -132,22 +132,22 @@ def compile_product(
     precision: str,
     *,
     transposed: bool,
+    skips: bool = True,
     fresh: bool = False,
     d: int = 768,
 ) -> Compiled:
-    """The product that skips tiles of g, or (transposed) of g^T."""
+    """The product of g, or (transposed) of g^T, that skips tiles or takes them all."""
     config = panel_config(_capability(target), dtype, precision, write_g=True)
     constants = {
         "stride_od": 1,
         "stride_gm" if transposed else "stride_gk": 1,
         "stride_yd": 1,
-        "D": d,
-        "TILES": 32,
         "FRESH": fresh,
         "INPUT_PRECISION": precision,
         **product_constants(config, config.tile[::-1] if transposed else config.tile),
     }
-    return _compile(product_kernel, target, dtype, constants, [], config)
+    absent = [] if skips else ["lists_ptr"]
+    return _compile(product_kernel, target, dtype, constants, absent, config, d)
 
 
 def _capability(target: str) -> tuple[int, int] | str:
@@ -169,6 +169,7 @@ def _compile(
     constants: dict,
     absent: list[str],
     config: PanelConfig,
+    d: int = 768,
 ) -> Compiled:
     """absent: arguments that are None."""
     constants = constants | dict.fromkeys(absent)
@@ -178,9 +179,11 @@ def _compile(
         pointer = name.endswith("_ptr")
         kind = pointers.get(name, "*fp32" if pointer else "fp32" if name == "alpha" else "i32")
         signature[name] = "constexpr" if name in constants else kind
-        # what the launcher sees: torch's pointers are aligned, and so is every row
-        row = name.startswith("stride") and (name == "stride_gm" or constants["D"] % 16 == 0)
-        if name not in constants and (pointer or row):
+        # What the launcher sees: torch's pointers are aligned, and so are the rows of features
+        # that the sweep pads, and of g. Strides of lists are not specialised.
+        row = name in ("stride_xm", "stride_yn", "stride_yk", "stride_gm", "stride_gk")
+        of_out = name in ("D", "stride_om") and d % 16 == 0
+        if name not in constants and (pointer or row or of_out):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     if target.startswith("gfx"):

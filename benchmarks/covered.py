@@ -22,8 +22,6 @@ REASONS = {
     "fused_siglip/distributed.py _exchange": "a group without gloo: the exchange goes by NCCL",
     "kernels/products.py add_product": f"{ON_CUDA}: half operands with a float32 sum",
     "fused_siglip/engine.py _multiprocessors": f"{ON_CUDA}: its multiprocessors",
-    "fused_siglip/plan/__init__.py plan_panels": "Triton's operands and g on ROCm, which takes no "
-    "half operands; the tests in Triton's interpreter reach it",
     "kernels/__init__.py default_obstacle": "Triton's interpreter: it could run, and is not chosen",
     "kernels/panel_torch.py TorchPanel.__call__": f"{ON_CUDA}: half operands that stay half",
 }

@@ -74,13 +74,12 @@ def register(name: str) -> None:
     BACKENDS[name] = functools.partial(panel_of, name)
 
 
-def check(name: str, device: str) -> Iterator[dict]:
+def check(name: str, dims: Sequence[int], device: str) -> Iterator[dict]:
     """Compile a candidate and compare g and the sums of a ragged panel with float64."""
     from .candidates import ABLATIONS
 
     start = time.perf_counter()
     register(name)
-    dims = (768, 1152) if name.startswith("gluon") else (768,)
     for dim, (t, diagonal) in product(dims, ((10.0, 37), (100.0, -53), (100.0, 5000))):
         inputs = make_inputs(1111, dim, "bfloat16", device, t, BIAS)
         x, y = inputs.x[:700], inputs.y[: 1111 if t == SCALES[0] else 900]
@@ -117,9 +116,11 @@ def panel_errors(
     return {k: float("inf") if v != v else v for k, v in found.items()}
 
 
-def panels(chosen: Sequence[str], size: int, repeats: int, device: str) -> Iterator[dict]:
+def panels(
+    chosen: Sequence[str], size: int, dims: Sequence[int], repeats: int, device: str
+) -> Iterator[dict]:
     """Each candidate alone at one panel's shape, beside the plain product with half output."""
-    for dim in (768, 1152) if size > 1000 else (32,):
+    for dim in dims:
         for t in SCALES:
             inputs = make_inputs(size, dim, "bfloat16", device, t, BIAS)
             plain = torch.empty(size, size, dtype=inputs.x.dtype, device=device)
@@ -127,8 +128,6 @@ def panels(chosen: Sequence[str], size: int, repeats: int, device: str) -> Itera
                 "plain product": functools.partial(torch.mm, inputs.x, inputs.y.T, out=plain)
             }
             for name in (SHIPPED, *chosen):
-                if dim == 1152 and name != SHIPPED and not name.startswith("gluon"):
-                    continue  # compiled anew for every dim
                 yield {"kind": "begin", "candidate": name}
                 functions[name] = _panel_call(name, inputs)
                 if inputs.x.is_cuda:  # replayed: what a launch costs the host is not the question
@@ -295,7 +294,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
     on_gpu = torch.device(args.device).type == "cuda"
     repeats, size = (12, PANEL_SIDE) if on_gpu else (1, 256)
     parts: dict[str, Callable[[], Iterator[dict]]] = {
-        "panels": lambda: panels(args.chosen, size, repeats, args.device),
+        "panels": lambda: panels(
+            args.chosen, size, args.dims if on_gpu else (32,), repeats, args.device
+        ),
         "products": lambda: products(
             (8192, 11264, 16384) if on_gpu else (256,), 768 if on_gpu else 32, repeats, args.device
         ),
@@ -309,7 +310,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
         "small": lambda: small(
             1024 if on_gpu else 64, 768 if on_gpu else 32, 5 * repeats, args.device
         ),
-        "counters": lambda: counters((SHIPPED, *args.best), size),
+        "counters": lambda: counters(args.best, size),
     }
     for name in args.parts:
         yield {"kind": "begin", "part": name, "candidate": None}
@@ -361,10 +362,14 @@ class Child:
         yield {"kind": "ended", "why": why}
 
 
-def check_all(chosen: Sequence[str], device: str, seconds: float) -> Iterator[dict]:
+def check_all(
+    chosen: Sequence[str], dims: Sequence[str], device: str, seconds: float
+) -> Iterator[dict]:
     """Check every candidate, all at once."""
     deadline = time.monotonic() + seconds
-    children = {name: Child("--check", name, "--device", device) for name in chosen}
+    children = {
+        name: Child("--check", name, "--device", device, "--dims", *dims) for name in chosen
+    }
     for name, child in children.items():
         for row in child.rows(deadline, silence=seconds):
             if row["kind"] != "ended":
@@ -393,6 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="of the tree, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=195.0)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="part")
+    parser.add_argument("--dims", type=int, nargs="+", default=[768, 1152], help="of panels")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--check", help=argparse.SUPPRESS)
     parser.add_argument("--parts", nargs="*", help=argparse.SUPPRESS)
@@ -403,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one(args.one, PANEL_SIDE, args.device)
         return 0
     if args.check or args.parts:
-        for row in check(args.check, args.device) if args.check else measure(args):
+        for row in check(args.check, args.dims, args.device) if args.check else measure(args):
             print(json.dumps(row), flush=True)
         return 0
 
@@ -418,8 +424,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(show(row), flush=True)
         write_results("tune", where, rows, path)
 
+    dims = [str(dim) for dim in args.dims]
     candidates, ablations = names(torch.device(args.device).type == "cuda")
-    for row in check_all([*candidates, *ablations], args.device, min(90, args.seconds / 2)):
+    for row in check_all([*candidates, *ablations], dims, args.device, min(90, args.seconds / 2)):
         take(row)
     wrong = {row["candidate"] for row in rows if row["right"] is False}
     parts = list(args.only)

@@ -92,7 +92,8 @@ def describe(device: str) -> str:
     for reason, dtypes in obstacles.items():
         which = "" if len(dtypes) == len(FEATURE_DTYPES) else f" for {', '.join(dtypes)}"
         lines.append(f"falls back to torch instead of triton{which}: {reason}")
-    if not multiplies_half_into_fp32(device):
+    half_backend = default_backend(device, torch.bfloat16)
+    if half_backend == "torch" and not multiplies_half_into_fp32(device):
         lines.append(
             f"half features are converted to float32 in panels: {device} has no product of half "
             "operands with a float32 sum"

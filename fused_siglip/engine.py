@@ -15,6 +15,7 @@ from .kernels import (
     Positives,
     RandomPairs,
     aligned,
+    aligned_ids,
     panel_class,
 )
 from .kernels.places import BINS
@@ -174,10 +175,11 @@ class _Panels:
         workspace_bytes: int | None,
         backend: str,
     ):
-        self.x, self.y, self.image_ids, self.text_ids = x, y, image_ids, text_ids
-        self.diagonal, self.needs, self.selects = diagonal, needs, selects
         self.panel_class = panel_class(backend)
         align = self.panel_class.align
+        self.x, self.y = x, y
+        self.image_ids, self.text_ids = aligned_ids(image_ids, align), aligned_ids(text_ids, align)
+        self.diagonal, self.needs, self.selects = diagonal, needs, selects
         self.copies = image_ids is not None or not (aligned(x, align) and aligned(y, align))
         self.plan = plan_panels(
             x.shape[0],

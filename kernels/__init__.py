@@ -64,7 +64,9 @@ class Panel(Protocol):
     """What a backend does with one panel: product, scale and bias, log-sigmoid, dL/dz."""
 
     tile: tuple[int, int]  # panel sides are multiples of it (the last panel may be smaller)
-    align: int  # D and the rows' distance should be multiples of it, features adjacent: see aligned
+    # D and the rows' distance are multiples of it, features adjacent, addresses multiples of 16
+    # bytes: see aligned and aligned_ids
+    align: int
 
     @staticmethod
     def workspace_bytes(
@@ -193,10 +195,29 @@ def panel_class(name: str) -> type[Panel]:
     return BACKENDS[name]()
 
 
+_VECTOR_BYTES = 16  # the widest load; Triton's launcher tells such addresses from others
+
+
+def at_aligned_address(tensor: Tensor) -> bool:
+    """Whether a tensor starts where a load of full width may."""
+    return tensor.data_ptr() % _VECTOR_BYTES == 0
+
+
 def aligned(features: Tensor, align: int) -> bool:
-    """Whether (m, D) features suit a panel with this ``align``: else the sweep hands it a copy,
-    padded with zeros, since every row would be read element by element."""
+    """Whether (m, D) features suit a panel with this ``align``.
+
+    Otherwise the sweep hands the panel a copy, padded with zeros, since every row would be read
+    element by element: by a kernel that is compiled anew and spills its registers.
+    """
     if align == 1:
         return True
     rows, adjacent = features.stride()
-    return adjacent == 1 and rows % align == 0 and features.shape[1] % align == 0
+    dense = adjacent == 1 and rows % align == 0 and features.shape[1] % align == 0
+    return dense and at_aligned_address(features)
+
+
+def aligned_ids(ids: Tensor | None, align: int) -> Tensor | None:  # (m,)
+    """Ids as a panel with this ``align`` reads them: adjacent, and starting as features do."""
+    if ids is None or align == 1 or (ids.is_contiguous() and at_aligned_address(ids)):
+        return ids
+    return ids.clone(memory_format=torch.contiguous_format)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import GRAD_SCALE, AtLeast, Positives, RandomPairs
+from . import GRAD_SCALE, AtLeast, Positives, RandomPairs, multiplies_half_into_fp32
 from .configs import TILE, PanelConfig, panel_config
 from .math import (
     EASY_LOGIT,
@@ -22,7 +22,7 @@ from .math import (
 )
 from .places import BINS
 from .products import add_product
-from .products_triton import add_kept_product, list_elements
+from .products_triton import add_tiled_product, list_elements
 
 
 @triton.jit
@@ -446,6 +446,7 @@ class TritonPanel:
         self.g = torch.empty(shape, dtype=stored_dtype(dtype), device=device) if write_g else None
         self.flags = self.lists = None
         self.skips = False  # tiles, in the products of the last call
+        self.library = dtype == torch.float32 or multiplies_half_into_fp32(device.type)
         if write_g and selects:
             self.flags, self.lists = (
                 torch.empty(size, dtype=torch.int32, device=device)
@@ -521,18 +522,21 @@ class TritonPanel:
         fresh: bool,
         transposed: bool,
     ) -> None:
-        if not self.skips:
+        if self.library and not self.skips:
             add_product(out, g.T if transposed else g, other, alpha, fresh)
             return
-        tiles = self._tiles(*g.shape)
-        flags = self.flags[: math.prod(tiles)].view(tiles)
+        flags = None
+        if self.skips:
+            tiles = self._tiles(*g.shape)
+            flags = self.flags[: math.prod(tiles)].view(tiles)
         whole, tile = _multiplied(self.g.to(self.dtype)), self.tile  # g is a view of it
         if transposed:
-            whole, flags, tile = whole.T, flags.T, tile[::-1]
+            whole, tile = whole.T, tile[::-1]
+            flags = None if flags is None else flags.T
         other, precision = _multiplied(other), self._precision()
         config = self.config(other.dtype, precision)
-        add_kept_product(
-            out, whole, flags, self.lists, other, alpha, fresh, config, tile, precision
+        add_tiled_product(
+            out, whole, other, flags, self.lists, alpha, fresh, config, tile, precision
         )
 
     def count(

@@ -7,9 +7,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 
 
+# Beside the tests that take the fixture ``device``, those of these files run on a GPU.
+ON_THE_GPU = ("test_triton_panel.py", "test_alternative.py")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Of two workers one runs a file whole, for its fixtures; compiling, the longest, is shared."""
+    """Of two workers one runs a file whole, for its fixtures; compiling, the longest, is shared.
+
+    Marks what a GPU runs: -m gpu leaves out what would only load the CPU beside it.
+    """
+    for item in items:
+        if "device" in item.fixturenames or item.path.name in ON_THE_GPU:
+            item.add_marker("gpu")
     if config.getoption("loadgroup", False):
         for item in items:
             if not item.path.name.endswith("_compiled.py"):

@@ -16,9 +16,8 @@ from kept import without_choice
 from torch import Tensor
 
 from fused_siglip import Easiest, Hardest, Random, siglip_loss
-from fused_siglip.plan import plan_panels
 from fused_siglip.rounding import excess, rounded, rounding_errors, smallest
-from helpers import NAMES, Inputs, loss_and_grads, one_tile, shares
+from helpers import NAMES, Inputs, loss_and_grads, one_tile, operand_dtype, shares
 
 OUTPUTS = ("loss", *NAMES)
 
@@ -40,10 +39,10 @@ class Call:
             lambda *tensors, **all_options: siglip_loss(*tensors, **all_options) * upstream,
             inputs,
             backend=case.backend,
-            workspace_bytes=tiles and tiles * one_tile(case.backend, dtype, selects=True),
+            workspace_bytes=tiles and tiles * one_tile(case.backend, dtype, DEVICE, selects=True),
             **options,
         )
-        self.g_dtype = plan_panels(1, 1, 1, dtype, DEVICE, case.backend).operand_dtype
+        self.g_dtype = operand_dtype(case.backend, dtype, DEVICE)
 
     def errors(self) -> list[Tensor]:
         """What rounding may do to each element of ``values``."""

@@ -46,6 +46,7 @@ ENGINE, AUTOGRAD, FUNCTIONAL, DISTRIBUTED = (
     f"fused_siglip/{name}.py" for name in ("engine", "autograd", "functional", "distributed")
 )
 NEGATIVES = "fused_siglip/negatives.py"
+KERNELS = "kernels/__init__.py"
 TORCH, TRITON, MATH, PRODUCTS, PRODUCTS_TRITON = (
     f"kernels/{name}.py"
     for name in ("panel_torch", "panel_triton", "math", "products", "products_triton")
@@ -66,6 +67,7 @@ MUTATIONS = (
     Mutation("id 0 is padding", "torch", TORCH, "torch.where(positives.image_ids < 0,", "torch.where(positives.image_ids <= 0,"),
     Mutation("padding pairs with padding", "torch", TORCH, "torch.where(positives.text_ids < 0, -2, positives.text_ids)", "torch.where(positives.text_ids < 0, -1, positives.text_ids)"),
     Mutation("padded features are not blanked", "torch", ENGINE, "        copy.masked_fill_(ids[:, None] < 0, 0)\n", "        pass\n"),
+    Mutation("features at an odd address are not copied", "torch", KERNELS, "return dense and at_aligned_address(features)", "return dense"),
     Mutation("ids compared in 32 bits", "torch", TORCH, "torch.eq(images[:, None], texts,", "torch.eq(images[:, None].int(), texts.int(),"),
     Mutation("negative_only forgotten with ids", "torch", FUNCTIONAL, "torch.where(text_ids < 0, -1, 1)", "torch.where(text_ids < 0, -1, 0)"),
     Mutation("padded texts take part", "triton", TRITON, "(image_ids >= 0)[:, None] & (text_ids >= 0)[None, :]", "(image_ids >= 0)[:, None] & (text_ids >= -1)[None, :]"),
@@ -130,7 +132,7 @@ MUTATIONS = (
     Mutation("negative places in the wrong order", "triton", MATH, "~magnitude, magnitude)", "magnitude - _HALF, magnitude)"),
     Mutation("negative places in the wrong order", "torch", TORCH, "bins.bitwise_xor_(below_zero).add_(HALF)", "bins.add_(below_zero * HALF).add_(HALF)"),
     Mutation("tiles with gradient are skipped", "triton", TRITON, "(tile_loss != 0).to(tl.int32)", "(tile_loss > 1).to(tl.int32)"),
-    Mutation("a tile left out of a line's list", "triton", PRODUCTS_TRITON, "tl.store(list_ptr, tl.sum(found))", "tl.store(list_ptr, tl.sum(found) - 1)"),
+    Mutation("a tile left out of a line's list", "triton", PRODUCTS_TRITON, "tl.store(list_ptr, listed)", "tl.store(list_ptr, listed - 1)"),
     Mutation("skipped lines leave what memory held", "triton", PRODUCTS_TRITON, "if FRESH | (steps > 0):", "if steps > 0:"),
     Mutation("every rank hashes its images from 0", "distributed", DISTRIBUTED, "image_keys(seed, first_image, ", "image_keys(seed, 0, "),
     Mutation("every chunk hashes its texts from 0", "distributed", DISTRIBUTED, "text_keys(seed, chunk.first, ", "text_keys(seed, 0, "),

@@ -138,7 +138,9 @@ def test_only_the_products_that_are_needed(needs, products, workspace):
 
 
 @pytest.mark.parametrize("ids", [False, True], ids=["diagonal", "ids"])
-@pytest.mark.parametrize("layout", ["D = 65", "rows 72 apart", "transposed", "as it comes"])
+@pytest.mark.parametrize(
+    "layout", ["D = 65", "rows 72 apart", "transposed", "off by one element", "as it comes"]
+)
 def test_operands_are_padded_where_the_backend_asks(monkeypatch, layout, ids):
     """Copies of one panel at a time, zeros beyond D, the same loss and gradients."""
     seen = []
@@ -157,6 +159,9 @@ def test_operands_are_padded_where_the_backend_asks(monkeypatch, layout, ids):
     if layout == "rows 72 apart":
         wide = torch.nn.functional.pad(inputs.text_features.detach(), (0, 8))
         inputs.text_features = wide[:, :d].requires_grad_()
+    if layout == "off by one element":
+        flat = torch.nn.functional.pad(inputs.text_features.detach().view(-1), (1, 0))
+        inputs.text_features = flat[1:].view(300, d).requires_grad_()
     if layout == "transposed":
         inputs.image_features = inputs.image_features.detach().T.contiguous().T.requires_grad_()
     expected, actual = (

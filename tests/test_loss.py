@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_siglip import siglip_loss
+from fused_siglip.kernels.products import add_product
 from fused_siglip.reference import eager_siglip_loss
 from helpers import (
     NAMES,
@@ -38,7 +39,7 @@ def test_diagonal(backend, device, dtype, size):
 def test_ids_that_repeat_and_pad_over_many_panels(backend, device, dtype, m, n):
     skip_float64_on_triton(backend, dtype)
     inputs = make_inputs(m, n, 40, dtype, ids=True, device=device)
-    workspace = one_tile(backend, dtype)
+    workspace = one_tile(backend, dtype, device)
     actual = loss_and_grads(siglip_loss, inputs, backend=backend, workspace_bytes=workspace)
     assert_as_exact_as_eager(actual, inputs)
 
@@ -46,7 +47,7 @@ def test_ids_that_repeat_and_pad_over_many_panels(backend, device, dtype, m, n):
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_negative_only_and_reductions(backend, device, ids, reduction):
-    inputs = make_inputs(150, 90, 24, ids=ids, device=device)
+    inputs = make_inputs(150, 90, 48, ids=ids, device=device)
     options = {"negative_only": True, "reduction": reduction}
     actual = loss_and_grads(siglip_loss, inputs, backend=backend, **options)
     assert_as_exact_as_eager(actual, inputs, **options)
@@ -55,7 +56,7 @@ def test_negative_only_and_reductions(backend, device, ids, reduction):
 @pytest.mark.parametrize("flags", [(i & 1, i & 2, i & 4, i & 8) for i in range(16)], ids=str)
 def test_every_subset_of_inputs_that_require_grad(backend, device, flags):
     inputs = make_inputs(140, 140, 16, requires_grad=tuple(bool(f) for f in flags), device=device)
-    workspace = one_tile(backend, torch.float32)
+    workspace = one_tile(backend, torch.float32, device)
     actual = loss_and_grads(siglip_loss, inputs, backend=backend, workspace_bytes=workspace)
     assert_as_exact_as_eager(actual, inputs)
 
@@ -65,7 +66,7 @@ def test_every_subset_of_inputs_that_require_grad(backend, device, flags):
 )
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_scales_and_biases_from_tame_to_extreme(backend, device, dtype, t, b):
-    inputs = make_inputs(140, 140, 32, dtype, t=t, b=b, device=device)
+    inputs = make_inputs(140, 140, 48, dtype, t=t, b=b, device=device)
     actual = loss_and_grads(siglip_loss, inputs, backend=backend)
     assert_as_exact_as_eager(actual, inputs)
 
@@ -115,11 +116,37 @@ def test_expanded_features(backend, device):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_any_cut_into_panels(backend, device, dtype):
-    inputs = make_inputs(300, 300, 32, dtype, device=device)
+    inputs = make_inputs(300, 300, 48, dtype, device=device)
     for tiles in (1, 2, 5, 1000):
-        workspace = tiles * one_tile(backend, dtype)
+        workspace = tiles * one_tile(backend, dtype, device)
         actual = loss_and_grads(siglip_loss, inputs, backend=backend, workspace_bytes=workspace)
         assert_as_exact_as_eager(actual, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ids", [False, True], ids=["diagonal", "ids"])
+def test_a_last_panel_of_one_row_and_column(backend, device, dtype, ids):
+    """A product whose output is one row may be another routine of the library."""
+    skip_float64_on_triton(backend, dtype)
+    size = 2 * 128 + 1
+    inputs = make_inputs(size, size, 40, dtype, ids=ids, device=device)
+    workspace = one_tile(backend, dtype, device)
+    actual = loss_and_grads(siglip_loss, inputs, backend=backend, workspace_bytes=workspace)
+    assert_as_exact_as_eager(actual, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m, k", [(1, 128), (128, 1), (1, 1)])
+def test_products_of_one_row_do_not_read_what_memory_held(device, dtype, m, k):
+    a, b = (torch.randn(*shape).to(device, dtype) for shape in ((m, k), (k, 48)))
+    out = torch.full((m + 1, 48), torch.nan, device=device)
+    out = out.to(torch.promote_types(dtype, torch.float32))
+    exact = 0.5 * a.double() @ b.double()
+    add_product(out[:m], a, b, 0.5, fresh=True)
+    for factor in (1, 2):
+        assert error(out[:m], factor * exact) <= 2 * k * torch.finfo(out.dtype).eps
+        assert out[m:].isnan().all()
+        add_product(out[:m], a, b, 0.5, fresh=False)
 
 
 def test_same_inputs_same_bits(backend, device):

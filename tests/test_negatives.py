@@ -11,7 +11,17 @@ from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random, engine, 
 from fused_siglip.kernels import panel_class
 from fused_siglip.kernels.products import add_product
 from fused_siglip.negatives import ROWS_AT_ONCE, find_range
-from helpers import NAMES, Inputs, error, loss_and_grads, make_inputs, one_tile, oracle, shares
+from helpers import (
+    NAMES,
+    Inputs,
+    error,
+    loss_and_grads,
+    make_inputs,
+    one_tile,
+    operand_dtype,
+    oracle,
+    shares,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHOICES = (Random(0.4, seed=3), Hardest(0.1), Easiest(0.3))
@@ -26,7 +36,7 @@ def pairs_kept(choice, m: int, n: int, backend: str, device: str, tiles=None, **
     t is small and b = 0: no g is near 0 that is not 0.
     """
     x = torch.randn(m, n, generator=torch.Generator().manual_seed(5)).to(device).requires_grad_()
-    workspace = tiles and tiles * one_tile(backend, torch.float32, selects=True)
+    workspace = tiles and tiles * one_tile(backend, torch.float32, device, selects=True)
     siglip_loss(
         x, torch.eye(n, device=device), 0.1, 0.0, negatives=choice, negative_only=True,
         backend=backend, workspace_bytes=workspace, **options,
@@ -41,11 +51,11 @@ def test_loss_and_gradients_of_what_is_kept(backend, device, dtype, choice, ids)
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("triton has no float64")
     inputs = make_inputs(
-        150, 130 if ids else 150, 24, dtype, t=10.0, b=-5.0, ids=ids, device=device
+        150, 130 if ids else 150, 48, dtype, t=10.0, b=-5.0, ids=ids, device=device
     )
-    operand = torch.promote_types(dtype, torch.float32) if backend == "torch" else dtype
+    operand = operand_dtype(backend, dtype, device)
     for tiles in TILES:
-        workspace = tiles and tiles * one_tile(backend, dtype, selects=True)
+        workspace = tiles and tiles * one_tile(backend, dtype, device, selects=True)
         actual = loss_and_grads(
             siglip_loss, inputs, negatives=choice, backend=backend, workspace_bytes=workspace
         )
@@ -75,9 +85,9 @@ def test_only_some_inputs_require_grad(backend, device, choice, requires_grad):
 def test_random_pairs_are_those_of_the_definition(backend, device, keep, seed):
     expected = None
     for tiles in TILES:
-        kept, x = pairs_kept(Random(keep, seed), 200, 150, backend, device, tiles)
+        kept, x = pairs_kept(Random(keep, seed), 200, 160, backend, device, tiles)
         if expected is None:
-            inputs = Inputs(x, torch.eye(150), torch.tensor(0.1), torch.tensor(0.0), {})
+            inputs = Inputs(x, torch.eye(160), torch.tensor(0.1), torch.tensor(0.0), {})
             expected, _ = kept_pairs(inputs, Random(keep, seed), negative_only=True)
         assert torch.equal(kept, expected)
 
@@ -150,7 +160,7 @@ def test_ties_are_kept_together_and_one_negative_at_least(backend, device):
     siglip_loss(equal, y, 1.0, 0.0, negatives=Hardest(0.5), backend=backend).backward()
     everything = equal.clone().requires_grad_()
     siglip_loss(equal, everything, 1.0, 0.0, backend=backend).backward()
-    assert torch.equal(y.grad, everything.grad)
+    torch.testing.assert_close(y.grad, everything.grad)  # another kernel makes that product
     kept, _ = pairs_kept(Hardest(1e-6), 30, 20, backend, device)
     assert (kept.sum(1) == 1).all()
 

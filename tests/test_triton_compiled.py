@@ -115,6 +115,15 @@ def test_no_spills_in_products_that_skip_tiles(target, dtype, precision, transpo
         assert compiled.occupancy == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_spills_in_products_where_the_library_has_none(transposed, dtype):
+    for d in (768, 1000):  # rows of out that are no multiple of 16 apart
+        compiled = compile_product("gfx942", dtype, "ieee", transposed=transposed, skips=False, d=d)
+        check(compiled, "gfx942")
+        assert compiled.tensor_core.endswith("_f16" if dtype == torch.float16 else "_bf16")
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_no_spills_in_a_product_with_masked_features(target):
     check(

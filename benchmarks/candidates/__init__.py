@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fused_siglip.kernels import Panel, Positives
-from fused_siglip.kernels.configs import PanelConfig
 from fused_siglip.kernels.panel_triton import TritonPanel
 
 
@@ -22,8 +21,9 @@ class Gluon:
 
     tile: tuple[int, int]
     stages: int
-    parts: int
-    shared: bool = True  # both consumers on one tile; else they take turns
+    width: int = 32  # columns of a round of the epilogue
+    consumers: int = 2
+    shared: bool = True  # the consumers work on one tile; else they take turns
     hold: bool = False  # the second consumer starts one step later
     store_buffers: int = 0  # through shared memory and the copy engine; 0: from registers
     block_k: int = 64
@@ -33,52 +33,26 @@ class Gluon:
 
     @property
     def registers(self) -> int:
-        """A thread of a consumer: what 65,536 allow beside the other consumer and the producer."""
-        return 240 if self.num_warps == 4 else 112
+        """A thread of a consumer: what 65,536 allow beside the other consumers and the producer."""
+        return 240 if self.num_warps * self.consumers == 8 else 112
 
     @property
     def rows(self) -> int:  # of a consumer
-        return self.tile[0] // 2 if self.shared else self.tile[0]
+        return self.tile[0] // self.consumers if self.shared else self.tile[0]
 
 
-@dataclass(frozen=True)
-class Tma:
-    """How the kernel with tensor descriptors is compiled: see tma_panel.py."""
+_TURNS = Gluon((128, 128), stages=6, shared=False, num_warps=8, store_buffers=2, group_m=16)
+_SHARED = Gluon((256, 128), stages=4, num_warps=8, store_buffers=2)
 
-    config: PanelConfig
-    persistent: bool
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        return self.config.tile
-
-
-_W128 = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(8, 2, 8), maxnreg=128)
-_W256 = PanelConfig(
-    block_d=64, num_warps=8, num_stages=3, parts=16, fold=(8, 2, 8), tile=(128, 256)
-)
-_SHARED = Gluon((256, 128), stages=4, parts=8, num_warps=8)
-_TURNS = Gluon((128, 128), stages=6, parts=8, shared=False, num_warps=8)
-_WIDE = Gluon((128, 256), stages=4, parts=16)
-
-CANDIDATES: dict[str, PanelConfig | Tma | Gluon] = {
-    "pointers_128x128": _W128,
-    "tma_128x128": Tma(_W128, persistent=False),
-    "gluon_shared": _SHARED,
-    "gluon_shared_staged": replace(_SHARED, store_buffers=1),
-    "gluon_shared_group16": replace(_SHARED, group_m=16),
-    "gluon_shared_wide": replace(_WIDE, store_buffers=2),
+CANDIDATES: dict[str, Gluon] = {
     "gluon_turns": _TURNS,
-    "gluon_turns_s5": replace(_TURNS, stages=5),
-    "gluon_turns_group16": replace(_TURNS, group_m=16),
-    "gluon_turns_staged": replace(_TURNS, store_buffers=1),
-    "gluon_turns_staged2": replace(_TURNS, stages=5, store_buffers=2),
-    "gluon_turns_64x256": replace(_WIDE, tile=(64, 256), stages=5, shared=False),
+    "gluon_turns_direct": replace(_TURNS, store_buffers=0),
+    "gluon_shared": _SHARED,
+    "gluon_four": replace(_SHARED, consumers=4, num_warps=4),
+    "gluon_wide": Gluon((128, 256), stages=4, store_buffers=2),
 }
 # What is left out shows where the time goes. Not right, and only timed.
 ABLATIONS: dict[str, Gluon] = {
-    "gluon_shared_bare": replace(_SHARED, mode="bare"),
-    "gluon_shared_wide_bare": replace(_WIDE, mode="bare", store_buffers=2),
     "gluon_turns_bare": replace(_TURNS, mode="bare"),
     "gluon_turns_loads": replace(_TURNS, mode="loads"),
 }
@@ -87,7 +61,7 @@ ABLATIONS: dict[str, Gluon] = {
 class _Candidate(TritonPanel):
     """The shipped panel with another kernel."""
 
-    config_of: PanelConfig | Tma | Gluon
+    config_of: Gluon
     slots = 1  # of partial sums, a tile
 
     def __init__(self, rows: int, cols: int, dtype: torch.dtype, device: torch.device, *rest):
@@ -117,12 +91,6 @@ class _Candidate(TritonPanel):
         torch.sum(partials, 1, out=sums)
         return self.g[:m, :n]
 
-    def launch(
-        self, tiles: int, x: Tensor, y: Tensor, partials: Tensor, scalars: tuple
-    ) -> None: ...
-
-
-class _GluonCandidate(_Candidate):
     def launch(self, tiles: int, x: Tensor, y: Tensor, partials: Tensor, scalars: tuple) -> None:
         from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -141,17 +109,18 @@ class _GluonCandidate(_Candidate):
             descriptor(x, block_m, block_k),
             descriptor(y, block_n, block_k),
             None if staged else self.g,
-            descriptor(self.g, config.rows, 64) if staged else None,
+            descriptor(self.g, config.rows, config.width) if staged else None,
             partials,
             *scalars,
             self.g.stride(0),
             D=x.shape[1],
             GROUP_M=config.group_m,
             STAGES=config.stages,
-            PARTS=config.parts,
+            WIDTH=config.width,
             GRAD_SCALE=self.grad_scale,
             SCALAR_GRADS=True,
             SHARED=config.shared,
+            CONSUMERS=config.consumers,
             HOLD=config.hold,
             STORE_BUFFERS=config.store_buffers,
             MODE=config.mode,
@@ -161,43 +130,8 @@ class _GluonCandidate(_Candidate):
         )
 
 
-class _TmaCandidate(_Candidate):
-    def launch(self, tiles: int, x: Tensor, y: Tensor, partials: Tensor, scalars: tuple) -> None:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        from .tma_panel import panel_tma_kernel
-
-        config = self.config_of.config
-        (block_m, block_n), block_d = config.tile, config.block_d
-        persistent = self.config_of.persistent
-        panel_tma_kernel[(min(self.programs, tiles) if persistent else tiles,)](
-            TensorDescriptor.from_tensor(x, [block_m, block_d]),
-            TensorDescriptor.from_tensor(y, [block_n, block_d]),
-            self.g,
-            partials,
-            *scalars,
-            self.g.stride(0),
-            D=x.shape[1],
-            GRAD_SCALE=self.grad_scale,
-            PERSISTENT=persistent,
-            **config.constants(),
-            **config.options(),
-        )
-
-
-class _PointerCandidate(TritonPanel):
-    config_of: PanelConfig
-
-    def config(self, dtype: torch.dtype, precision: str) -> PanelConfig:
-        return self.config_of
-
-
 def panel_of(name: str) -> type[Panel]:
     """The panel class of a candidate or an ablation."""
     config = (CANDIDATES | ABLATIONS)[name]
-    fields = {"tile": config.tile, "config_of": config}
-    if isinstance(config, Gluon):
-        fields["slots"] = 2 if config.shared else 1
-        return type(name, (_GluonCandidate,), fields)
-    base = _TmaCandidate if isinstance(config, Tma) else _PointerCandidate
-    return type(name, (base,), fields)
+    slots = config.consumers if config.shared else 1
+    return type(name, (_Candidate,), {"tile": config.tile, "config_of": config, "slots": slots})

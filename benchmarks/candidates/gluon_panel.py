@@ -58,11 +58,10 @@ def whole(a, b, c, d):
 
 
 @gluon.jit
-def add_grads(g0, g1, g2, g3, s, gs_sum, g_sum):
-    """The running sums of g*s and g, with a part's added; g in quarters."""
-    s0, s1, s2, s3 = quarters(s)
-    gs_sum = g3 * s3 + (g2 * s2 + (g1 * s1 + (g0 * s0 + gs_sum)))
-    return gs_sum, g_sum + ((g0 + g1) + (g2 + g3))
+def last_halves(t):
+    """(k, 8, n) to two of (k, 8, n / 2)."""
+    halves = gl.reshape(t, (t.shape[0], t.shape[1], 2, t.shape[2] // 2))
+    return gl.split(gl.permute(halves, (0, 1, 3, 2)))
 
 
 @gluon.jit
@@ -137,88 +136,102 @@ def meets_diagonal_or_edge(row0, col0, M, N, diagonal, ROWS: gl.constexpr, COLS:
 
 
 @gluon.jit
-def store_part(g, row0, col0, g_ptr, stride_gm):
-    """g of one column part to memory, 16 bytes a thread."""
-    WIDTH: gl.constexpr = g.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [32 * 8 // WIDTH, WIDTH // 8], [gl.num_warps(), 1], [1, 0]
-    )
-    out = gl.convert_layout(g.to(g_ptr.dtype.element_ty), layout)
-    rows = row0 + gl.arange(0, g.shape[0], gl.SliceLayout(1, layout))
-    cols = col0 + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    gl.store(g_ptr + rows.to(gl.int64)[:, None] * stride_gm + cols[None, :], out)
-
-
-@gluon.jit
-def stage_part(g, p: gl.constexpr, row0, col0, g_desc, g_bufs):
-    """g of column part ``p`` to a buffer in shared memory, and a full one on to memory."""
-    WIDTH: gl.constexpr = g.shape[1]
-    GROUP: gl.constexpr = g_desc.block_type.shape[1] // WIDTH
-    BUFFERS: gl.constexpr = g_bufs.shape[0]
-    buf = g_bufs.index(p // GROUP % BUFFERS)
-    if p % GROUP == 0:
-        tma.store_wait(BUFFERS - 1)  # what was last in this buffer has left it
-    buf.slice(p % GROUP * WIDTH, WIDTH, 1).store(g.to(g_desc.dtype))
-    if p % GROUP == GROUP - 1:
-        fence_async_shared()
-        tma.async_copy_shared_to_global(g_desc, [row0, col0 - (GROUP - 1) * WIDTH], buf)
-
-
-@gluon.jit
-def write_part(g, p: gl.constexpr, row0, col0, out, GRAD_SCALE: gl.constexpr):
+def write_round(g, row0, col0, k, out):
+    """g of one round to memory: from registers, or (``g_desc``) by the copy engine."""
     g_ptr, stride_gm, g_desc, g_bufs = out
     if g_desc is not None:
-        stage_part(g * GRAD_SCALE, p, row0, col0, g_desc, g_bufs)
+        BUFFERS: gl.constexpr = g_bufs.shape[0]
+        buf = g_bufs.index(k % BUFFERS)
+        tma.store_wait(BUFFERS - 1)  # what was last in this buffer has left it
+        buf.store(g.to(g_desc.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(g_desc, [row0, col0], buf)
     elif g_ptr is not None:
-        store_part(g * GRAD_SCALE, row0, col0, g_ptr, stride_gm)
+        WIDTH: gl.constexpr = g.shape[1]
+        layout: gl.constexpr = gl.BlockedLayout(
+            [1, 8], [32 * 8 // WIDTH, WIDTH // 8], [gl.num_warps(), 1], [1, 0]
+        )
+        stored = gl.convert_layout(g.to(g_ptr.dtype.element_ty), layout)
+        rows = row0 + gl.arange(0, g.shape[0], gl.SliceLayout(1, layout))
+        cols = col0 + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+        gl.store(g_ptr + rows.to(gl.int64)[:, None] * stride_gm + cols[None, :], stored)
+
+
+@gluon.jit
+def one_round(
+    s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, out,
+    GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, MODE: gl.constexpr,
+):  # fmt: skip
+    """g of the columns from ``at`` on of the tile at col0, and the sums with theirs added."""
+    ROWS: gl.constexpr = s.shape[0]
+    WIDTH: gl.constexpr = s.shape[1]
+    if MODE != "all":  # of an ablation: similarities are stored as they are
+        write_round(s, row0, col0 + at, at // WIDTH, out)
+    else:
+        s0, s1, s2, s3 = quarters(s)
+        mixed = meets_diagonal_or_edge(row0, col0 + at, M, N, diagonal, ROWS, WIDTH)
+        if moderate & ~mixed:
+            e0 = moderate_exp(s0 * scale + bias)
+            e1 = moderate_exp(s1 * scale + bias)
+            e2 = moderate_exp(s2 * scale + bias)
+            e3 = moderate_exp(s3 * scale + bias)
+            a, b = last_halves(join_exps(join_exps(e0, e1), join_exps(e2, e3)))
+            loss += log1p_wide(join_exps(a, b))
+            g0, g1, g2, g3 = four_sigmoids(e0, e1, e2, e3)
+        else:
+            softplus, g = any_pairs(s, row0, col0 + at, M, N, diagonal, scale, bias)
+            p0, p1, p2, p3 = quarters(softplus)
+            a, b = last_halves((p0 + p1) + (p2 + p3))
+            loss += a + b
+            g0, g1, g2, g3 = quarters(g)
+        if SCALAR_GRADS:
+            gs_sum = g3 * s3 + (g2 * s2 + (g1 * s1 + (g0 * s0 + gs_sum)))
+            g_sum += (g0 + g1) + (g2 + g3)
+        write_round(whole(g0, g1, g2, g3) * GRAD_SCALE, row0, col0 + at, at // WIDTH, out)
+    return loss, gs_sum, g_sum
+
+
+@gluon.jit
+def rounds(
+    s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, out,
+    WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, MODE: gl.constexpr,
+):  # fmt: skip
+    """one_round for every WIDTH columns of s, the columns from ``at`` on of a tile.
+
+    Loops, though registers cannot be indexed: one half after the other moves to where the loop
+    works. Unrolled, the code of a tile runs once and is fetched anew every time, which takes longer
+    than to run it.
+    """
+    if s.shape[1] == WIDTH:
+        loss, gs_sum, g_sum = one_round(
+            s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, out,
+            GRAD_SCALE, SCALAR_GRADS, MODE,
+        )  # fmt: skip
+    else:
+        now, later = column_parts(s, 2)
+        for half in range(0, 2):
+            loss, gs_sum, g_sum = rounds(
+                now, at + half * (s.shape[1] // 2), row0, col0, M, N, diagonal, scale, bias,
+                moderate, loss, gs_sum, g_sum, out, WIDTH, GRAD_SCALE, SCALAR_GRADS, MODE,
+            )  # fmt: skip
+            now = later
+    return loss, gs_sum, g_sum
 
 
 @gluon.jit
 def epilogue(
     tile, row0, col0, M, N, diagonal, scale, bias, out, partials_ptr, slot, slots,
-    PARTS: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
-    MODE: gl.constexpr,
+    WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """g of a tile, and its three sums into their slot."""
-    ROWS: gl.constexpr = tile.shape[0]
-    WIDTH: gl.constexpr = tile.shape[1] // PARTS
-    parts = column_parts(tile, PARTS)
     most = gl.max(gl.max(tile, 1), 0) * scale + bias
-    plain = ~meets_diagonal_or_edge(row0, col0, M, N, diagonal, ROWS, tile.shape[1])
-    loss = quarters(gl.full_like(parts[0], 0.0))[0]
-    gs_sum = loss
-    g_sum = loss
-    if MODE != "all":  # of an ablation: similarities are stored as they are
-        for p in gl.static_range(PARTS):
-            write_part(parts[p], p, row0, col0 + p * WIDTH, out, GRAD_SCALE)
-    elif plain & (scale >= 0) & (most <= MODERATE_LOGIT):
-        e4 = loss
-        for p in gl.static_range(PARTS):
-            e0, e1, e2, e3 = quarters(moderate_exp(parts[p] * scale + bias))
-            if p % 2 == 0:
-                e4 = join_exps(join_exps(e0, e1), join_exps(e2, e3))
-            else:
-                e8 = join_exps(e4, join_exps(join_exps(e0, e1), join_exps(e2, e3)))
-                loss += log1p_wide(e8)
-            g0, g1, g2, g3 = four_sigmoids(e0, e1, e2, e3)
-            if SCALAR_GRADS:
-                gs_sum, g_sum = add_grads(g0, g1, g2, g3, parts[p], gs_sum, g_sum)
-            write_part(whole(g0, g1, g2, g3), p, row0, col0 + p * WIDTH, out, GRAD_SCALE)
-    else:
-        for p in gl.static_range(PARTS):
-            # a branch: without it the compiler mixes the parts, and runs out of registers
-            if meets_diagonal_or_edge(row0, col0 + p * WIDTH, M, N, diagonal, ROWS, WIDTH):
-                softplus, g = any_pairs(
-                    parts[p], row0, col0 + p * WIDTH, M, N, diagonal, scale, bias
-                )  # fmt: skip
-            else:
-                softplus, g = softplus_sigmoid(parts[p] * scale + bias)
-            l0, l1, l2, l3 = quarters(softplus)
-            loss += (l0 + l1) + (l2 + l3)
-            if SCALAR_GRADS:
-                g0, g1, g2, g3 = quarters(g)
-                gs_sum, g_sum = add_grads(g0, g1, g2, g3, parts[p], gs_sum, g_sum)
-            write_part(g, p, row0, col0 + p * WIDTH, out, GRAD_SCALE)
+    moderate = (scale >= 0) & (most <= MODERATE_LOGIT)
+    first = column_parts(tile, tile.shape[1] // WIDTH)[0]
+    zero = quarters(gl.full_like(first, 0.0))[0]
+    loss, gs_sum, g_sum = rounds(
+        tile, 0, row0, col0, M, N, diagonal, scale, bias, moderate, last_halves(zero)[0], zero,
+        zero, out, WIDTH, GRAD_SCALE, SCALAR_GRADS, MODE,
+    )  # fmt: skip
     gl.store(partials_ptr + slot, gl.sum(gl.sum(gl.sum(loss, 2), 1), 0))
     if SCALAR_GRADS:
         gl.store(partials_ptr + slots + slot, gl.sum(gl.sum(gl.sum(gs_sum, 2), 1), 0))
@@ -229,14 +242,15 @@ def epilogue(
 def consumer(
     which: gl.constexpr, x_bufs, y_bufs, g_bufs, full, empty, turn, partials_ptr, g_ptr, g_desc,
     stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n,
-    D: gl.constexpr, GROUP_M: gl.constexpr, PARTS: gl.constexpr, GRAD_SCALE: gl.constexpr,
-    SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr, HOLD: gl.constexpr, MODE: gl.constexpr,
+    D: gl.constexpr, GROUP_M: gl.constexpr, WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr,
+    SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr, CONSUMERS: gl.constexpr,
+    HOLD: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """Multiplies blocks and turns tiles into g and sums: half of each, or every other one."""
     STAGES: gl.constexpr = x_bufs.shape[0]
     BLOCK_M: gl.constexpr = x_bufs.shape[1]
     BLOCK_N: gl.constexpr = y_bufs.shape[1]
-    ROWS: gl.constexpr = BLOCK_M // 2 if SHARED else BLOCK_M
+    ROWS: gl.constexpr = BLOCK_M // CONSUMERS if SHARED else BLOCK_M
     scale = gl.load(scale_ptr)
     bias = gl.load(bias_ptr)
     tiles = tiles_m * tiles_n
@@ -266,8 +280,8 @@ def consumer(
         out = g_ptr, stride_gm, g_desc, g_bufs
         epilogue(
             tile, row0, tn * BLOCK_N, M, N, diagonal, scale, bias, out, partials_ptr,
-            t * 2 + which if SHARED else t, tiles * 2 if SHARED else tiles,
-            PARTS, GRAD_SCALE, SCALAR_GRADS, MODE,
+            t * CONSUMERS + which if SHARED else t, tiles * CONSUMERS if SHARED else tiles,
+            WIDTH, GRAD_SCALE, SCALAR_GRADS, MODE,
         )  # fmt: skip
     if g_desc is not None:
         tma.store_wait(0)
@@ -283,10 +297,10 @@ def panel_ws_kernel(
     scale_ptr,  # () fp32
     bias_ptr,  # () fp32
     M, N, diagonal, stride_gm,
-    D: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-    GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr, HOLD: gl.constexpr,
-    STORE_BUFFERS: gl.constexpr, MODE: gl.constexpr, REGISTERS: gl.constexpr,
-    num_warps: gl.constexpr,
+    D: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
+    GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr,
+    CONSUMERS: gl.constexpr, HOLD: gl.constexpr, STORE_BUFFERS: gl.constexpr,
+    MODE: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -300,7 +314,7 @@ def panel_ws_kernel(
         mbarrier.init(turn.index(s), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
-        mbarrier.init(empty.index(s), count=2 if SHARED else 1)
+        mbarrier.init(empty.index(s), count=CONSUMERS if SHARED else 1)
     if g_desc is not None:
         g_shape: gl.constexpr = [
             STORE_BUFFERS,
@@ -309,17 +323,39 @@ def panel_ws_kernel(
         ]
         g_bufs0 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
         g_bufs1 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
+        if CONSUMERS == 4:
+            g_bufs2 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
+            g_bufs3 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
     else:
         g_bufs0: gl.constexpr = None
         g_bufs1: gl.constexpr = None
+        g_bufs2: gl.constexpr = None
+        g_bufs3: gl.constexpr = None
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
-    gl.warp_specialize([
-        (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_ptr, g_desc,
-                    stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M,
-                    PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, HOLD, MODE)),
-        (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_ptr, g_desc,
-                    stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M,
-                    PARTS, GRAD_SCALE, SCALAR_GRADS, SHARED, HOLD, MODE)),
-        (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
-    ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip
+    if CONSUMERS == 4:
+        gl.warp_specialize([
+            (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (consumer, (2, x_bufs, y_bufs, g_bufs2, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (consumer, (3, x_bufs, y_bufs, g_bufs3, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
+        ], [num_warps, num_warps, num_warps, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_ptr, g_desc,
+                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
+        ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip

@@ -97,10 +97,10 @@ def plan_panels(
     """
     panel = panel_class(backend)
     accumulate_dtype = torch.promote_types(dtype, torch.float32)
-    # Where the library products cannot take half operands and accumulate in fp32, a panel's rows
-    # and columns are converted when it is their turn.
-    half_products = multiplies_half_into_fp32(device_type)
-    operand_dtype = dtype if backend == "triton" or half_products else accumulate_dtype
+    # Where the library products cannot take half operands and accumulate in fp32 (Triton's own
+    # can), a panel's rows and columns are converted when it is their turn.
+    takes_half = backend == "triton" or multiplies_half_into_fp32(device_type)
+    operand_dtype = dtype if takes_half else accumulate_dtype
     operand_dim = _ceil_div(d, panel.align) * panel.align
     write_g = need_image_grad or need_text_grad
 
@@ -129,6 +129,4 @@ def plan_panels(
     peak = used + (need_image_grad * m + need_text_grad * n) * d * accumulate_dtype.itemsize
     if copies_operands or operand_dim != d or operand_dtype != dtype:
         peak += (rows + cols) * operand_dim * operand_dtype.itemsize
-    if operand_dtype != accumulate_dtype and not half_products:  # Triton's g and operands on ROCm
-        peak += write_g * (rows * cols + max(rows, cols) * d) * accumulate_dtype.itemsize
     return PanelPlan(rows, cols, operand_dtype, operand_dim, accumulate_dtype, used, peak)
