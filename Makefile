@@ -8,10 +8,11 @@ STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 acce
 VENV = .venv
 MINUTES = 5
 STEPS = 10000
+SCHEDULES = 2000
 RUN = $(VENV)/bin/python
 CORE = $(foreach part,loss autograd checks engine properties negatives distributed long_runs modules selfcheck,tests/test_$(part).py)
 
-.PHONY: demo test paper fuzz mutations longrun coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations lint clean
+.PHONY: demo test paper fuzz mutations longrun soak-gluon coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations lint clean
 
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
@@ -35,6 +36,10 @@ mutations: $(VENV)/ready
 # Steps of changing batch size: neither memory nor errors nor compiled graphs grow.
 longrun: $(VENV)/ready
 	PYTHONPATH=tests $(RUN) -m longrun --steps $(STEPS)
+
+# The Gluon panel kernel on the emulator, a random order of events each.
+soak-gluon: $(VENV)/ready
+	PYTHONPATH=tests $(RUN) -m gluon_soak --schedules $(SCHEDULES)
 
 # Of fused_siglip/ and the torch backend, also in the processes that tests start.
 coverage: $(VENV)/ready

@@ -225,7 +225,22 @@ def _inspect_cuda(kernel, config: PanelConfig, target: str) -> Compiled:
     )
 
 
-_INSTRUCTION = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(.*)"
+INSTRUCTION = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(.*)"
+
+
+def basic_blocks(sass: str) -> list[list[str]]:
+    """Instructions without their operands, between branches and what these lead to."""
+    code = [(int(at, 16), op, rest) for at, op, rest in re.findall(INSTRUCTION, sass, re.M)]
+    targets = {int(t, 16) for _, op, rest in code if op == "BRA"
+               for t in re.findall(r"0x([0-9a-f]+)", rest)}  # fmt: skip
+    blocks: list[list[str]] = [[]]
+    for at, op, rest in code:
+        if at in targets:
+            blocks.append([])
+        blocks[-1].append(op + re.match(r"\S*", rest)[0])
+        if op in ("BRA", "EXIT"):
+            blocks.append([])
+    return blocks
 
 
 def _epilogues(sass: str) -> dict[str, float]:
@@ -234,18 +249,9 @@ def _epilogues(sass: str) -> dict[str, float]:
     "easy" has one special function a pair and selects nothing; "plain" has two, and selects once;
     "masked" also tells pairs apart. What comes once a tile (its maximum, the last sums) is not in.
     """
-    code = [(int(at, 16), op, rest) for at, op, rest in re.findall(_INSTRUCTION, sass, re.M)]
-    targets = {int(t, 16) for _, op, rest in code if op == "BRA"
-               for t in re.findall(r"0x([0-9a-f]+)", rest)}  # fmt: skip
-    blocks: list[list[str]] = [[]]
-    for at, op, _ in code:
-        if at in targets:
-            blocks.append([])
-        blocks[-1].append(op)
-        if op in ("BRA", "EXIT"):
-            blocks.append([])
     found: dict[str, list[float]] = {}
-    for block in blocks:
+    for block in basic_blocks(sass):
+        block = [re.match(r"[A-Z0-9]+", op)[0] for op in block]
         special, selects = block.count("MUFU"), block.count("FSEL")
         if special < 4:
             continue

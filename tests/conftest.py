@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("gpu")
     if config.getoption("loadgroup", False):
         for item in items:
-            if item.path.name != "test_triton_compiled.py":
+            if not item.path.name.endswith("_compiled.py"):
                 item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 

@@ -1,0 +1,153 @@
+"""What the compiler makes of the Gluon panel kernel, for Hopper and without one."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from .candidates import Gluon
+from .candidates.gluon_panel import panel_ws_kernel
+from .compiled import INSTRUCTION, basic_blocks
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Counts of instructions are of the whole kernel: both consumers and the producer."""
+
+    registers: int  # a thread, when the kernel starts
+    threads: int
+    pools: tuple[int, ...]  # registers a thread that warps set themselves
+    stack_bytes: int
+    spills: int  # loads and stores of the stack
+    spills_a_step: int  # of these, beside products; the others are run once a tile at most
+    shared_bytes: int
+    product: str  # the shape of the matrix instruction
+    copies_in: int
+    copies_out: int
+    unsynchronised: tuple[str, ...]  # which of UNTIL_ALL_WARPS are broken
+    instructions_a_pair: dict[str, float]
+
+
+# Of a partition one thread arrives at a barrier or copies for all: after a wait or fence, its warps
+# have to meet before that. The compiler sees to it. What; who must not come before the others.
+UNTIL_ALL_WARPS = {
+    "a stage is freed": (r"wgmma\.wait_group", r"mbarrier\.arrive"),
+    "a buffer of g is written": (r"cp\.async\.bulk\.wait_group", r"st\.shared|stmatrix"),
+    "g is copied": (r"fence\.proxy\.async", r"cp\.async\.bulk\.tensor\S*\.global\.shared"),
+}
+
+
+def compile_gluon(config: Gluon, d: int = 768) -> Compiled:
+    """As a launch on contiguous (.., d) bf16 features does."""
+    (block_m, block_n), staged = config.tile, config.store_buffers > 0
+
+    def descriptor(*block: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+        return f"tensordesc<bf16{list(block)},{layout!r}>"
+
+    constants = {
+        "g_ptr" if staged else "g_desc": None,
+        "D": d,
+        "GROUP_M": config.group_m,
+        "STAGES": config.stages,
+        "PARTS": config.parts,
+        "GRAD_SCALE": 1.0,
+        "SCALAR_GRADS": True,
+        "SHARED": config.shared,
+        "HOLD": config.hold,
+        "STORE_BUFFERS": config.store_buffers,
+        "MODE": config.mode,
+        "REGISTERS": config.registers,
+        "num_warps": config.num_warps,
+    }
+    kinds = {
+        "x_desc": descriptor(block_m, config.block_k),
+        "y_desc": descriptor(block_n, config.block_k),
+        "g_desc": descriptor(config.rows, 64),
+        "g_ptr": "*bf16",
+        **dict.fromkeys(("partials_ptr", "scale_ptr", "bias_ptr"), "*fp32"),
+    }
+    signature, attributes = {}, {}
+    for i, name in enumerate(panel_ws_kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else kinds.get(name, "i32")
+        if name not in constants and (name.endswith("_ptr") or name == "stride_gm"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(panel_ws_kernel, signature, constants, attributes)
+    kernel = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.num_warps}
+    )
+    return _inspect(kernel)
+
+
+def _inspect(kernel) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage, sass = (
+            subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    opcodes = Counter(op for _, op, _ in re.findall(INSTRUCTION, sass, re.M))
+    products = set(re.findall(r"HGMMA\.([0-9x]+)", sass))
+    threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
+    return Compiled(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        threads=int(threads[1]),
+        pools=tuple(int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", kernel.asm["ptx"])),
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        spills=opcodes["LDL"] + opcodes["STL"],
+        spills_a_step=sum(
+            op.startswith(("LDL", "STL"))
+            for block in basic_blocks(sass)
+            if any(op.startswith("HGMMA") for op in block)
+            for op in block
+        ),
+        shared_bytes=kernel.metadata.shared,
+        product=", ".join(sorted(products)),
+        copies_in=opcodes["UTMALDG"],
+        copies_out=opcodes["UTMASTG"],
+        unsynchronised=tuple(
+            what
+            for what, (first, then) in UNTIL_ALL_WARPS.items()
+            if not _warps_meet(kernel.asm["ptx"], first, then)
+        ),
+        instructions_a_pair=_costs(sass),
+    )
+
+
+def _warps_meet(ptx: str, first: str, then: str) -> bool:
+    """Whether between all of ``first`` and what comes ``then`` there is a barrier of warps."""
+    waiting = False
+    for line in re.findall(rf".*(?:{first}|{then}|bar\.sync).*", ptx):
+        if waiting and re.search(then, line):
+            return False
+        waiting = "bar.sync" not in line and (waiting or bool(re.search(first, line)))
+    return True
+
+
+def _costs(sass: str) -> dict[str, float]:
+    """Instructions a pair by the form of the epilogue, from blocks that hold exponentials.
+
+    "joined": one logarithm for several pairs; "plain": one polynomial a pair; "masked": pairs are
+    told apart, too. The product and what comes once a tile are not in.
+    """
+    found: dict[str, list[float]] = {}
+    for block in basic_blocks(sass):
+        pairs, selects = block.count("MUFU.EX2"), block.count("FSEL")
+        if pairs < 4:
+            continue
+        joined = "MUFU.LG2" in block
+        form = "joined" if joined else "plain" if selects <= pairs else "masked"
+        found.setdefault(form, []).append(len(block) / pairs)
+    return {form: statistics.median(costs) for form, costs in found.items()}

@@ -1,0 +1,224 @@
+"""Launches of the emulated Gluon panel kernel, and their numbers against float64."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+
+from support.gluon.arrays import Buffer, Fault, Int, Pointer, bfloat16, float32
+from support.gluon.hopper import Descriptor
+from support.gluon.language import ROOT
+from support.gluon.schedule import RandomOrder, launch
+
+KERNEL = ROOT / "benchmarks/candidates/gluon_panel.py"
+EPS = 2.0**-24
+UNIT_ROUNDOFF_BF16 = 2.0**-8
+NO_DIAGONAL = 1 << 20  # meets no pair
+FORMS = ("moderate_exp", "softplus_sigmoid")  # of the epilogue
+
+
+@dataclass(frozen=True)
+class Case:
+    m: int
+    n: int
+    d: int
+    t: float = 10.0
+    b: float = -10.0
+    diagonal: int = 0
+    grid: int = 2
+    group: int = 2
+    stages: int = 4
+    parts: int = 4
+    grad_scale: float = 1.0
+    block: tuple[int, int, int] = (32, 64, 16)
+    shared: bool = True  # both consumers work on one tile
+    hold: bool = False
+    copies: int | None = None  # g leaves in blocks of so many columns; None: through registers
+    buffers: int = 2  # of these blocks, a consumer
+    store_g: bool = True
+    scalar_grads: bool = True
+    warps: int = 4  # a consumer
+    mode: str = "all"  # or an ablation, which stores similarities ("bare") or zeros ("loads")
+
+
+CONFIGS = {
+    "shared": {},
+    "hold": {"hold": True},
+    "turns": {"shared": False},
+    "turns, wide": {"shared": False, "block": (16, 128, 16), "stages": 5},
+    "shared, copies": {"copies": 32, "buffers": 2},
+    "turns, copies": {"shared": False, "copies": 32, "buffers": 1},
+}
+
+SHAPES = (
+    {"m": 64, "n": 128, "d": 48},
+    {"m": 64, "n": 128, "d": 40, "t": 100.0},  # the last step of D is not whole
+    {"m": 70, "n": 150, "d": 64, "diagonal": -23, "grid": 3},
+    {"m": 64, "n": 128, "d": 32, "t": -100.0, "b": 0.0, "diagonal": NO_DIAGONAL},
+    {"m": 64, "n": 128, "d": 32, "t": 100.0, "b": 0.0, "diagonal": NO_DIAGONAL},
+    {"m": 50, "n": 100, "d": 48, "grad_scale": 0.125, "diagonal": 10},
+    {"m": 33, "n": 65, "d": 16, "t": 100.0, "diagonal": 5},  # one step
+    {"m": 96, "n": 64, "d": 128, "diagonal": NO_DIAGONAL, "grid": 1},
+    {"m": 65, "n": 190, "d": 77, "t": 100.0, "diagonal": 77, "grid": 5, "group": 1},
+    {"m": 1, "n": 1, "d": 48},
+    {"m": 31, "n": 63, "d": 32, "t": 0.5},
+    {"m": 130, "n": 70, "d": 48, "diagonal": -64, "grid": 4, "group": 8, "stages": 3},
+    {"m": 64, "n": 192, "d": 96, "stages": 2, "grid": 1, "b": -2.0},
+    {"m": 64, "n": 192, "d": 48, "stages": 5, "parts": 8, "grid": 1, "t": -3.0},
+    {"m": 70, "n": 150, "d": 112, "stages": 3, "parts": 2, "grid": 7},
+    {"m": 70, "n": 150, "d": 96, "b": -20.0, "diagonal": 30},
+    {"m": 60, "n": 128, "d": 48, "t": 30.0, "b": 5.0},
+)
+
+
+def random_case(seed: int) -> Case:
+    """Sizes around one to three tiles, and what a launch may choose."""
+    draw = random.Random(seed)
+    config = CONFIGS[draw.choice(list(CONFIGS))]
+    m, n = draw.randint(1, 100), draw.randint(1, 200)
+    scale = draw.choice([(10.0, -10.0), (100.0, -10.0), (100.0, 0.0), (-8.0, -3.0), (0.0, -5.0)])
+    case = Case(
+        m,
+        n,
+        draw.choice([draw.randint(1, 64), 16 * draw.randint(1, 7)]),
+        *scale,
+        draw.choice([0, draw.randint(-m, n), NO_DIAGONAL]),
+        grid=draw.randint(1, 6),
+        group=draw.choice([1, 2, 8]),
+        stages=draw.randint(2, 5),
+        parts=draw.choice([2, 4, 8]),
+        grad_scale=draw.choice([1.0, 0.25]),
+        store_g=draw.random() < 0.9,
+        scalar_grads=draw.random() < 0.9,
+    )
+    case = replace(case, **{k: v for k, v in config.items() if k != "stages"})
+    if not case.store_g:
+        return replace(case, copies=None)
+    if case.copies is not None:  # whole parts, and buffers that the copies of a tile go round in
+        copies = draw.choice([c for c in (16, 32, 64) if c >= case.block[1] // case.parts])
+        buffers = draw.choice([k for k in (1, 2, 4) if k <= case.block[1] // copies])
+        return replace(case, copies=copies, buffers=buffers)
+    return case
+
+
+class Outcome(NamedTuple):
+    g: float  # largest error over what rounding may cause
+    sums: float
+    forms: Counter  # of the epilogue: how often each ran
+
+
+def features(case: Case, seed: int) -> tuple[Descriptor, Descriptor]:
+    """Normalised rows, positives alike."""
+    draw = np.random.default_rng(seed)
+    x, y = draw.standard_normal((case.m, case.d)), draw.standard_normal((case.n, case.d))
+    for i in range(max(0, -case.diagonal), min(case.m, case.n - case.diagonal)):
+        y[i + case.diagonal] = x[i] + 0.5 * y[i + case.diagonal]
+    block_m, block_n, block_k = case.block
+    return tuple(
+        Descriptor(
+            Buffer(f.shape, bfloat16, f / np.linalg.norm(f, axis=1, keepdims=True)),
+            (rows, block_k),
+        )
+        for f, rows in ((x, block_m), (y, block_n))
+    )
+
+
+def formula(x, y, case: Case, dtype) -> list[np.ndarray]:
+    """Element by element in plain NumPy: softplus(u), g*s and g."""
+    s = x.astype(dtype) @ y.astype(dtype).T
+    positive = np.arange(case.m)[:, None] + case.diagonal == np.arange(case.n)
+    sign = np.where(positive, -1, 1).astype(dtype)
+    u = sign * (s * dtype(case.t) + dtype(case.b))
+    with np.errstate(over="ignore"):
+        g = sign / (1 + np.exp(-u))
+    return [np.maximum(u, 0) + np.log1p(np.exp(-np.abs(u))), g * s, g]
+
+
+def check(case: Case, x: Descriptor, y: Descriptor, sums, g) -> tuple[float, float]:
+    """Errors of g and of the sums over what rounding may cause: as for the other panels, 4 times
+    what float32 deviates element by element, and the roundings of the functions and of g."""
+    if case.mode != "all":
+        s = x.array.astype(np.float64) @ y.array.T * (case.mode == "bare")
+        return (np.abs(g - s) / (UNIT_ROUNDOFF_BF16 * np.abs(s) + 1e-6)).max(), np.abs(sums).max()
+    exact = formula(x.array, y.array, case, np.float64)
+    eager = formula(x.array, y.array, case, np.float32)
+    deviation = (np.abs(eager[2] - exact[2]) / np.maximum(np.abs(exact[2]), 1e-300)).max()
+    slack = (4 * deviation + 8 * EPS + UNIT_ROUNDOFF_BF16) * np.abs(exact[2]) + 2.0**-126
+    of_g = (np.abs(g - exact[2]) / slack).max() if case.store_g else 0.0
+    of_sums = [
+        abs(total - e.sum()) / (4 * np.abs(f - e).sum() + 32 * EPS * np.abs(e).sum())
+        for total, e, f in zip(sums, exact, eager, strict=case.scalar_grads)
+    ]
+    return of_g, max(of_sums)
+
+
+def run(module: ModuleType, case: Case, seed: int) -> Outcome:
+    """One launch in an order that the seed decides. Raises what the emulator does."""
+    block_m, block_n, _ = case.block
+    tiles_m, tiles_n = -(-case.m // block_m), -(-case.n // block_n)
+    x, y = features(case, seed)
+    stride = 1 << 27  # offsets of g need 64 bits
+    # copies stop at the edge; what goes through registers is whole tiles
+    padded = (tiles_m * block_m, tiles_n * block_n)
+    g = Buffer(padded if case.copies is None else (case.m, case.n), bfloat16, stride=stride)
+    g_desc = None
+    if case.copies is not None:
+        g_desc = Descriptor(g, (block_m // 2 if case.shared else block_m, case.copies))
+    slots = tiles_m * tiles_n * (2 if case.shared else 1)
+    partials = Buffer((3 if case.scalar_grads else 1, slots), float32)
+    forms: Counter = Counter()
+    for name in FORMS:
+        vars(module)[name] = _counted(getattr(module, name), forms, name)
+    arguments = {
+        "x_desc": x,
+        "y_desc": y,
+        "g_ptr": Pointer(g) if case.store_g and g_desc is None else None,
+        "g_desc": g_desc,
+        "partials_ptr": Pointer(partials),
+        "scale_ptr": Pointer(Buffer((1, 1), float32, case.t)),
+        "bias_ptr": Pointer(Buffer((1, 1), float32, case.b)),
+        "M": Int(case.m),
+        "N": Int(case.n),
+        "diagonal": Int(case.diagonal),
+        "stride_gm": Int(stride),
+        "D": case.d,
+        "GROUP_M": case.group,
+        "STAGES": case.stages,
+        "PARTS": case.parts,
+        "GRAD_SCALE": case.grad_scale,
+        "SCALAR_GRADS": case.scalar_grads,
+        "SHARED": case.shared,
+        "HOLD": case.hold,
+        "STORE_BUFFERS": case.buffers,
+        "MODE": case.mode,
+        "REGISTERS": 240,
+        "num_warps": case.warps,
+    }
+    launch(module.panel_ws_kernel, case.grid, arguments, RandomOrder(seed))
+    if not (g.writes == case.store_g).all() or not (partials.writes == 1).all():
+        raise Fault("g or the partial sums are not written throughout")
+    if case.store_g and (g.data[case.m :].any() or g.data[:, case.n :].any()):
+        raise Fault("g past the last row or column is not 0")
+    sums = partials.data.astype(np.float64).sum(1)
+    errors = check(case, x, y, sums, g.data[: case.m, : case.n] / case.grad_scale)
+    if not max(errors) <= 1:
+        raise AssertionError(f"g {errors[0]:.3g}, sums {errors[1]:.3g} times what rounding causes")
+    return Outcome(*errors, forms)
+
+
+def _counted(function: Callable, calls: Counter, name: str) -> Callable:
+    function = inspect.unwrap(function)
+
+    def count(u):
+        calls[name] += 1
+        return function(u)
+
+    count.__wrapped__ = function
+    return count
