@@ -56,8 +56,10 @@ def suits(capability: tuple[int, int] | str, dtype: torch.dtype) -> bool:
 
 
 def reads(features: Tensor) -> bool:
-    """Whether the copy engine can read (rows, D) features, which are aligned already."""
-    return features.stride(0) >= features.shape[1]
+    """Whether the copy engine can read (rows, D) features."""
+    row, adjacent = features.stride()
+    aligned = row * features.itemsize % 16 == 0 and features.data_ptr() % 16 == 0
+    return adjacent == 1 and row >= features.shape[1] and aligned
 
 
 def descriptor(tensor: Tensor, rows: int, cols: int):

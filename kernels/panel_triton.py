@@ -399,6 +399,7 @@ class TritonPanel:
     gs_from_products = False  # g is rounded before it enters them
     finish = staticmethod(finish)
     hopper = hopper.HOPPER
+    hopper_tiles = 2  # a program at least: with fewer there is nothing to overlap
 
     @classmethod
     def _tiles(cls, rows: int, cols: int) -> tuple[int, int]:
@@ -544,9 +545,8 @@ class TritonPanel:
         """Whether the warp-specialised kernel takes this panel."""
         if not hopper.suits(self.target, self.dtype) or not (hopper.reads(x) and hopper.reads(y)):
             return False
-        # with fewer tiles its consumers have nothing to overlap, and a launch costs the host more
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-        return self.hopper.tiles(len(x), len(y)) >= 2 * programs
+        return self.hopper.tiles(len(x), len(y)) >= self.hopper_tiles * programs
 
     def add_product(
         self,
