@@ -41,6 +41,7 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     mode: str = "full"  # of MODES
+    logit_scale: float = 10.0  # t: 10 at the start of training, 100 late
     negatives: str | None = None  # which are kept, such as "hardest 0.1"; None: all
 
     @property
@@ -48,7 +49,7 @@ class Case:
         return MODES[self.mode][1]
 
     def inputs(self) -> Inputs:
-        return make_inputs(self.batch_size, self.dim, self.dtype, self.device)
+        return make_inputs(self.batch_size, self.dim, self.dtype, self.device, self.logit_scale)
 
     def step(self, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
         """A function that computes the loss and the gradients: (loss, *gradients)."""

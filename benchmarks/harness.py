@@ -130,10 +130,10 @@ def measure(
 
     What was not measured is None; ``repeats`` 0 leaves out all times.
     """
-    shapes = {(c.batch_size, c.dim, c.dtype, c.device) for c in cases}
+    shapes = {(c.batch_size, c.dim, c.dtype, c.device, c.logit_scale) for c in cases}
     if len(shapes) != 1:
         raise ValueError(f"the cases have {len(shapes)} different shapes: expected one")
-    ((size, dim, dtype_name, device),) = shapes
+    ((size, dim, dtype_name, device, _),) = shapes
     dtype = getattr(torch, dtype_name)
     skipped = {case: obstacle(case) for case in cases}
     runnable = [case for case in cases if skipped[case] is None]

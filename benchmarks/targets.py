@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
 
 MIB, GIB = 2**20, 2**30
-REFERENCE = {"batch_size": 32768, "dim": 768, "dtype": "bfloat16"}
+REFERENCE = {"batch_size": 32768, "dim": 768, "dtype": "bfloat16", "logit_scale": 10.0}
 
 
 class Target(NamedTuple):
@@ -85,12 +86,10 @@ def _over(value: float | None, base: float | None) -> float | None:
 
 def _speed(rows: list[dict]) -> Iterator[Target]:
     fused = fused_name(rows)
-    for dim in (768, 1152):
-        for size in (32768, 65536):
-            at = REFERENCE | {"batch_size": size, "dim": dim}
-            yield _at_most(
-                f"r, B = {size}, D = {dim}", _cost(rows, fused, "ratio_to_floor", **at), 1.10
-            )
+    for dim, size, t in product((768, 1152), (32768, 65536), (10.0, 100.0)):
+        at = REFERENCE | {"batch_size": size, "dim": dim, "logit_scale": t}
+        r = _cost(rows, fused, "ratio_to_floor", **at)
+        yield _at_most(f"r, B = {size}, D = {dim}, t = {t:g}", r, 1.10)
     full = _cost(rows, fused, "seconds", **REFERENCE)
     frozen = _cost(rows, fused, "seconds", mode="frozen", **REFERENCE)
     yield _at_most("frozen tower / full, B = 32768", _over(frozen, full), 0.72)

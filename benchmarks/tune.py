@@ -15,6 +15,7 @@ import io
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -52,19 +53,17 @@ SILENCE = 25  # seconds without a row after which a step is taken to hang
 SCALES = (10.0, 100.0)
 BIAS = -10.0
 SHIPPED = "triton"
-PARTS = ("panels", "products", "steps", "small", "counters")
+PARTS = ("products", "steps", "small", "counters")
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "ComputeWorkloadAnalysis")
 
 
-def names(on_gpu: bool) -> tuple[list[str], list[str]]:
-    """Candidates, and ablations, that this machine can run."""
-    if not on_gpu:
-        return [], []
-    from .candidates import ABLATIONS, CANDIDATES
+def names(device: str) -> list[str]:
+    """The candidates that this device can run."""
+    if torch.device(device).type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return []
+    from .candidates import CANDIDATES, PORTABLE
 
-    if torch.cuda.get_device_capability()[0] != 9:
-        return [n for n in CANDIDATES if n.startswith("pointers")], []
-    return list(CANDIDATES), list(ABLATIONS)
+    return [*CANDIDATES, PORTABLE]
 
 
 def register(name: str) -> None:
@@ -75,9 +74,10 @@ def register(name: str) -> None:
 
 
 def check(name: str, dims: Sequence[int], device: str) -> Iterator[dict]:
-    """Compile a candidate and compare g and the sums of a ragged panel with float64."""
-    from .candidates import ABLATIONS
+    """Compile a candidate and compare g and the sums of ragged panels with float64.
 
+    Then, once told to on the standard input, time it alone beside the plain product.
+    """
     start = time.perf_counter()
     register(name)
     for dim, (t, diagonal) in product(dims, ((10.0, 37), (100.0, -53), (100.0, 5000))):
@@ -89,11 +89,33 @@ def check(name: str, dims: Sequence[int], device: str) -> Iterator[dict]:
         g = panel(x, y, inputs.t, inputs.b, Positives(diagonal=diagonal), sums)
         torch.cuda.synchronize()
         row = {"kind": "checked", "candidate": name, "dim": dim, "logit_scale": t}
-        row |= {"diagonal": diagonal, "seconds": time.perf_counter() - start, "right": None}
-        if name not in ABLATIONS:
-            errors = panel_errors(x, y, t, diagonal, g, sums)
-            row |= errors | {"right": max(errors.values()) <= 1}
-        yield row
+        row |= {"diagonal": diagonal, "seconds": time.perf_counter() - start}
+        errors = panel_errors(x, y, t, diagonal, g, sums)
+        yield row | errors | {"right": max(errors.values()) <= 1}
+    yield {"kind": "ready", "candidate": name}
+    if sys.stdin.readline():
+        for dim, t in product(dims, SCALES):
+            yield timed_panel(name, make_inputs(PANEL_SIDE, dim, "bfloat16", device, t, BIAS), t)
+
+
+def timed_panel(name: str, inputs: Inputs, t: float, repeats: int = 15) -> dict:
+    """A panel kernel beside the plain product with half output, from CUDA graphs: what a launch
+    costs the host is not the question."""
+    (size, dim), device = inputs.x.shape, str(inputs.x.device)
+    plain = torch.empty(size, size, dtype=inputs.x.dtype, device=device)
+    functions: dict[str, Callable] = {
+        "plain": functools.partial(torch.mm, inputs.x, inputs.y.T, out=plain),
+        name: _panel_call(name, inputs),
+    }
+    if inputs.x.is_cuda:
+        functions = {key: _captured(function) for key, function in functions.items()}
+    seconds = interleaved(functions, repeats, device=device)
+    base = median(seconds["plain"])
+    return {
+        "kind": "panel", "candidate": name, "size": size, "dim": dim, "logit_scale": t,
+        **summary(seconds[name]), "plain_seconds": base, "over_plain": median(seconds[name]) / base,
+        "tflops": 2e-12 * size * size * dim / median(seconds[name]),
+    }  # fmt: skip
 
 
 def panel_errors(
@@ -114,34 +136,6 @@ def panel_errors(
     for (name, term), total in zip(terms.items(), sums.double(), strict=True):
         found[name] = ((total - term.sum()).abs() / (2e-6 * term.abs().sum() + drift)).item()
     return {k: float("inf") if v != v else v for k, v in found.items()}
-
-
-def panels(
-    chosen: Sequence[str], size: int, dims: Sequence[int], repeats: int, device: str
-) -> Iterator[dict]:
-    """Each candidate alone at one panel's shape, beside the plain product with half output."""
-    for dim in dims:
-        for t in SCALES:
-            inputs = make_inputs(size, dim, "bfloat16", device, t, BIAS)
-            plain = torch.empty(size, size, dtype=inputs.x.dtype, device=device)
-            functions: dict[str, Callable] = {
-                "plain product": functools.partial(torch.mm, inputs.x, inputs.y.T, out=plain)
-            }
-            for name in (SHIPPED, *chosen):
-                yield {"kind": "begin", "candidate": name}
-                functions[name] = _panel_call(name, inputs)
-                if inputs.x.is_cuda:  # replayed: what a launch costs the host is not the question
-                    functions[name] = _captured(functions[name])
-                    torch.cuda.synchronize()
-            yield {"kind": "begin", "candidate": None}
-            seconds = interleaved(functions, repeats, device=device)
-            base = median(seconds["plain product"])
-            for name, times in seconds.items():
-                yield {
-                    "kind": "panel", "candidate": name, "size": size, "dim": dim,
-                    "logit_scale": t, **summary(times), "over_plain": median(times) / base,
-                    "tflops": 2e-12 * size * size * dim / median(times),
-                }  # fmt: skip
 
 
 def _panel_call(name: str, inputs: Inputs) -> Callable[[], object]:
@@ -294,9 +288,6 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
     on_gpu = torch.device(args.device).type == "cuda"
     repeats, size = (12, PANEL_SIDE) if on_gpu else (1, 256)
     parts: dict[str, Callable[[], Iterator[dict]]] = {
-        "panels": lambda: panels(
-            args.chosen, size, args.dims if on_gpu else (32,), repeats, args.device
-        ),
         "products": lambda: products(
             (8192, 11264, 16384) if on_gpu else (256,), 768 if on_gpu else 32, repeats, args.device
         ),
@@ -328,14 +319,19 @@ class Child:
     def __init__(self, *arguments: str):
         command = [sys.executable, "-m", "benchmarks.tune", *arguments]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            command, cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.errors: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(
             target=lambda: self.errors.extend(self.process.stderr), daemon=True
         ).start()
+
+    def go(self) -> None:
+        self.process.stdin.write("go\n")
+        self.process.stdin.close()
 
     def _read(self) -> None:
         for line in self.process.stdout:
@@ -365,29 +361,35 @@ class Child:
 def check_all(
     chosen: Sequence[str], dims: Sequence[str], device: str, seconds: float
 ) -> Iterator[dict]:
-    """Check every candidate, all at once."""
+    """Check every candidate, all at once; then time those that are right, one after the other."""
     deadline = time.monotonic() + seconds
     children = {
         name: Child("--check", name, "--device", device, "--dims", *dims) for name in chosen
     }
-    for name, child in children.items():
-        for row in child.rows(deadline, silence=seconds):
-            if row["kind"] != "ended":
-                yield row
-            elif row["why"]:
-                yield {"kind": "checked", "candidate": name, "right": False, "why": row["why"]}
+    for tell in ("checked", "panel"):
+        for name, child in list(children.items()):
+            if tell == "panel":
+                child.go()
+            for row in child.rows(deadline, silence=seconds if tell == "checked" else 15):
+                if row["kind"] == "ready":
+                    break
+                if row["kind"] != "ended":
+                    yield row
+                if row["kind"] == "ended" and row["why"]:
+                    yield {"kind": "failed", "candidate": name, "why": row["why"]}
+                if row["kind"] == "ended" or row.get("right") is False:
+                    child.process.kill()
+                    del children[name]
+                    break
 
 
 def best_of(rows: Sequence[dict], most: int = 2) -> list[str]:
-    """The fastest candidates at the late temperature, of those that are right."""
-    timed = {
-        row["candidate"]: row["seconds"]
-        for row in rows
-        if row["kind"] == "panel" and row["logit_scale"] == SCALES[1] and row["dim"] == 768
-    }
-    _, ablations = names(torch.cuda.is_available())
-    ranked = sorted(timed, key=timed.__getitem__)
-    return [n for n in ranked if n not in ("plain product", SHIPPED, *ablations)][:most]
+    """The fastest candidates, by the sum of their times."""
+    times: dict[str, float] = {}
+    for row in rows:
+        if row["kind"] == "panel":
+            times[row["candidate"]] = times.get(row["candidate"], 0.0) + row["seconds"]
+    return sorted(times, key=times.__getitem__)[:most]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -397,12 +399,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="by default results/")
     parser.add_argument("--commit", help="of the tree, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=195.0)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="part")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), metavar="part")
+    parser.add_argument("--adopt", action="store_true", help="write the best into hopper.py")
     parser.add_argument("--dims", type=int, nargs="+", default=[768, 1152], help="of panels")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--check", help=argparse.SUPPRESS)
     parser.add_argument("--parts", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--chosen", nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--best", nargs="*", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.one:
@@ -424,37 +426,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(show(row), flush=True)
         write_results("tune", where, rows, path)
 
-    dims = [str(dim) for dim in args.dims]
-    candidates, ablations = names(torch.device(args.device).type == "cuda")
-    for row in check_all([*candidates, *ablations], dims, args.device, min(90, args.seconds / 2)):
+    candidates, dims = names(args.device), [str(dim) for dim in args.dims]
+    for row in check_all(candidates, dims, args.device, min(90, args.seconds / 2)):
         take(row)
-    wrong = {row["candidate"] for row in rows if row["right"] is False}
+    best = best_of(rows)
+    print("best:", *best, flush=True)
+    if args.adopt and best:
+        adopt(best[0])
     parts = list(args.only)
-    hung: set[str] = set()
-    while parts:
-        right = [n for n in (*candidates, *ablations) if n not in wrong | hung]
-        begun = {"part": parts[0], "candidate": None}
-        best = best_of(rows)
-        if parts[0] != "panels" or not candidates:
-            run, later = parts, []
-        else:
-            run, later = parts[:1], parts[1:]
-        child = Child("--parts", *run, "--device", args.device, "--chosen", *right, "--best", *best)
+    while parts and time.monotonic() < deadline - 5:
+        begun = {"part": parts[0]}
+        child = Child("--parts", *parts, "--device", args.device, "--dims", *dims, "--best", *best)
         for row in child.rows(deadline):
             if row["kind"] == "begin":
-                begun |= row
+                begun["part"] = row.get("part") or begun["part"]
             else:
-                take(row | ({"part": begun["part"]} if row["kind"] == "ended" else {}))
-        if rows[-1]["why"] is None:
-            parts = later
-        elif begun["candidate"] in right:
-            hung.add(begun["candidate"])  # once more without it
-        else:
-            parts = [*run[run.index(begun["part"]) + 1 :], *later]
-        if time.monotonic() > deadline - 5:
-            break
+                take(row | (begun if row["kind"] == "ended" else {}))
+        # what failed or hung is left out
+        parts = [] if rows[-1]["why"] is None else parts[parts.index(begun["part"]) + 1 :]
     print(f"{len(rows)} rows in {path}")
     return 0
+
+
+def adopt(name: str) -> None:
+    """Make a candidate the kernel that is shipped."""
+    from .candidates import CANDIDATES
+
+    path = ROOT / "kernels/hopper.py"
+    line = f"HOPPER = {CANDIDATES[name]!r}"
+    path.write_text(re.sub(r"^HOPPER = .*$", line, path.read_text(), flags=re.M))
 
 
 def show(row: dict) -> str:

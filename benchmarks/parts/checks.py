@@ -7,8 +7,10 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -57,24 +59,34 @@ PYTEST = ("-m", "pytest", "-q", "--tb=line", "-W", "default", "-p", "no:benchmar
 
 def tests(run: Run) -> Iterator[dict]:
     """The tests that mean something on this device, in a process of their own."""
-    command = [sys.executable, *PYTEST, *run.sizes.tests]
+    command = [sys.executable, *PYTEST, "-v", *run.sizes.tests]
     if run.on_gpu and importlib.util.find_spec("xdist"):
-        command += ["-n", "8"]  # most of the time goes into compiling kernels
-    done = in_time(command, run)
-    row = {"kind": "tests", "device": run.device, "exit_code": done.returncode}
-    yield row | pytest_summary(done.stdout)
-    if done.returncode:
-        last = (done.stdout + done.stderr).strip().splitlines()[-3:]
-        raise RuntimeError(f"pytest ended with code {done.returncode}: " + "; ".join(last))
+        command += ["-n", "16"]  # most of the time goes into compiling kernels
+    limit = None if run.seconds_left() == float("inf") else max(run.seconds_left(), 1)
+    with tempfile.TemporaryFile("w+") as output:  # what it has said is kept beyond the limit
+        pytest = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = pytest.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(pytest.pid, signal.SIGKILL)  # its workers too
+            code = None
+        output.seek(0)
+        said = output.read()
+    yield {"kind": "tests", "device": run.device, "exit_code": code, **pytest_summary(said)}
+    if code is None:
+        raise Skipped("no time left to end the tests")
+    if code:
+        last = said.strip().splitlines()[-3:]
+        raise RuntimeError(f"pytest ended with code {code}: " + "; ".join(last))
 
 
 def pytest_summary(output: str) -> dict:
-    """How many tests passed, failed, ... according to pytest's last line, and which failed."""
-    lines = output.strip().splitlines() or [""]
-    counts = {
-        word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])
-    }
-    found: dict = {word: counts.get(word, 0) for word in ("passed", "failed", "error", "skipped")}
+    """How many tests passed, failed, ... line by line of pytest -v, and what it says of failures."""
+    found: dict = {}
+    for word in ("passed", "failed", "error", "skipped"):
+        found[word] = len(re.findall(rf"^(?:\S+::.* |\[gw.* ){word.upper()}\b", output, re.M))
     return found | {"failures": re.findall(r"^(?:FAILED|ERROR) (.{1,300})", output, re.M)[:20]}
 
 

@@ -49,9 +49,10 @@ def _cases(point: Point, names: list[str], run: Run) -> list[Case]:
     if point.dtype != "bfloat16":
         left_out = {"siglip_kernel", "open_clip", "row_chunked"}
     shape = (point.batch_size, point.dim, point.dtype, run.device)
-    cases = [Case(name, *shape) for name in names if name not in left_out]
+    t = point.logit_scale
+    cases = [Case(name, *shape, logit_scale=t) for name in names if name not in left_out]
     if point.modes:
-        cases += [Case(run.fused, *shape, mode) for mode in MODES if mode != "full"]
+        cases += [Case(run.fused, *shape, m, logit_scale=t) for m in MODES if m != "full"]
     return cases
 
 

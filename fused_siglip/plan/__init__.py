@@ -13,7 +13,7 @@ from ..kernels import Panel, multiplies_half_into_fp32, panel_class
 # Without a caller's bound. On a CPU: fp32 panels of 1024 x 1024, whose buffers stay in the
 # last-level cache; a GPU panel wants to be large enough to fill the chip in all three products.
 _DEFAULT_WORKSPACE = {"cpu": 13 << 20}
-_DEFAULT_WORKSPACE_GPU = 256 << 20
+_DEFAULT_WORKSPACE_GPU = 384 << 20
 
 # What one multiprocessor computes at a time in the library's large half-precision products.
 LIBRARY_TILE = (128, 256)
