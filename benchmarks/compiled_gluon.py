@@ -29,7 +29,7 @@ class Compiled:
     pools: tuple[int, ...]  # registers a thread that warps set themselves
     stack_bytes: int
     spills: int  # loads and stores of the stack
-    spills_a_step: int  # of these, beside products; the others are run once a tile at most
+    spills_in_loops: int  # of these, beside products and exponentials; the others run once a tile
     shared_bytes: int
     product: str  # the shape of the matrix instruction
     copies_in: int
@@ -60,10 +60,11 @@ def compile_gluon(config: Gluon, d: int = 768) -> Compiled:
         "D": d,
         "GROUP_M": config.group_m,
         "STAGES": config.stages,
-        "PARTS": config.parts,
+        "WIDTH": config.width,
         "GRAD_SCALE": 1.0,
         "SCALAR_GRADS": True,
         "SHARED": config.shared,
+        "CONSUMERS": config.consumers,
         "HOLD": config.hold,
         "STORE_BUFFERS": config.store_buffers,
         "MODE": config.mode,
@@ -73,7 +74,7 @@ def compile_gluon(config: Gluon, d: int = 768) -> Compiled:
     kinds = {
         "x_desc": descriptor(block_m, config.block_k),
         "y_desc": descriptor(block_n, config.block_k),
-        "g_desc": descriptor(config.rows, 64),
+        "g_desc": descriptor(config.rows, config.width),
         "g_ptr": "*bf16",
         **dict.fromkeys(("partials_ptr", "scale_ptr", "bias_ptr"), "*fp32"),
     }
@@ -107,10 +108,10 @@ def _inspect(kernel) -> Compiled:
         pools=tuple(int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", kernel.asm["ptx"])),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
         spills=opcodes["LDL"] + opcodes["STL"],
-        spills_a_step=sum(
+        spills_in_loops=sum(
             op.startswith(("LDL", "STL"))
             for block in basic_blocks(sass)
-            if any(op.startswith("HGMMA") for op in block)
+            if any(op.startswith(("HGMMA", "MUFU.EX2")) for op in block)
             for op in block
         ),
         shared_bytes=kernel.metadata.shared,

@@ -17,29 +17,24 @@ if not triton.__version__.startswith("3.6."):
         allow_module_level=True,
     )
 
-from benchmarks.candidates import CANDIDATES, Gluon  # noqa: E402
+from benchmarks.candidates import CANDIDATES  # noqa: E402
 from benchmarks.compiled import SHARED  # noqa: E402
 from benchmarks.compiled_gluon import compile_gluon  # noqa: E402
 
-# Of both consumers, a few once a tile: what a reduction over warps loads is kept from tile to tile
-# (only some threads load it), and where registers are short it waits on the stack.
-MOST_SPILLS = 16
+# Loads and stores of the stack, of all consumers; none else. Where a thread has 112 registers, what
+# a tile needs once waits on the stack while its rounds run.
+MOST_SPILLS = {}
 # of the parts of a tile, by the form of the epilogue
-MOST_INSTRUCTIONS_A_PAIR = {"joined": 16.0, "plain": 24.0, "masked": 34.0}
+MOST_INSTRUCTIONS_A_PAIR = {"joined": 14.0, "masked": 34.0}
 
 
-def differing() -> dict[str, Gluon]:
-    """The order of tiles is a number in the code, no other code."""
-    gluon = {name: config for name, config in CANDIDATES.items() if isinstance(config, Gluon)}
-    return {name: config for name, config in gluon.items() if config.group_m == 8}
-
-
-@pytest.mark.parametrize("name", differing())
+@pytest.mark.parametrize("name", CANDIDATES)
 def test_compiles_as_meant(name):
     config = CANDIDATES[name]
     compiled = compile_gluon(config)
     print(compiled)
-    assert compiled.spills_a_step == 0 and compiled.spills <= MOST_SPILLS
+    assert compiled.spills <= MOST_SPILLS.get(name, 0)
+    assert compiled.spills_in_loops <= MOST_SPILLS_IN_LOOPS.get(name, 0)
     assert (compiled.stack_bytes == 0) == (compiled.spills == 0)
     assert compiled.shared_bytes <= SHARED["sm_90"][1]
     assert compiled.product == f"64x{config.tile[1]}x16"
@@ -49,7 +44,7 @@ def test_compiles_as_meant(name):
     # what the kernel starts with is shared out anew: consumers, and 4 warps with the producer
     pool = compiled.registers * compiled.threads
     assert pool <= 65536 and {24, config.registers} <= set(compiled.pools)
-    assert pool >= 2 * 32 * config.num_warps * config.registers + 128 * 24
+    assert pool >= config.consumers * 32 * config.num_warps * config.registers + 128 * 24
     costs = compiled.instructions_a_pair
     assert "joined" in costs
     assert all(costs[form] <= MOST_INSTRUCTIONS_A_PAIR[form] for form in costs)

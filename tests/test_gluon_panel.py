@@ -53,11 +53,11 @@ def test_candidates_as_on_a_device(kernel, name):
         diagonal=40,
         group=config.group_m,
         stages=config.stages,
-        parts=config.parts,
+        width=config.width,
+        consumers=config.consumers,
         block=(*config.tile, config.block_k),
         shared=config.shared,
         hold=config.hold,
-        copies=64 if config.store_buffers else None,
         buffers=config.store_buffers,
         warps=config.num_warps,
     )

@@ -35,13 +35,13 @@ class Case:
     grid: int = 2
     group: int = 2
     stages: int = 4
-    parts: int = 4
+    width: int = 16  # columns of a round of the epilogue
     grad_scale: float = 1.0
     block: tuple[int, int, int] = (32, 64, 16)
-    shared: bool = True  # both consumers work on one tile
+    consumers: int = 2
+    shared: bool = True  # they work on one tile
     hold: bool = False
-    copies: int | None = None  # g leaves in blocks of so many columns; None: through registers
-    buffers: int = 2  # of these blocks, a consumer
+    buffers: int = 0  # a consumer, from which g is copied; 0: it leaves through registers
     store_g: bool = True
     scalar_grads: bool = True
     warps: int = 4  # a consumer
@@ -53,8 +53,10 @@ CONFIGS = {
     "hold": {"hold": True},
     "turns": {"shared": False},
     "turns, wide": {"shared": False, "block": (16, 128, 16), "stages": 5},
-    "shared, copies": {"copies": 32, "buffers": 2},
-    "turns, copies": {"shared": False, "copies": 32, "buffers": 1},
+    "four": {"consumers": 4, "block": (64, 64, 16)},
+    "shared, copies": {"buffers": 2},
+    "turns, copies": {"shared": False, "buffers": 1},
+    "four, copies": {"consumers": 4, "block": (64, 64, 16), "buffers": 2},
 }
 
 SHAPES = (
@@ -71,8 +73,8 @@ SHAPES = (
     {"m": 31, "n": 63, "d": 32, "t": 0.5},
     {"m": 130, "n": 70, "d": 48, "diagonal": -64, "grid": 4, "group": 8, "stages": 3},
     {"m": 64, "n": 192, "d": 96, "stages": 2, "grid": 1, "b": -2.0},
-    {"m": 64, "n": 192, "d": 48, "stages": 5, "parts": 8, "grid": 1, "t": -3.0},
-    {"m": 70, "n": 150, "d": 112, "stages": 3, "parts": 2, "grid": 7},
+    {"m": 64, "n": 192, "d": 48, "stages": 5, "grid": 1, "t": -3.0},
+    {"m": 70, "n": 150, "d": 112, "stages": 3, "width": 32, "grid": 7},
     {"m": 70, "n": 150, "d": 96, "b": -20.0, "diagonal": 30},
     {"m": 60, "n": 128, "d": 48, "t": 30.0, "b": 5.0},
 )
@@ -93,18 +95,17 @@ def random_case(seed: int) -> Case:
         grid=draw.randint(1, 6),
         group=draw.choice([1, 2, 8]),
         stages=draw.randint(2, 5),
-        parts=draw.choice([2, 4, 8]),
+        width=draw.choice([16, 32]),
         grad_scale=draw.choice([1.0, 0.25]),
         store_g=draw.random() < 0.9,
         scalar_grads=draw.random() < 0.9,
     )
     case = replace(case, **{k: v for k, v in config.items() if k != "stages"})
     if not case.store_g:
-        return replace(case, copies=None)
-    if case.copies is not None:  # whole parts, and buffers that the copies of a tile go round in
-        copies = draw.choice([c for c in (16, 32, 64) if c >= case.block[1] // case.parts])
-        buffers = draw.choice([k for k in (1, 2, 4) if k <= case.block[1] // copies])
-        return replace(case, copies=copies, buffers=buffers)
+        return replace(case, buffers=0)
+    if case.buffers:  # the rounds of a tile go round in them
+        rounds = case.block[1] // case.width
+        return replace(case, buffers=draw.choice([k for k in (1, 2, 4) if k <= rounds]))
     return case
 
 
@@ -167,11 +168,11 @@ def run(module: ModuleType, case: Case, seed: int) -> Outcome:
     stride = 1 << 27  # offsets of g need 64 bits
     # copies stop at the edge; what goes through registers is whole tiles
     padded = (tiles_m * block_m, tiles_n * block_n)
-    g = Buffer(padded if case.copies is None else (case.m, case.n), bfloat16, stride=stride)
+    g = Buffer((case.m, case.n) if case.buffers else padded, bfloat16, stride=stride)
     g_desc = None
-    if case.copies is not None:
-        g_desc = Descriptor(g, (block_m // 2 if case.shared else block_m, case.copies))
-    slots = tiles_m * tiles_n * (2 if case.shared else 1)
+    if case.buffers:
+        g_desc = Descriptor(g, (block_m // (case.consumers if case.shared else 1), case.width))
+    slots = tiles_m * tiles_n * (case.consumers if case.shared else 1)
     partials = Buffer((3 if case.scalar_grads else 1, slots), float32)
     forms: Counter = Counter()
     for name in FORMS:
@@ -191,10 +192,11 @@ def run(module: ModuleType, case: Case, seed: int) -> Outcome:
         "D": case.d,
         "GROUP_M": case.group,
         "STAGES": case.stages,
-        "PARTS": case.parts,
+        "WIDTH": case.width,
         "GRAD_SCALE": case.grad_scale,
         "SCALAR_GRADS": case.scalar_grads,
         "SHARED": case.shared,
+        "CONSUMERS": case.consumers,
         "HOLD": case.hold,
         "STORE_BUFFERS": case.buffers,
         "MODE": case.mode,
