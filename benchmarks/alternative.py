@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_siglip import siglip_loss
 from fused_siglip.kernels import BACKENDS, GRAD_SCALE, Panel, Positives, multiplies_half_into_fp32
-from fused_siglip.kernels.configs import TILE, PanelConfig
+from fused_siglip.kernels.configs import TILE
 from fused_siglip.kernels.math import EASY_LOGIT
 from fused_siglip.kernels.panel_triton import (
     TritonPanel,
@@ -26,6 +26,7 @@ from fused_siglip.kernels.panel_triton import (
     stored_dtype,
 )
 from fused_siglip.kernels.products import add_product
+from fused_siglip.kernels.totals_triton import finish
 
 BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes
 
@@ -89,6 +90,8 @@ class LibraryPanel:
 
     tile = TILE
     align = 1
+    gs_from_products = False
+    finish = staticmethod(finish)
     in_place = False
 
     @classmethod
@@ -133,7 +136,7 @@ class LibraryPanel:
         self.g = None
         if write_g:
             self.g = self.s if self.in_place else empty(shape, dtype=stored_dtype(dtype))
-        self.partials = empty(3 * math.prod(shape) // math.prod(BLOCK), dtype=torch.float32)
+        self.all_partials = empty(3 * math.prod(shape) // math.prod(BLOCK), dtype=torch.float32)
         self.sums = 3 if scalar_grads else 1
         self.dtype = dtype
 
@@ -144,7 +147,7 @@ class LibraryPanel:
         logit_scale: Tensor,  # ()
         logit_bias: Tensor,  # ()
         positives: Positives,
-        sums: Tensor,  # (3,)
+        sums: Tensor | None,  # (3,)
         kept: None = None,
     ) -> Tensor | None:  # (m, n)
         m, n = x.shape[0], y.shape[0]
@@ -156,7 +159,8 @@ class LibraryPanel:
         else:
             torch.mm(x.to(s.dtype), y.T.to(s.dtype), out=s)
         blocks_m, blocks_n = (triton.cdiv(k, side) for k, side in zip((m, n), BLOCK, strict=True))
-        partials = self.partials[: 3 * blocks_m * blocks_n].view(3, -1)
+        partials = self.all_partials[: 3 * blocks_m * blocks_n].view(3, -1)
+        self.partials = partials[: self.sums]
         with torch.cuda.device_of(x):
             elementwise_kernel[(blocks_n, blocks_m)](
                 self.s,
@@ -175,7 +179,8 @@ class LibraryPanel:
                 BLOCK_N=BLOCK[1],
                 num_warps=8,
             )
-            torch.sum(partials[: self.sums], 1, out=sums[: self.sums])
+            if sums is not None:
+                torch.sum(self.partials, 1, out=sums[: self.sums])
         return None if self.g is None else self.g[:m, :n].to(self.dtype)
 
     def add_product(
@@ -199,23 +204,17 @@ class InPlaceLibraryPanel(LibraryPanel):
     in_place = True
 
 
-# for half operands on sm_90: no spills, one program a multiprocessor (tests/test_alternative.py)
-WIDE = PanelConfig(block_d=64, num_warps=8, num_stages=4, parts=16, fold=(8, 2, 8), tile=(128, 256))
+class PortableTritonPanel(TritonPanel):
+    """The portable kernel where one of its own is shipped for the device."""
 
-
-class WideTritonPanel(TritonPanel):
-    """The shipped kernel, tiles of 128 x 256: fewer bytes from L2, one program a multiprocessor."""
-
-    tile = WIDE.tile
-
-    def config(self, dtype: torch.dtype, precision: str) -> PanelConfig:
-        return WIDE
+    def _on_hopper(self, x: Tensor, y: Tensor) -> bool:
+        return False
 
 
 VARIANTS: dict[str, type[Panel]] = {
     "library_fp32": LibraryPanel,
     "library_in_place": InPlaceLibraryPanel,
-    "tiles_128x256": WideTritonPanel,
+    "portable": PortableTritonPanel,
 }
 
 

@@ -30,7 +30,6 @@ from fused_siglip.kernels.panel_triton import count_kernel, panel_kernel
 from fused_siglip.kernels.places import BINS
 from fused_siglip.kernels.products_triton import product_constants, product_kernel
 
-from .alternative import WIDE
 from .harness import environment, write_results
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -303,16 +302,13 @@ OTHERS = {
 
 
 def compiled_rows() -> Iterator[dict]:
-    """A row for each shipped kernel (of those beside the panel kernel in bf16 alone), and one for
-    the tiles that alternative.py compares it with."""
+    """A row for each portable kernel (of those beside the panel kernel in bf16 alone)."""
     for (target, dtype, precision), ids in product(shipped(), (False, True)):
         compiled = compile_panel(target, dtype, precision, ids=ids)
         yield _row(compiled, "panel", target, dtype, precision, ids, shipped=True)
     half = torch.bfloat16, "ieee"
     for (name, compiling), target in product(OTHERS.items(), TARGETS):
         yield _row(compiling(target, *half), name, target, *half, False, shipped=True)
-    wide = compile_panel("sm_90", *half, config=WIDE)
-    yield _row(wide, "panel", "sm_90", *half, False, shipped=False)
 
 
 def _row(

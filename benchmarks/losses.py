@@ -138,7 +138,7 @@ CONTESTANTS = {
 # The same sweep over other panels, to compare with what is shipped: see alternative.py.
 ABLATIONS = {
     name: Contestant(_panel_variant(name), 0, _no_triton)
-    for name in ("library_fp32", "library_in_place", "tiles_128x256")
+    for name in ("library_fp32", "library_in_place", "portable")
 }
 LOSSES = CONTESTANTS | ABLATIONS
 

@@ -19,7 +19,7 @@ NAMES = {
     "one_rounding": "the exact gradient, rounded once",
     "library_fp32": "library product, elementwise kernel",
     "library_in_place": "the same in place, rounded similarities",
-    "tiles_128x256": "fused_siglip, tiles of 128 x 256",
+    "portable": "fused_siglip, its portable kernel",
 }
 
 

@@ -40,7 +40,7 @@ def _check_tensor(name: str, value: object, expected: str) -> None:
         raise TypeError(f"{name} is a nested tensor: expected a dense (strided) tensor")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor")
-    if value.device.type == "meta":
+    if value.is_meta:
         raise ValueError(f"{name} is on the meta device, which holds no values")
 
 

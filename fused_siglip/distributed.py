@@ -172,11 +172,11 @@ def global_sweep(
     *,
     workspace_bytes: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
     """This rank's sums and gradients in the global batch, and what its sum is divided by.
 
     As :func:`fused_siglip.engine.sweep`, with the texts of all ranks as columns; the gradient of
-    this rank's texts holds the contributions of all ranks. What is not needed has no elements.
+    this rank's texts holds the contributions of all ranks. What is not needed is None.
     """
     group = resolve_group(group_name)
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -212,7 +212,7 @@ def global_sweep(
     acc = logit_scale.dtype
     grad_x = x.new_empty(x.shape, dtype=acc) if needs.image else None
 
-    sums = torch.zeros(3, dtype=acc, device=x.device)
+    sums = torch.zeros(3 if needs.scalars else 1, 1, dtype=acc, device=x.device)
     visit = _ring
     if impl == "gather":
         gathered = _gather_texts(y, text_ids, max(rows), group)
@@ -269,20 +269,14 @@ def global_sweep(
                 add_to_grad_x=chunk.step > 0,
                 kept=kept,
                 **options,
-            )
+            ).sum(1, keepdim=True)
         )
 
     grad_y = visit(sweep_texts, y, text_ids, rows, acc, need_text_grad, group)
 
-    nothing = [x.new_empty(0, dtype=acc) for _ in range(2)]
     # the mean over the ranks is the loss of the global batch
     divisor = sum(t.real_images for t in everyone) if reduction == "mean" else 1
-    return (
-        sums,
-        nothing[0] if grad_x is None else grad_x,
-        grad_y if needs.text else nothing[1],
-        torch.full((), max(divisor, 1) / world_size, dtype=acc, device=x.device),
-    )
+    return sums, grad_x, grad_y if needs.text else None, max(divisor, 1) / world_size
 
 
 def _check_workspace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from .kernels.places import BINS
 from .negatives import ROWS_AT_ONCE, find_range, least_kept, threshold_units
 from .plan import PanelPlan, plan_panels
 
+_PRODUCTS_AT_ONCE = 1 << 17  # in the cache of a core, with both operands
 
-@dataclass(frozen=True)
-class Needs:
+
+class Needs(NamedTuple):
     """Which gradients are computed. One that nobody needs costs nothing."""
 
     image: bool  # dX: 2*M*N*D FLOPs
@@ -47,15 +48,18 @@ def sweep(
     workspace_bytes: int | None,
     backend: str,
     add_to_grad_x: bool = False,
+    factor: float = 1.0,
     kept: RandomPairs | AtLeast | None = None,
-) -> Tensor:  # (3,)
+) -> Tensor:  # (3 or 1, k)
     """Sum the loss over all pairs, and its derivatives in s = X Y^T, t and b.
 
-    With g = dL/dz, writes g Y (which is dL/dX / t) to ``grad_x``, or adds it to what is there, and
-    writes g^T X (dL/dY / t) to ``grad_y``; None where nobody needs it. Returns the sums of
-    softplus(u), g*s = dL/dt and g = dL/db, the last two 0 without ``scalar_grads``. Everything
-    accumulates in fp32 (float64 for float64 features). The factor t is left to the caller, who has
-    an upstream scalar to multiply by anyway.
+    With g = dL/dz, writes g Y (which is dL/dX / t) times ``factor`` to ``grad_x``, or adds it to
+    what is there, and writes g^T X (dL/dY / t) times ``factor`` to ``grad_y``; None where nobody
+    needs it. Returns the sums of
+    softplus(u) and, with ``scalar_grads``, of g*s = dL/dt and g = dL/db, each in parts that are
+    still to be added up: see :meth:`fused_siglip.kernels.Panel.finish`. Everything accumulates in
+    fp32 (float64 for float64 features). The factor t is left to the caller, who has an upstream
+    scalar to multiply by anyway.
 
     Without ids, pair (i, i + diagonal) is positive; None: no pair is. ``kept`` says, for all M
     images (and N texts), which negatives take part; None: all.
@@ -66,28 +70,49 @@ def sweep(
         x, y, image_ids, text_ids, diagonal, needs, kept is not None, workspace_bytes, backend
     )
     plan = panels.plan
+    rows_of_sums = 3 if scalar_grads else 1
     if x.shape[0] == 0 or y.shape[0] == 0:
         if grad_x is not None and not add_to_grad_x:
             grad_x.zero_()
         if grad_y is not None:
             grad_y.zero_()
-        return torch.zeros(3, dtype=plan.accumulate_dtype, device=x.device)
+        return torch.zeros(rows_of_sums, 1, dtype=plan.accumulate_dtype, device=x.device)
 
     panel = panels.workspace()
-    sums = torch.zeros(len(panels), 3, dtype=plan.accumulate_dtype, device=x.device)
-    alpha = 1.0 / GRAD_SCALE.get(plan.operand_dtype, 1.0)
-    d = x.shape[1]
-    for part, (rows, cols, x_rows, y_cols, positives) in zip(sums, panels, strict=True):
-        g = panel(
-            x_rows, y_cols, logit_scale, logit_bias, positives, part, _kept_in(kept, rows, cols)
-        )
+    sums = None  # of a single panel: they need no adding up
+    if len(panels) > 1:
+        sums = torch.empty(len(panels), rows_of_sums, dtype=plan.accumulate_dtype, device=x.device)
+    alpha = factor / GRAD_SCALE.get(plan.operand_dtype, 1.0)
+    d = None if plan.operand_dim == x.shape[1] else x.shape[1]
+    from_products = scalar_grads and panel.gs_from_products
+    from_text = from_products and grad_y is not None and (grad_x is None or add_to_grad_x)
+    gs_sum = 0.0
+    for k, (rows, cols, x_rows, y_cols, positives) in enumerate(panels):
+        part = None if sums is None else sums[k]
+        in_panel = None if kept is None else kept.block(rows, cols)
+        g = panel(x_rows, y_cols, logit_scale, logit_bias, positives, part, in_panel)
+        if from_products and add_to_grad_x and not from_text and cols.start == 0:
+            gs_sum -= _inner_product(x_rows, grad_x[rows])
         if grad_x is not None:
             fresh = cols.start == 0 and not add_to_grad_x
-            panel.add_product(grad_x[rows], g, y_cols[:, :d], alpha, fresh, transposed=False)
+            other = y_cols if d is None else y_cols[:, :d]
+            panel.add_product(_block(grad_x, rows), g, other, alpha, fresh, transposed=False)
         if grad_y is not None:
             fresh = rows.start == 0
-            panel.add_product(grad_y[cols], g, x_rows[:, :d], alpha, fresh, transposed=True)
-    return sums.sum(0)
+            other = x_rows if d is None else x_rows[:, :d]
+            panel.add_product(_block(grad_y, cols), g, other, alpha, fresh, transposed=True)
+        # sum g*s = <X, g Y> = <Y, g^T X>, of rows or columns that are complete
+        if from_text:
+            if rows.stop == x.shape[0]:
+                gs_sum += _inner_product(y_cols, grad_y[cols])
+        elif from_products and cols.stop == y.shape[0]:
+            gs_sum += _inner_product(x_rows, grad_x[rows])
+    if from_products:
+        if sums is None:
+            panel.totals[1] = gs_sum / factor
+        else:
+            sums[0, 1] = gs_sum / factor
+    return panel.partials if sums is None else sums.T
 
 
 def count_negatives(
@@ -199,7 +224,7 @@ class _Panels:
 
     def workspace(self) -> Panel:
         plan, needs = self.plan, self.needs
-        return self.panel_class(
+        panel = self.panel_class(
             plan.rows,
             plan.cols,
             plan.operand_dtype,
@@ -208,13 +233,16 @@ class _Panels:
             needs.scalars,
             self.selects,
         )
+        if panel.gs_from_products and self.y.shape[0] <= self.x.shape[1]:
+            panel.gs_from_products = False  # a pass over the pairs is the shorter one
+        return panel
 
     def __len__(self) -> int:
-        (m, rows), (n, cols) = (len(self.x), self.plan.rows), (len(self.y), self.plan.cols)
-        return -(-m // rows) * -(-n // cols)
+        m, n = self.x.shape[0], self.y.shape[0]
+        return -(-m // self.plan.rows) * -(-n // self.plan.cols)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Positives]]:
-        m, n, plan = len(self.x), len(self.y), self.plan
+        m, n, plan = self.x.shape[0], self.y.shape[0], self.plan
         for i in range(0, m, plan.rows):
             rows = slice(i, min(i + plan.rows, m))
             x_rows, x_ids = _operand(self.x, self.image_ids, rows, plan, self.copies)
@@ -225,12 +253,19 @@ class _Panels:
                 yield rows, cols, x_rows, y_cols, Positives(in_panel, x_ids, y_ids)
 
 
-def _kept_in(
-    kept: RandomPairs | AtLeast | None, rows: slice, cols: slice
-) -> RandomPairs | AtLeast | None:
-    if isinstance(kept, RandomPairs):
-        return RandomPairs(kept.image_keys[rows], kept.text_keys[cols], kept.below)
-    return kept if kept is None else AtLeast(*(of_images[rows] for of_images in kept))
+def _block(tensor: Tensor, part: slice) -> Tensor:
+    """Some rows; the tensor itself where that is all of them."""
+    return tensor if part.stop - part.start == tensor.shape[0] else tensor[part]
+
+
+def _inner_product(features: Tensor, grad: Tensor) -> float:  # (m, D or more), (m, D), on a CPU
+    """Summed pairwise, as torch.dot does not; a few rows at a time, which stay in the cache."""
+    m, d = grad.shape
+    rows = max(_PRODUCTS_AT_ONCE // d, 1)
+    if m <= rows:
+        return (features[:, :d] * grad).sum().item()
+    starts = range(0, m, rows)
+    return sum((features[i : i + rows, :d] * grad[i : i + rows]).sum().item() for i in starts)
 
 
 def _multiprocessors(device: torch.device) -> int | None:
@@ -247,10 +282,12 @@ def _operand(
     A copy has zeros beyond D, where the backend wants more features, and in padded rows: these may
     hold anything, and 0 * NaN would reach the gradients.
     """
-    features = features[part]
-    ids = None if ids is None else ids[part]
+    features = _block(features, part)
+    ids = None if ids is None else _block(ids, part)
     if not copies:
-        return features.to(plan.operand_dtype), ids
+        if features.dtype != plan.operand_dtype:
+            features = features.to(plan.operand_dtype)
+        return features, ids
     m, d = features.shape
     copy = features.new_empty(m, plan.operand_dim, dtype=plan.operand_dtype)
     copy[:, :d] = features

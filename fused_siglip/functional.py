@@ -111,7 +111,7 @@ def siglip_loss(
             image_ids, text_ids = _never_equal(image_ids, text_ids)
     if negatives is not None and negatives.keep == 1:
         negatives = None
-    total, divisor = SigLipFunction.apply(
+    return SigLipFunction.apply(
         image_features,
         text_features,
         scale,
@@ -130,13 +130,6 @@ def siglip_loss(
         1.0 if negatives is None else float(negatives.keep),
         getattr(negatives, "seed", 0),
     )
-    if group is not None:
-        return total / divisor
-    if reduction == "sum":
-        return total.clone()  # which callers may add to in place
-    if image_ids is None:
-        return total / max(image_features.shape[0], 1)
-    return total / (image_ids >= 0).sum().clamp(min=1)
 
 
 def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

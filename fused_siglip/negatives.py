@@ -72,6 +72,8 @@ KINDS = {"random": Random, "hardest": Hardest, "easiest": Easiest}  # as the ope
 
 def kind_of(negatives: Negatives | None) -> str | None:
     """The name in :data:`KINDS`; a subclass is what it derives from."""
+    if negatives is None:
+        return None
     return next((name for name, kind in KINDS.items() if isinstance(negatives, kind)), None)
 
 

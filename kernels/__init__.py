@@ -5,6 +5,7 @@ Installed as ``fused_siglip.kernels``. Importing this package imports neither tr
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -38,6 +39,12 @@ class Positives(NamedTuple):
     image_ids: Tensor | None = None  # (m,) int64; pair (i, j) is positive where the ids are equal
     text_ids: Tensor | None = None  # (n,) int64; and takes no part where either is negative
 
+    def block(self, rows: slice) -> Positives:
+        """Of some rows of the panel."""
+        diagonal = None if self.diagonal is None else self.diagonal + rows.start
+        image_ids = None if self.image_ids is None else self.image_ids[rows]
+        return Positives(diagonal, image_ids, self.text_ids)
+
 
 class RandomPairs(NamedTuple):
     """Negatives kept by a hash of the pair (see fused_siglip/negatives.py)."""
@@ -51,6 +58,10 @@ class RandomPairs(NamedTuple):
         """Of pairs that are kept, on average."""
         return (self.below + 2**31) / 2**32
 
+    def block(self, rows: slice, cols: slice = slice(None)) -> RandomPairs:
+        """Of some rows and columns."""
+        return RandomPairs(self.image_keys[rows], self.text_keys[cols], self.below)
+
 
 class AtLeast(NamedTuple):
     """Negatives kept by their logit: dropped where (s - centre) * factor < least (NaN is kept)."""
@@ -59,11 +70,18 @@ class AtLeast(NamedTuple):
     factors: Tensor  # (m,) (s - centre) * factor lies within -1 and 1, the first to keep highest
     least: Tensor  # (m,)
 
+    def block(self, rows: slice, cols: slice = slice(None)) -> AtLeast:
+        """Of some rows; thresholds hold for every column."""
+        return AtLeast(*(of_images[rows] for of_images in self))
+
 
 class Panel(Protocol):
     """What a backend does with one panel: product, scale and bias, log-sigmoid, dL/dz."""
 
     tile: tuple[int, int]  # panel sides are multiples of it (the last panel may be smaller)
+    # The sum of g*s is left 0, the caller takes it from g Y or g^T X; of a single panel, puts it
+    # into totals[1].
+    gs_from_products: bool
     # D and the rows' distance are multiples of it, features adjacent, addresses multiples of 16
     # bytes: see aligned and aligned_ids
     align: int
@@ -97,11 +115,24 @@ class Panel(Protocol):
         logit_scale: Tensor,  # () in the accumulation dtype
         logit_bias: Tensor,  # () likewise
         positives: Positives,
-        sums: Tensor,  # (3,) accumulation dtype, overwritten: sums of softplus(u), g*s and g;
-        # without scalar_grads only the first
+        sums: Tensor | None,  # (3,) accumulation dtype, overwritten: sums of softplus(u), g*s and
+        # g; without scalar_grads (1,), the first. None: they stay in ``partials``
         kept: RandomPairs | AtLeast | None = None,  # None: all negatives
     ) -> Tensor | None:  # (m, n) g times GRAD_SCALE in dtype, a view of the workspace; or None
         ...
+
+    partials: Tensor  # (3 or 1, k) what adds up to the sums of the last call, given None for them
+
+    @staticmethod
+    def finish(
+        partials: Tensor,  # (3 or 1, k) accumulation dtype: sums, as in a call, over parts of pairs
+        logit_scale: Tensor,  # () likewise
+        divisor: float | Tensor,  # ()
+        factor: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # (), (3,) accumulation dtype
+        """The loss, and [sum of g*s, sum of g, t / factor], all over ``divisor``: the gradients of
+        t and of b, and what those of the features, made times ``factor``, are to be multiplied by.
+        """
 
     def add_product(
         self,
@@ -173,12 +204,14 @@ def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:
     return "triton" if default_obstacle(device, dtype) is None else "torch"
 
 
+@functools.cache
 def _torch_panel() -> type[Panel]:
     from .panel_torch import TorchPanel
 
     return TorchPanel
 
 
+@functools.cache
 def _triton_panel() -> type[Panel]:
     from .panel_triton import TritonPanel
 

@@ -8,10 +8,19 @@ from torch import Tensor
 from . import GRAD_SCALE, AtLeast, Positives, RandomPairs
 from .places import BINS, FORMATS, HALF, cut
 from .products import add_product
+from .totals import finish
 
 # torch's softplus returns u itself beyond its threshold; at 40 that is exact in float64 too
 # (the default, 20, drops 2e-9).
 _SOFTPLUS_THRESHOLD = 40.0
+
+# Pairs of a strip: 1 MiB in fp32.
+_STRIP = 1 << 18
+
+# Up to this logit softplus is taken from four pairs at a time: see _easy_strip. Their product of
+# 1 - g is at least 0.28, and its logarithm errs little more than its argument.
+_EASY_LOGIT = -1.0
+_FOLDED = 1 << 16  # pairs from which on that is the faster way
 
 _BIN_BITS = BINS.bit_length() - 1  # BINS is a power of two
 
@@ -23,26 +32,27 @@ _SPARSE_SHARE = 1 / 16
 class TorchPanel:
     """A :class:`fused_siglip.kernels.Panel` of plain torch operations.
 
-    Everything is written in place or into the workspace. With panels that stay in the last-level
-    cache the elementwise passes are nearly free beside the products.
+    Everything is written in place or into the workspace. After the product a panel is taken a strip
+    of rows at a time, so that its elementwise passes find the strip in the cache.
     """
 
     tile = (64, 64)
     align = 1
+    finish = staticmethod(finish)
 
     @staticmethod
     def _buffers(
-        dtype: torch.dtype, write_g: bool, scalar_grads: bool, selects: bool
-    ) -> dict[str, torch.dtype]:
+        dtype: torch.dtype, write_g: bool, selects: bool
+    ) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
+        """Of the whole panel, and of a strip."""
         acc = torch.promote_types(dtype, torch.float32)
-        buffers = {"u": acc, "terms": acc, "positive": torch.bool}
-        if scalar_grads:
-            buffers["s"] = acc  # kept beside u for the sum of g*s
+        whole = {"s": acc}  # which becomes g where the dtypes agree
         if write_g and dtype != acc:
-            buffers["g"] = dtype
+            whole["g"] = dtype
+        strip = {"u": acc, "terms": acc, "positive": torch.bool}
         if selects:
-            buffers |= {"bits": torch.int32, "dropped": torch.bool}
-        return buffers
+            strip |= {"bits": torch.int32, "dropped": torch.bool}
+        return whole, strip
 
     @staticmethod
     def workspace_bytes(
@@ -53,8 +63,11 @@ class TorchPanel:
         scalar_grads: bool,
         selects: bool = False,
     ) -> int:
-        buffers = TorchPanel._buffers(dtype, write_g, scalar_grads, selects)
-        return rows * cols * sum(d.itemsize for d in buffers.values())
+        whole, strip = (
+            sum(d.itemsize for d in buffers.values())
+            for buffers in TorchPanel._buffers(dtype, write_g, selects)
+        )
+        return cols * (rows * whole + _strip_rows(rows, cols) * strip)
 
     def __init__(
         self,
@@ -67,14 +80,32 @@ class TorchPanel:
         selects: bool = False,
     ):
         self.write_g, self.scalar_grads = write_g, scalar_grads
-        self.buffers = {
-            name: torch.empty(rows * cols, dtype=d, device=device)
-            for name, d in self._buffers(dtype, write_g, scalar_grads, selects).items()
-        }
+        self.device = device = torch.device(device)
+        self.acc = torch.promote_types(dtype, torch.float32)
+        self.strip_rows = _strip_rows(rows, cols)
+        whole, strip = self._buffers(dtype, write_g, selects)
+        self.sizes = dict.fromkeys(whole, rows * cols)
+        self.sizes |= dict.fromkeys(strip, self.strip_rows * cols)
+        self.dtypes = whole | strip
+        self.buffers: dict[str, Tensor] = {}  # made when they are first needed
+        # Products of float32 may be rounded further; their sum must not be.
+        exact = dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+        self.on_cpu = device.type == "cpu"
+        self.gs_from_products = write_g and dtype == self.acc and self.on_cpu and exact
 
     def _view(self, name: str, m: int, n: int) -> Tensor:  # (m, n)
         # flat buffers, so that the smaller panels at the edge are contiguous too
-        return self.buffers[name][: m * n].view(m, n)
+        buffer = self.buffers.get(name)
+        if buffer is None:
+            size, dtype = self.sizes[name], self.dtypes[name]
+            if size == m * n:
+                buffer = torch.empty((m, n), dtype=dtype, device=self.device)
+                self.buffers[name] = buffer
+                return buffer
+            self.buffers[name] = buffer = torch.empty(size, dtype=dtype, device=self.device)
+        if buffer.shape == (m, n):
+            return buffer
+        return buffer.view(-1)[: m * n].view(m, n)
 
     def __call__(
         self,
@@ -83,40 +114,116 @@ class TorchPanel:
         logit_scale: Tensor,  # ()
         logit_bias: Tensor,  # ()
         positives: Positives,
-        sums: Tensor,  # (3,)
+        sums: Tensor | None,  # (3,)
         kept: RandomPairs | AtLeast | None = None,
     ) -> Tensor | None:  # (m, n)
-        m, n = x.shape[0], y.shape[0]
-        u = self._view("u", m, n)
-        positive = self._positive(m, n, positives)
-        s = self._similarities(x, y, "s" if self.scalar_grads else "u")
-        dropped = None if kept is None else self._dropped(s, positive, kept)
-        torch.mul(s, logit_scale, out=u)
-        self._add_bias(u, logit_bias, positives)
-        self._negate_positives(u, positive)
-        if dropped is not None:  # loss 0, gradient 0
-            torch.where(dropped, u.new_full((), -torch.inf), u, out=u)
-
-        terms = self._view("terms", m, n)
-        torch.ops.aten.softplus.out(u, 1.0, _SOFTPLUS_THRESHOLD, out=terms)
-        torch.sum(terms, (0, 1), out=sums[0])
-        if not (self.write_g or self.scalar_grads):
-            return None
-
-        g = u.sigmoid_()
-        self._negate_positives(g, positive)
-        if self.scalar_grads:
-            # not torch.dot: BLAS adds a million terms one after the other, torch.sum pairwise
-            torch.sum(torch.mul(s, g, out=terms), (0, 1), out=sums[1])
-            torch.sum(g, (0, 1), out=sums[2])
+        m, step = x.shape[0], self.strip_rows
+        plain = positives.image_ids is None and kept is None
+        # On a CPU scale and bias go into the product; elsewhere the host would wait for them.
+        scales = self.on_cpu and x.dtype == self.acc
+        scales &= plain and (self.gs_from_products or not self.scalar_grads)
+        scale = logit_scale.item() if scales else 0.0
+        if scale:  # with 0 the product would not be looked at, NaN or not
+            values = self._view("s", m, y.shape[0])
+            torch.addmm(logit_bias, x, y.t(), alpha=scale, out=values)
+        else:
+            values = self._similarities(x, y)
+        half = self.write_g and x.dtype != self.acc
+        g = self._view("g", *values.shape) if half else values
+        parts, dropped = [], 0
+        for start in range(0, m, step):
+            s, labels, chosen, rows = values, positives, kept, slice(start, start + step)
+            if m > step:
+                s, labels = values[rows], positives.block(rows)
+                chosen = None if kept is None else kept.block(rows)
+            positive = self._positive(s, labels)
+            if chosen is not None:
+                dropped += self._drop(s, positive, chosen)
+            u = s if scale else self._logits(s, logit_scale, logit_bias, labels)
+            if plain and self._is_easy(u):
+                loss = self._easy_strip(u, labels.diagonal)
+            else:
+                loss = self._strip(u, positive, kept is not None)
+            parts.append([loss])
+            if self.scalar_grads:
+                if not self.gs_from_products:
+                    terms = torch.mul(s, u, out=self._view("terms", *s.shape))
+                    # not torch.dot: BLAS adds a million terms one after the other, this pairwise
+                    parts[-1].append(terms.sum())
+                parts[-1].append(u.sum())
+            if half:
+                torch.mul(u, GRAD_SCALE.get(x.dtype, 1.0), out=g[rows])
+            elif m <= step:
+                g = u
+            elif u is not s:
+                s.copy_(u)
+        self._add_up(parts, sums)
         if not self.write_g:
             return None
-        if x.dtype == g.dtype:
-            if dropped is not None and g.device.type == "cpu":
-                share = 1 - torch.count_nonzero(dropped).item() / dropped.numel()
-                return g.to_sparse() if share < _SPARSE_SHARE else g
-            return g
-        return torch.mul(g, GRAD_SCALE.get(x.dtype, 1.0), out=self._view("g", m, n))
+        if kept is not None and self.on_cpu and not half:
+            return g.to_sparse() if 1 - dropped / g.numel() < _SPARSE_SHARE else g
+        return g
+
+    def _add_up(self, parts: list[list[Tensor]], sums: Tensor | None) -> None:
+        """The strips' sums, to ``sums`` or to be asked for."""
+        if self.on_cpu:  # the host may look at them
+            self.totals = [sum(total.item() for total in of_strips) for of_strips in zip(*parts)]  # noqa: B905
+            if self.scalar_grads and self.gs_from_products:
+                self.totals.insert(1, 0.0)
+            if sums is not None:
+                sums.copy_(self.partials[:, 0])
+            return
+        self._partials = torch.stack([torch.stack(of_strip) for of_strip in parts], 1)
+        if sums is not None:
+            torch.sum(self._partials, 1, out=sums)
+
+    @property
+    def partials(self) -> Tensor:  # (3 or 1, k)
+        if not self.on_cpu:
+            return self._partials
+        return torch.tensor([[total] for total in self.totals], dtype=self.acc, device=self.device)
+
+    def _logits(
+        self, s: Tensor, logit_scale: Tensor, logit_bias: Tensor, positives: Positives
+    ) -> Tensor:  # (m, n)
+        u = self._view("u", *s.shape)
+        if positives.image_ids is None and self.on_cpu:
+            return torch.add(logit_bias, s, alpha=logit_scale.item(), out=u)
+        torch.mul(s, logit_scale, out=u)
+        self._add_bias(u, logit_bias, positives)
+        return u
+
+    def _strip(self, u: Tensor, positive: Tensor | int | None, drops: bool) -> Tensor:  # ()
+        """The loss of some rows; their logits become g."""
+        self._negate_positives(u, positive)
+        if drops:  # loss 0, gradient 0
+            torch.where(self._view("dropped", *u.shape), u.new_full((), -torch.inf), u, out=u)
+        terms = self._view("terms", *u.shape)
+        loss = torch.ops.aten.softplus.out(u, 1.0, _SOFTPLUS_THRESHOLD, out=terms).sum()
+        if self.write_g or self.scalar_grads:
+            self._negate_positives(u.sigmoid_(), positive)
+        return loss
+
+    def _is_easy(self, z: Tensor) -> bool:
+        if not self.on_cpu or z.numel() < _FOLDED or z.numel() % 4:
+            return False
+        return z.amax().item() <= _EASY_LOGIT  # which NaN is not
+
+    def _easy_strip(self, z: Tensor, diagonal: int | None) -> Tensor:  # ()
+        """What _strip does, with a logarithm for four pairs: no g is near 1.
+
+        softplus(z) = -log(1 - g), and (1 - a) (1 - b) = 1 - (a + b - a b), where nothing cancels.
+        All pairs are taken for negatives first; a positive's loss is less by z, its g by 1.
+        """
+        positives = None if diagonal is None else z.diagonal(diagonal)
+        loss = 0.0 if positives is None else -positives.sum()
+        g = z.sigmoid_().view(2, 2, -1)
+        a = torch.addcmul(g[1], g[0], g[1], value=-1, out=self._view("terms", 2, g.shape[2]))
+        a, b = a.add_(g[0])
+        loss = loss - a.addcmul_(a, b, value=-1).add_(b).neg_().log1p_().sum()
+        if positives is not None:
+            positives.sub_(1)
+        return loss
 
     def add_product(
         self,
@@ -139,8 +246,24 @@ class TorchPanel:
         selected: Tensor | None,  # (m,) int32
         counts: Tensor,  # (m, BINS) int32
     ) -> None:
-        m, n = x.shape[0], y.shape[0]
-        value = self._placed(self._similarities(x, y, "u"), centres, factors, "u")
+        s = self._similarities(x, y)
+        for start in range(0, x.shape[0], self.strip_rows):
+            rows = slice(start, start + self.strip_rows)
+            chosen = None if selected is None else selected[rows]
+            units = centres[rows], factors[rows]
+            self._count_strip(s[rows], positives.block(rows), *units, chosen, counts[rows])
+
+    def _count_strip(
+        self,
+        s: Tensor,  # (m, n)
+        positives: Positives,
+        centres: Tensor,  # (m,)
+        factors: Tensor,  # (m,)
+        selected: Tensor | None,  # (m,) int32
+        counts: Tensor,  # (m, BINS) int32
+    ) -> None:
+        m, n = s.shape
+        value = self._placed(s, centres, factors, "u")
         counted = self._view("dropped", m, n)
         below_zero = self._scratch(m, n).copy_(torch.lt(value, 0, out=counted)).neg_()
         shift, lowest = cut(value.dtype)
@@ -155,16 +278,16 @@ class TorchPanel:
             coarse = torch.bitwise_right_shift(bins, _BIN_BITS, out=self._scratch(m, n))
             torch.eq(coarse, selected[:, None], out=counted)
             bins.bitwise_and_(BINS - 1)
-        _except_positives(counted, self._positive(m, n, positives))
+        _except_positives(counted, self._positive(s, positives))
         if positives.image_ids is not None:
             counted.logical_and_(positives.image_ids[:, None] >= 0)
             counted.logical_and_(positives.text_ids >= 0)
-        bins.add_(torch.arange(0, m * BINS, BINS, dtype=torch.int32, device=x.device)[:, None])
+        bins.add_(torch.arange(0, m * BINS, BINS, dtype=torch.int32, device=s.device)[:, None])
         ones = self._scratch(m, n).copy_(counted)
         counts.view(-1).index_add_(0, bins.view(-1), ones.view(-1))
 
-    def _similarities(self, x: Tensor, y: Tensor, buffer: str) -> Tensor:  # (m, n)
-        s = self._view(buffer, x.shape[0], y.shape[0])
+    def _similarities(self, x: Tensor, y: Tensor) -> Tensor:  # (m, n)
+        s = self._view("s", x.shape[0], y.shape[0])
         if x.dtype == s.dtype:
             return torch.mm(x, y.T, out=s)
         # half precision on a GPU: fp32 logits from half operands
@@ -176,11 +299,10 @@ class TorchPanel:
         return value.mul_(factors[:, None])
 
     def _scratch(self, m: int, n: int) -> Tensor:  # (m, n) int32, until "terms" is written
-        return self.buffers["terms"].view(torch.int32)[: m * n].view(m, n)
+        return self._view("terms", m, n).view(-1).view(torch.int32)[: m * n].view(m, n)
 
-    def _dropped(
-        self, s: Tensor, positive: Tensor | int | None, kept: RandomPairs | AtLeast
-    ) -> Tensor:  # (m, n) bool
+    def _drop(self, s: Tensor, positive: Tensor | int | None, kept: RandomPairs | AtLeast) -> int:
+        """Mark the pairs that are dropped; their number, where the host need not wait for it."""
         m, n = s.shape
         dropped = self._view("dropped", m, n)
         if isinstance(kept, AtLeast):
@@ -195,16 +317,16 @@ class TorchPanel:
                 h.bitwise_xor_(part).mul_(factor)
             torch.ge(h, kept.below, out=dropped)
         _except_positives(dropped, positive)
-        return dropped
+        return torch.count_nonzero(dropped).item() if self.on_cpu else 0
 
-    def _positive(self, m: int, n: int, positives: Positives) -> Tensor | int | None:
+    def _positive(self, pairs: Tensor, positives: Positives) -> Tensor | int | None:
         """Which pairs are positive: (m, n) bool, the number of a diagonal, or None."""
         if positives.image_ids is None:
             return positives.diagonal
         # padding is -1 among images and -2 among texts: never a positive pair
         images = positives.image_ids.clamp(min=-1)
         texts = torch.where(positives.text_ids < 0, -2, positives.text_ids)
-        return torch.eq(images[:, None], texts, out=self._view("positive", m, n))
+        return torch.eq(images[:, None], texts, out=self._view("positive", *pairs.shape))
 
     def _add_bias(self, u: Tensor, logit_bias: Tensor, positives: Positives) -> None:
         """u += b; -inf (loss 0, gradient 0) in padded rows and columns."""
@@ -221,6 +343,11 @@ class TorchPanel:
             torch.where(positive, negated, values, out=values)
         elif positive is not None:
             values.diagonal(positive).neg_()
+
+
+def _strip_rows(rows: int, cols: int) -> int:
+    """Rows of a panel that are taken at one time: few strips, or what fits a core's cache."""
+    return min(rows, max(_STRIP // max(cols, 1), -(-rows // 8), 1))
 
 
 def _except_positives(pairs: Tensor, positive: Tensor | int | None) -> None:

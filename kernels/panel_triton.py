@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import GRAD_SCALE, AtLeast, Positives, RandomPairs, multiplies_half_into_fp32
+from . import (
+    GRAD_SCALE,
+    AtLeast,
+    Positives,
+    RandomPairs,
+    hopper,
+    multiplies_half_into_fp32,
+)
 from .configs import TILE, PanelConfig, panel_config
 from .math import (
     EASY_LOGIT,
@@ -23,6 +30,7 @@ from .math import (
 from .places import BINS
 from .products import add_product
 from .products_triton import add_tiled_product, list_elements
+from .totals_triton import finish
 
 
 @triton.jit
@@ -388,6 +396,10 @@ class TritonPanel:
 
     tile = TILE
     align = 16  # what Triton tells apart: only then are loads wide
+    gs_from_products = False  # g is rounded before it enters them
+    finish = staticmethod(finish)
+    hopper = hopper.HOPPER
+    hopper_tiles = 2  # a program at least: with fewer there is nothing to overlap
 
     @classmethod
     def _tiles(cls, rows: int, cols: int) -> tuple[int, int]:
@@ -406,7 +418,8 @@ class TritonPanel:
         tiles_m, tiles_n = cls._tiles(rows, cols)
         tiles = tiles_m * tiles_n
         g = tiles * math.prod(cls.tile) * stored_dtype(dtype).itemsize if write_g else 0
-        sums = tiles * (3 if scalar_grads else 1) * torch.float32.itemsize
+        slots = max(tiles, cls.hopper.slots(rows, cols))
+        sums = slots * (3 if scalar_grads else 1) * torch.float32.itemsize
         kept = tiles + list_elements(tiles_m, tiles_n) if write_g and selects else 0
         return g + sums + kept * torch.int32.itemsize
 
@@ -438,9 +451,8 @@ class TritonPanel:
             self.target = torch.cuda.get_device_capability(device)
         tiles_m, tiles_n = self._tiles(rows, cols)
         self.sums = 3 if scalar_grads else 1
-        self.partials = torch.empty(
-            self.sums * tiles_m * tiles_n, dtype=torch.float32, device=device
-        )
+        slots = max(tiles_m * tiles_n, self.hopper.slots(rows, cols))
+        self.partials = torch.empty(self.sums, slots, dtype=torch.float32, device=device)
         # Whole tiles, so that the kernel stores without a mask and rows stay aligned.
         shape = (tiles_m * self.tile[0], tiles_n * self.tile[1])
         self.g = torch.empty(shape, dtype=stored_dtype(dtype), device=device) if write_g else None
@@ -469,23 +481,34 @@ class TritonPanel:
         logit_scale: Tensor,  # ()
         logit_bias: Tensor,  # ()
         positives: Positives,
-        sums: Tensor,  # (3,)
+        sums: Tensor | None,  # (3,)
         kept: RandomPairs | AtLeast | None = None,
     ) -> Tensor | None:  # (m, n)
         (m, d), n = x.shape, y.shape[0]
+        if kept is None and positives.image_ids is None and self._on_hopper(x, y):
+            self.skips = False
+            self._share_partials(self.hopper.slots(m, n))
+            with torch.cuda.device_of(x):
+                hopper.launch_panel(
+                    self.hopper, x, y, self.g, self.partials, logit_scale, logit_bias,
+                    _diagonal(positives, n), self.grad_scale,
+                )  # fmt: skip
+                if sums is not None:
+                    torch.sum(self.partials, 1, out=sums[: self.sums])
+            return None if self.g is None else self.g[:m, :n]
         x, y, precision = _multiplied(x), _multiplied(y), self._precision()
         config = self.config(x.dtype, precision)
         tiles = math.prod(self._tiles(m, n))
         image_keys, text_keys, below = kept if isinstance(kept, RandomPairs) else (None,) * 3
         centres, factors, least = kept if isinstance(kept, AtLeast) else (None,) * 3
-        partials = self.partials[: self.sums * tiles].view(self.sums, tiles)
+        self._share_partials(tiles)
         self.skips = self.flags is not None and _may_skip(kept, self.tile)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             panel_kernel[(tiles,)](
                 x,
                 y,
                 self.g,
-                partials,
+                self.partials,
                 logit_scale,
                 logit_bias,
                 positives.image_ids,
@@ -510,8 +533,20 @@ class TritonPanel:
                 **config.constants(),
                 **config.options(),
             )
-            torch.sum(partials, 1, out=sums[: self.sums])
+            if sums is not None:
+                torch.sum(self.partials, 1, out=sums[: self.sums])
         return None if self.g is None else self.g[:m, :n].to(self.dtype)
+
+    def _share_partials(self, slots: int) -> None:
+        if self.partials.shape[1] != slots:
+            self.partials = self.partials.as_strided((self.sums, slots), (slots, 1))
+
+    def _on_hopper(self, x: Tensor, y: Tensor) -> bool:
+        """Whether the warp-specialised kernel takes this panel."""
+        if not hopper.suits(self.target, self.dtype) or not (hopper.reads(x) and hopper.reads(y)):
+            return False
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+        return self.hopper.tiles(len(x), len(y)) >= self.hopper_tiles * programs
 
     def add_product(
         self,

@@ -19,5 +19,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) ->
     beta = 0 if fresh else 1
     if a.dtype != out.dtype and multiplies_half_into_fp32(out.device.type):
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    elif a.dtype == b.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
     else:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)

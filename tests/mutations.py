@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # The tests that run for a mutation, the first to fail being the one that caught it.
 QUICK = {
     "torch": ["tests/test_properties.py", "tests/test_loss.py", "tests/test_autograd.py",
-              "tests/test_negatives.py",
+              "tests/test_negatives.py", "tests/test_totals.py",
               "-k", "torch or not triton"],
     "triton": ["tests/test_triton_panel.py", "tests/test_properties.py", "tests/test_loss.py",
-               "tests/test_negatives.py", "-k", "triton"],
+               "tests/test_negatives.py", "tests/test_totals.py", "-k", "triton"],
     "distributed": ["tests/test_distributed.py", "tests/test_negatives.py",
                     "-k", "test_every_split and (2 or 3)"],
 }  # fmt: skip
@@ -47,10 +47,11 @@ ENGINE, AUTOGRAD, FUNCTIONAL, DISTRIBUTED = (
 )
 NEGATIVES = "fused_siglip/negatives.py"
 KERNELS = "kernels/__init__.py"
-TORCH, TRITON, MATH, PRODUCTS, PRODUCTS_TRITON = (
+TORCH, TRITON, MATH, PRODUCTS, PRODUCTS_TRITON, TOTALS, TOTALS_TRITON = (
     f"kernels/{name}.py"
-    for name in ("panel_torch", "panel_triton", "math", "products", "products_triton")
-)
+    for name in ("panel_torch", "panel_triton", "math", "products", "products_triton", "totals",
+                 "totals_triton")
+)  # fmt: skip
 
 MUTATIONS = (
     # signs
@@ -85,11 +86,13 @@ MUTATIONS = (
     Mutation("last step of the product left out", "triton", TRITON, "for start in range(0, D, BLOCK_D):", "for start in range(0, D - D % BLOCK_D, BLOCK_D):"),
     Mutation("second band of tiles computes the first", "triton", TRITON, "first = pid // band * GROUP_M", "first = pid // band"),
     # precision
-    Mutation("gradients accumulated in the features' dtype", "torch", AUTOGRAD, "grad_x = x.new_empty(x.shape, dtype=acc) if needs.image else None\n        grad_y", "grad_x = x.new_empty(x.shape) if needs.image else None\n        grad_y"),
-    Mutation("similarities rounded to bfloat16", "torch", TORCH, "        torch.mul(s, logit_scale, out=u)\n", "        torch.mul(s.bfloat16(), logit_scale, out=u)\n"),
-    Mutation("panel sums added up in bfloat16", "torch", ENGINE, "return sums.sum(0)", "return sums.bfloat16().sum(0).to(sums.dtype)"),
+    Mutation("gradients accumulated in the features' dtype", "torch", AUTOGRAD, "torch.empty(x.shape, dtype=acc, device=x.device)", "torch.empty(x.shape, dtype=x.dtype, device=x.device)"),
+    Mutation("logits rounded to bfloat16", "torch", TORCH, "alpha=scale, out=values)", "alpha=scale, out=values).copy_(values.bfloat16())"),
+    Mutation("short path for logits that are not easy", "torch", TORCH, "_EASY_LOGIT = -1.0", "_EASY_LOGIT = 5.0"),
+    Mutation("two of four pairs left out", "torch", TORCH, "a.addcmul_(a, b, value=-1).add_(b)", "a.addcmul_(a, b, value=-1)"),
+    Mutation("panel sums added up in bfloat16", "torch", TOTALS, "partials.sum(1)", "partials.bfloat16().sum(1).to(partials.dtype)"),
     Mutation("default threshold of softplus", "torch", TORCH, "_SOFTPLUS_THRESHOLD = 40.0", "_SOFTPLUS_THRESHOLD = 20.0"),
-    Mutation("float64 computed in float32", "torch", TORCH, "torch.mm(x, y.T, out=s)", "s.copy_(x.float() @ y.float().T)"),
+    Mutation("float64 computed in float32", "torch", TORCH, "alpha=scale, out=values)", "alpha=scale, out=values).copy_(values.float())"),
     Mutation("product accumulated in bfloat16", "triton", TRITON, "s = tl.dot(x, y, s, input_precision=INPUT_PRECISION)", "s = tl.dot(x, y, s, input_precision=INPUT_PRECISION).to(tl.bfloat16).to(tl.float32)"),
     Mutation("fp16 g not scaled up when written", "triton", TRITON, "(g * GRAD_SCALE).to(", "g.to("),
     Mutation("fp16 g not scaled down in the products", "triton", ENGINE, "alpha = 1.0 / GRAD_SCALE.get(plan.operand_dtype, 1.0)", "alpha = 1.0"),
@@ -102,14 +105,18 @@ MUTATIONS = (
     # what is added to what
     Mutation("only the last panel's dX is kept", "torch", ENGINE, "fresh = cols.start == 0 and not add_to_grad_x", "fresh = True"),
     Mutation("dY starts from what memory held", "torch", ENGINE, "fresh = rows.start == 0", "fresh = False"),
-    Mutation("scale missing from the gradients", "torch", AUTOGRAD, "factor = upstream * logit_scale.to(sums.dtype).reshape(())", "factor = upstream"),
-    Mutation("upstream missing from dt and db", "torch", AUTOGRAD, "(upstream * total).reshape", "total.reshape"),
-    Mutation("dt and db exchanged", "torch", AUTOGRAD, "zip(sums[1:].unbind(),", "zip(sums[1:].flip(0).unbind(),"),
-    Mutation("saved gradients reused where the graph is kept", "torch", AUTOGRAD, "not torch.compiler.is_compiling() and not _graph_is_kept()", "not torch.compiler.is_compiling()"),
-    Mutation("g*s sums logits instead of similarities", "torch", TORCH, "torch.mul(s, g, out=terms)", "torch.mul(s * logit_scale, g, out=terms)"),
-    Mutation("mean over texts", "torch", FUNCTIONAL, "total / max(image_features.shape[0], 1)", "total / max(text_features.shape[0], 1)"),
-    Mutation("mean counts padding", "torch", FUNCTIONAL, "total / (image_ids >= 0).sum().clamp(min=1)", "total / max(len(image_ids), 1)"),
-    Mutation("nothing but padding divides by 0", "torch", FUNCTIONAL, "(image_ids >= 0).sum().clamp(min=1)", "(image_ids >= 0).sum()"),
+    Mutation("scale missing from the gradients", "torch", TOTALS, "(*scalars, logit_scale)", "(*scalars, torch.ones_like(logit_scale))"),
+    Mutation("upstream missing from the gradients", "torch", AUTOGRAD, "(upstream * factors).unbind()", "factors.unbind()"),
+    Mutation("dt and db exchanged", "torch", AUTOGRAD, "zip(scalar_grads,", "zip(scalar_grads[::-1],"),
+    Mutation("saved gradients reused where the graph is kept", "torch", AUTOGRAD, "not compiling and not _graph_is_kept()", "not compiling"),
+    Mutation("g*s of what other panels left in dX too", "torch", ENGINE, "gs_sum -= _inner", "gs_sum -= 0 * _inner"),
+    Mutation("g*s of incomplete rows", "torch", ENGINE, "elif from_products and cols.stop == y.shape[0]:", "elif from_products:"),
+    Mutation("mean over texts", "torch", AUTOGRAD, "divisor = max(x.shape[0], 1)", "divisor = max(y.shape[0], 1)"),
+    Mutation("mean counts padding", "torch", AUTOGRAD, "divisor = (image_ids >= 0).sum().clamp(min=1)", "divisor = max(len(image_ids), 1)"),
+    Mutation("nothing but padding divides by 0", "torch", AUTOGRAD, "(image_ids >= 0).sum().clamp(min=1)", "(image_ids >= 0).sum()"),
+    Mutation("loss not divided", "triton", TOTALS_TRITON, "tl.store(out_ptr, tl.div_rn(total, divisor))", "tl.store(out_ptr, total)"),
+    Mutation("scale missing from the gradients", "triton", TOTALS_TRITON, "tl.div_rn(tl.load(logit_scale_ptr), divisor)", "tl.div_rn(1.0, divisor)"),
+    Mutation("only the first of the sums' parts", "triton", TOTALS_TRITON, "start += BLOCK", "start += count"),
     Mutation("sums of g*s and g exchanged", "triton", TRITON, "tl.store(partials_ptr + tiles + pid, tl.sum(gs_sum))", "tl.store(partials_ptr + tiles + pid, tl.sum(g_sum))"),
     # which negatives
     Mutation("hash shifts in the sign", "torch", TORCH, ".bitwise_and_((1 << 32 - shift) - 1)", ""),
@@ -119,8 +126,8 @@ MUTATIONS = (
     Mutation("padded texts are counted", "torch", TORCH, "counted.logical_and_(positives.text_ids >= 0)", "pass"),
     Mutation("a tie at the threshold is dropped", "torch", TORCH, "torch.lt(value, kept.least[:, None], out=dropped)", "torch.lt(value, (kept.least + 0.01)[:, None], out=dropped)"),
     Mutation("sparse product added to what memory held", "torch", PRODUCTS, "if a.is_sparse and fresh:", "if False:"),
-    Mutation("texts' keys of another panel", "torch", ENGINE, "kept.text_keys[cols]", "kept.text_keys[: cols.stop - cols.start]"),
-    Mutation("images' thresholds of another panel", "torch", ENGINE, "AtLeast(*(of_images[rows] for of_images in kept))", "AtLeast(*(of_images[: rows.stop - rows.start] for of_images in kept))"),
+    Mutation("texts' keys of another panel", "torch", ENGINE, "kept.block(rows, cols)", "kept.block(rows, slice(cols.stop - cols.start))"),
+    Mutation("images' thresholds of another panel", "torch", ENGINE, "kept.block(rows, cols)", "kept.block(slice(rows.stop - rows.start), cols)"),
     Mutation("hard and easy exchanged where t is negative", "torch", NEGATIVES, "sign = logit_scale.sign() if", "sign = logit_scale.sign().abs() if"),
     Mutation("second step counts from the top again", "torch", NEGATIVES, "wanted - above", "wanted"),
     Mutation("share rounded down", "torch", NEGATIVES, "-(-counts.sum(1) * share >> _SHARE_BITS)", "counts.sum(1) * share >> _SHARE_BITS"),

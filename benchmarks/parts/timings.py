@@ -60,7 +60,7 @@ def alternative(run: Run) -> Iterator[dict]:
     if not run.on_gpu:
         raise Skipped("needs a GPU")
     wide = torch.cuda.get_device_capability(run.device)[0] == 9
-    names = [name for name in ABLATIONS if wide or not name.startswith("tiles")]
+    names = [name for name in ABLATIONS if wide or name != "portable"]
     yield from usable(names, run)
     for size, dim in run.sizes.alternative:
         run.needs(8, f"B = {size}, D = {dim}")

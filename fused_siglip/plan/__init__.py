@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 
-from ..kernels import multiplies_half_into_fp32, panel_class
+from ..kernels import Panel, multiplies_half_into_fp32, panel_class
 
 # Without a caller's bound. On a CPU: fp32 panels of 1024 x 1024, whose buffers stay in the
 # last-level cache; a GPU panel wants to be large enough to fill the chip in all three products.
@@ -95,12 +96,35 @@ def plan_panels(
 
     Raises ValueError when ``workspace_bytes`` cannot hold one tile.
     """
-    panel = panel_class(backend)
+    return _plan(
+        panel_class(backend), multiplies_half_into_fp32(device_type), m, n, d, dtype, device_type,
+        backend, need_image_grad, need_text_grad, need_scalar_grads, selects, copies_operands,
+        multiprocessors, workspace_bytes,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)  # steps of a training ask for the same plan again
+def _plan(
+    panel: type[Panel],
+    half_products: bool,  # half operands, accumulated in fp32
+    m: int,
+    n: int,
+    d: int,
+    dtype: torch.dtype,
+    device_type: str,
+    backend: str,
+    need_image_grad: bool,
+    need_text_grad: bool,
+    need_scalar_grads: bool,
+    selects: bool,
+    copies_operands: bool,
+    multiprocessors: int | None,
+    workspace_bytes: int | None,
+) -> PanelPlan:
     accumulate_dtype = torch.promote_types(dtype, torch.float32)
     # Where the library products cannot take half operands and accumulate in fp32 (Triton's own
     # can), a panel's rows and columns are converted when it is their turn.
-    takes_half = backend == "triton" or multiplies_half_into_fp32(device_type)
-    operand_dtype = dtype if takes_half else accumulate_dtype
+    operand_dtype = dtype if backend == "triton" or half_products else accumulate_dtype
     operand_dim = _ceil_div(d, panel.align) * panel.align
     write_g = need_image_grad or need_text_grad
 

@@ -1,4 +1,4 @@
-"""Panel kernels for Hopper in Gluon: persistent, warp-specialised, fed by the copy engine.
+"""The panel kernel for Hopper in Gluon: persistent, warp-specialised, fed by the copy engine.
 
 One producer warp copies blocks of x and y into a ring of shared-memory stages. Two consumers of
 four warps multiply them and turn tiles into g and its sums. SHARED: both work on one tile, half of
@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fused_siglip.kernels.math import (
+from .math import (
     MODERATE_LOGIT,
     column_parts,
     four_sigmoids,
@@ -90,8 +90,7 @@ def producer(
 @gluon.jit
 def multiply(
     row, i, x_bufs, y_bufs, full, empty,
-    D: gl.constexpr, ROWS: gl.constexpr, HOLD: gl.constexpr, which: gl.constexpr,
-    MODE: gl.constexpr,
+    D: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """x y^T of ROWS rows of the blocks from ``row`` on; and where the ring stands after it."""
     STAGES: gl.constexpr = x_bufs.shape[0]
@@ -99,17 +98,13 @@ def multiply(
     BLOCK_N: gl.constexpr = y_bufs.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
     acc = warpgroup_mma_init(gl.zeros((ROWS, BLOCK_N), gl.float32, layout))
-    if HOLD and which == 1 and D > BLOCK_K:
-        # one step behind the other consumer: then their epilogues lie apart
-        mbarrier.wait(full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
     for k in range(0, gl.cdiv(D, BLOCK_K)):
         stage = i % STAGES
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        if MODE != "loads":
-            x = x_bufs.index(stage).slice(row, ROWS)
-            y = y_bufs.index(stage).permute((1, 0))
-            acc = warpgroup_mma(x, y, acc, is_async=True, use_acc=k > 0)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+        x = x_bufs.index(stage).slice(row, ROWS)
+        y = y_bufs.index(stage).permute((1, 0))
+        acc = warpgroup_mma(x, y, acc, is_async=True, use_acc=k > 0)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
         # the step before is done: its stage is free
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=k > 0)
         i += 1
@@ -136,65 +131,53 @@ def meets_diagonal_or_edge(row0, col0, M, N, diagonal, ROWS: gl.constexpr, COLS:
 
 
 @gluon.jit
-def write_round(g, row0, col0, k, out):
-    """g of one round to memory: from registers, or (``g_desc``) by the copy engine."""
-    g_ptr, stride_gm, g_desc, g_bufs = out
-    if g_desc is not None:
-        BUFFERS: gl.constexpr = g_bufs.shape[0]
-        buf = g_bufs.index(k % BUFFERS)
-        tma.store_wait(BUFFERS - 1)  # what was last in this buffer has left it
-        buf.store(g.to(g_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(g_desc, [row0, col0], buf)
-    elif g_ptr is not None:
-        WIDTH: gl.constexpr = g.shape[1]
-        layout: gl.constexpr = gl.BlockedLayout(
-            [1, 8], [32 * 8 // WIDTH, WIDTH // 8], [gl.num_warps(), 1], [1, 0]
-        )
-        stored = gl.convert_layout(g.to(g_ptr.dtype.element_ty), layout)
-        rows = row0 + gl.arange(0, g.shape[0], gl.SliceLayout(1, layout))
-        cols = col0 + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-        gl.store(g_ptr + rows.to(gl.int64)[:, None] * stride_gm + cols[None, :], stored)
+def write_round(g, row0, col0, k, g_desc, g_bufs):
+    """g of one round to memory, by the copy engine; what lies past the edge it leaves out."""
+    BUFFERS: gl.constexpr = g_bufs.shape[0]
+    buf = g_bufs.index(k % BUFFERS)
+    tma.store_wait(BUFFERS - 1)  # what was last in this buffer has left it
+    buf.store(g.to(g_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(g_desc, [row0, col0], buf)
 
 
 @gluon.jit
 def one_round(
-    s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, out,
-    GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, MODE: gl.constexpr,
+    s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, g_desc,
+    g_bufs, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
 ):  # fmt: skip
     """g of the columns from ``at`` on of the tile at col0, and the sums with theirs added."""
     ROWS: gl.constexpr = s.shape[0]
     WIDTH: gl.constexpr = s.shape[1]
-    if MODE != "all":  # of an ablation: similarities are stored as they are
-        write_round(s, row0, col0 + at, at // WIDTH, out)
+    s0, s1, s2, s3 = quarters(s)
+    mixed = meets_diagonal_or_edge(row0, col0 + at, M, N, diagonal, ROWS, WIDTH)
+    if moderate & ~mixed:
+        e0 = moderate_exp(s0 * scale + bias)
+        e1 = moderate_exp(s1 * scale + bias)
+        e2 = moderate_exp(s2 * scale + bias)
+        e3 = moderate_exp(s3 * scale + bias)
+        a, b = last_halves(join_exps(join_exps(e0, e1), join_exps(e2, e3)))
+        loss += log1p_wide(join_exps(a, b))
+        g0, g1, g2, g3 = four_sigmoids(e0, e1, e2, e3)
     else:
-        s0, s1, s2, s3 = quarters(s)
-        mixed = meets_diagonal_or_edge(row0, col0 + at, M, N, diagonal, ROWS, WIDTH)
-        if moderate & ~mixed:
-            e0 = moderate_exp(s0 * scale + bias)
-            e1 = moderate_exp(s1 * scale + bias)
-            e2 = moderate_exp(s2 * scale + bias)
-            e3 = moderate_exp(s3 * scale + bias)
-            a, b = last_halves(join_exps(join_exps(e0, e1), join_exps(e2, e3)))
-            loss += log1p_wide(join_exps(a, b))
-            g0, g1, g2, g3 = four_sigmoids(e0, e1, e2, e3)
-        else:
-            softplus, g = any_pairs(s, row0, col0 + at, M, N, diagonal, scale, bias)
-            p0, p1, p2, p3 = quarters(softplus)
-            a, b = last_halves((p0 + p1) + (p2 + p3))
-            loss += a + b
-            g0, g1, g2, g3 = quarters(g)
-        if SCALAR_GRADS:
-            gs_sum = g3 * s3 + (g2 * s2 + (g1 * s1 + (g0 * s0 + gs_sum)))
-            g_sum += (g0 + g1) + (g2 + g3)
-        write_round(whole(g0, g1, g2, g3) * GRAD_SCALE, row0, col0 + at, at // WIDTH, out)
+        softplus, g = any_pairs(s, row0, col0 + at, M, N, diagonal, scale, bias)
+        p0, p1, p2, p3 = quarters(softplus)
+        a, b = last_halves((p0 + p1) + (p2 + p3))
+        loss += a + b
+        g0, g1, g2, g3 = quarters(g)
+    if SCALAR_GRADS:
+        gs_sum = g3 * s3 + (g2 * s2 + (g1 * s1 + (g0 * s0 + gs_sum)))
+        g_sum += (g0 + g1) + (g2 + g3)
+    if g_desc is not None:
+        g = whole(g0, g1, g2, g3) * GRAD_SCALE
+        write_round(g, row0, col0 + at, at // WIDTH, g_desc, g_bufs)
     return loss, gs_sum, g_sum
 
 
 @gluon.jit
 def rounds(
-    s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, out,
-    WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, MODE: gl.constexpr,
+    s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, g_desc,
+    g_bufs, WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
 ):  # fmt: skip
     """one_round for every WIDTH columns of s, the columns from ``at`` on of a tile.
 
@@ -204,15 +187,15 @@ def rounds(
     """
     if s.shape[1] == WIDTH:
         loss, gs_sum, g_sum = one_round(
-            s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, out,
-            GRAD_SCALE, SCALAR_GRADS, MODE,
+            s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, g_desc,
+            g_bufs, GRAD_SCALE, SCALAR_GRADS,
         )  # fmt: skip
     else:
         now, later = column_parts(s, 2)
         for half in range(0, 2):
             loss, gs_sum, g_sum = rounds(
                 now, at + half * (s.shape[1] // 2), row0, col0, M, N, diagonal, scale, bias,
-                moderate, loss, gs_sum, g_sum, out, WIDTH, GRAD_SCALE, SCALAR_GRADS, MODE,
+                moderate, loss, gs_sum, g_sum, g_desc, g_bufs, WIDTH, GRAD_SCALE, SCALAR_GRADS,
             )  # fmt: skip
             now = later
     return loss, gs_sum, g_sum
@@ -220,8 +203,8 @@ def rounds(
 
 @gluon.jit
 def epilogue(
-    tile, row0, col0, M, N, diagonal, scale, bias, out, partials_ptr, slot, slots,
-    WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, MODE: gl.constexpr,
+    tile, row0, col0, M, N, diagonal, scale, bias, g_desc, g_bufs, partials_ptr, slot, slots,
+    WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
 ):  # fmt: skip
     """g of a tile, and its three sums into their slot."""
     most = gl.max(gl.max(tile, 1), 0) * scale + bias
@@ -230,7 +213,7 @@ def epilogue(
     zero = quarters(gl.full_like(first, 0.0))[0]
     loss, gs_sum, g_sum = rounds(
         tile, 0, row0, col0, M, N, diagonal, scale, bias, moderate, last_halves(zero)[0], zero,
-        zero, out, WIDTH, GRAD_SCALE, SCALAR_GRADS, MODE,
+        zero, g_desc, g_bufs, WIDTH, GRAD_SCALE, SCALAR_GRADS,
     )  # fmt: skip
     gl.store(partials_ptr + slot, gl.sum(gl.sum(gl.sum(loss, 2), 1), 0))
     if SCALAR_GRADS:
@@ -240,11 +223,10 @@ def epilogue(
 
 @gluon.jit
 def consumer(
-    which: gl.constexpr, x_bufs, y_bufs, g_bufs, full, empty, turn, partials_ptr, g_ptr, g_desc,
-    stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n,
+    which: gl.constexpr, x_bufs, y_bufs, g_bufs, full, empty, turn, partials_ptr, g_desc,
+    scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n,
     D: gl.constexpr, GROUP_M: gl.constexpr, WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr,
     SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr, CONSUMERS: gl.constexpr,
-    HOLD: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """Multiplies blocks and turns tiles into g and sums: half of each, or every other one."""
     STAGES: gl.constexpr = x_bufs.shape[0]
@@ -266,22 +248,21 @@ def consumer(
         if SHARED:
             row0 += which * ROWS
             acc, i = multiply(
-                which * ROWS, i, x_bufs, y_bufs, full, empty, D, ROWS, HOLD, which, MODE
+                which * ROWS, i, x_bufs, y_bufs, full, empty, D, ROWS
             )  # fmt: skip
         else:
             sequence = t // gl.num_programs(0)
             i = sequence * gl.cdiv(D, x_bufs.shape[2])
             # else a waiting consumer could take a later fill of the same parity for its own
             mbarrier.wait(turn.index(which), ((sequence // 2) & 1) ^ (1 - which))
-            acc, i = multiply(0, i, x_bufs, y_bufs, full, empty, D, ROWS, False, which, MODE)
+            acc, i = multiply(0, i, x_bufs, y_bufs, full, empty, D, ROWS)
             mbarrier.arrive(turn.index(1 - which), count=1)
         tile = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        out = g_ptr, stride_gm, g_desc, g_bufs
         epilogue(
-            tile, row0, tn * BLOCK_N, M, N, diagonal, scale, bias, out, partials_ptr,
+            tile, row0, tn * BLOCK_N, M, N, diagonal, scale, bias, g_desc, g_bufs, partials_ptr,
             t * CONSUMERS + which if SHARED else t, tiles * CONSUMERS if SHARED else tiles,
-            WIDTH, GRAD_SCALE, SCALAR_GRADS, MODE,
+            WIDTH, GRAD_SCALE, SCALAR_GRADS,
         )  # fmt: skip
     if g_desc is not None:
         tma.store_wait(0)
@@ -291,16 +272,15 @@ def consumer(
 def panel_ws_kernel(
     x_desc,  # (M, D), blocks of BLOCK_M x BLOCK_K
     y_desc,  # (N, D), blocks of BLOCK_N x BLOCK_K
-    g_ptr,  # (M, N) rounded up to whole tiles; None: no g, or through g_desc
-    g_desc,  # likewise, blocks of a consumer's rows x 64; or None
+    g_desc,  # (M, N) or more, blocks of a consumer's rows x WIDTH; or None
     partials_ptr,  # (1 or 3, slots) fp32: sums of softplus(u), g*s, g; a slot a consumer and tile
     scale_ptr,  # () fp32
     bias_ptr,  # () fp32
-    M, N, diagonal, stride_gm,
+    M, N, diagonal,
     D: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
     GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr,
-    CONSUMERS: gl.constexpr, HOLD: gl.constexpr, STORE_BUFFERS: gl.constexpr,
-    MODE: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    CONSUMERS: gl.constexpr, STORE_BUFFERS: gl.constexpr,
+    REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
@@ -335,27 +315,27 @@ def panel_ws_kernel(
     tiles_n = gl.cdiv(N, BLOCK_N)
     if CONSUMERS == 4:
         gl.warp_specialize([
-            (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_ptr, g_desc,
-                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
-            (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_ptr, g_desc,
-                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
-            (consumer, (2, x_bufs, y_bufs, g_bufs2, full, empty, turn, partials_ptr, g_ptr, g_desc,
-                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
-            (consumer, (3, x_bufs, y_bufs, g_bufs3, full, empty, turn, partials_ptr, g_ptr, g_desc,
-                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_desc,
+                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
+            (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_desc,
+                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
+            (consumer, (2, x_bufs, y_bufs, g_bufs2, full, empty, turn, partials_ptr, g_desc,
+                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
+            (consumer, (3, x_bufs, y_bufs, g_bufs3, full, empty, turn, partials_ptr, g_desc,
+                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
             (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
         ], [num_warps, num_warps, num_warps, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_ptr, g_desc,
-                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
-            (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_ptr, g_desc,
-                        stride_gm, scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS, HOLD, MODE)),
+            (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_desc,
+                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
+            (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_desc,
+                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
+                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
             (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
         ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip

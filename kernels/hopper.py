@@ -1,0 +1,119 @@
+"""The panel kernel for Hopper, from the host: when it runs, how it is compiled and launched."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+CAPABILITY = (9, 0)
+# Gluon is experimental in Triton: what is written for one release need not compile with the next.
+_GLUON = triton.__version__.startswith("3.6.")
+_OPERANDS = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """How hopper_kernel.py is compiled; held by tests/test_gluon_compiled.py."""
+
+    tile: tuple[int, int]
+    stages: int  # blocks of x and y in shared memory
+    num_warps: int  # of a consumer
+    consumers: int = 2
+    shared: bool = False  # the consumers share the rows of one tile; else they take turns
+    group_m: int = 16  # tile rows that share a band of y in L2
+    block_k: int = 64  # features a step of the product takes
+    width: int = 32  # columns a round of the epilogue takes
+    store_buffers: int = 2  # rounds of g on their way to memory
+
+    @property
+    def rows(self) -> int:
+        """Of a consumer."""
+        return self.tile[0] // self.consumers if self.shared else self.tile[0]
+
+    @property
+    def registers(self) -> int:
+        """Of a consumer's thread: what 65,536 allow beside the other consumers and the producer."""
+        return 240 if self.num_warps * self.consumers == 8 else 112
+
+    def tiles(self, m: int, n: int) -> int:
+        return triton.cdiv(m, self.tile[0]) * triton.cdiv(n, self.tile[1])
+
+    def slots(self, m: int, n: int) -> int:
+        """Partial sums of an (m, n) panel."""
+        return self.tiles(m, n) * (self.consumers if self.shared else 1)
+
+
+HOPPER = HopperConfig((128, 128), stages=6, num_warps=8)
+
+
+def suits(capability: tuple[int, int] | str, dtype: torch.dtype) -> bool:
+    """Whether the kernel runs there: elsewhere the portable one does the same."""
+    return _GLUON and capability == CAPABILITY and dtype in _OPERANDS
+
+
+def reads(features: Tensor) -> bool:
+    """Whether the copy engine can read (rows, D) features."""
+    row, adjacent = features.stride()
+    aligned = row * features.itemsize % 16 == 0 and features.data_ptr() % 16 == 0
+    return adjacent == 1 and row >= features.shape[1] and aligned
+
+
+def descriptor(tensor: Tensor, rows: int, cols: int):
+    """A tensor for the copy engine, in blocks of rows x cols."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = _layout(rows, cols, tensor.dtype)
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), [rows, cols], layout)
+
+
+@functools.cache
+def _layout(rows: int, cols: int, dtype: torch.dtype):
+    from triton.experimental.gluon import language as gl
+
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([rows, cols], kind)
+
+
+def launch_panel(
+    config: HopperConfig,
+    x: Tensor,  # (m, D)
+    y: Tensor,  # (n, D)
+    g: Tensor | None,  # at least (m, n), rows aligned
+    partials: Tensor,  # (3 or 1, slots) fp32
+    logit_scale: Tensor,  # ()
+    logit_bias: Tensor,  # ()
+    diagonal: int,
+    grad_scale: float,
+) -> None:
+    """g and the sums of a panel: see :class:`fused_siglip.kernels.Panel`."""
+    from .hopper_kernel import panel_ws_kernel
+
+    (m, d), n = x.shape, y.shape[0]
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    panel_ws_kernel[(min(programs, config.tiles(m, n)),)](
+        descriptor(x, config.tile[0], config.block_k),
+        descriptor(y, config.tile[1], config.block_k),
+        None if g is None else descriptor(g, config.rows, config.width),
+        partials,
+        logit_scale,
+        logit_bias,
+        m,
+        n,
+        diagonal,
+        D=d,
+        GROUP_M=config.group_m,
+        STAGES=config.stages,
+        WIDTH=config.width,
+        GRAD_SCALE=grad_scale,
+        SCALAR_GRADS=len(partials) == 3,
+        SHARED=config.shared,
+        CONSUMERS=config.consumers,
+        STORE_BUFFERS=config.store_buffers,
+        REGISTERS=config.registers,
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )

@@ -1,0 +1,67 @@
+"""The sums over all pairs in Triton: added up, divided and put in place by one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # sums added at one time
+
+
+@triton.jit(do_not_specialize=["count", "stride_sum", "stride_part"])
+def finish_kernel(
+    partials_ptr,  # (SUMS, count) fp32: of softplus(u) and, if SUMS is 3, of g*s and g
+    logit_scale_ptr,  # () fp32
+    divisor_ptr,  # () integer or floating, or None: see the next
+    divisor,  # a number, or None
+    loss_ptr,  # () fp32
+    factors_ptr,  # (3,) fp32
+    count,
+    stride_sum,
+    stride_part,
+    SUMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: the sums in a fixed order, each divided once."""
+    if divisor_ptr is not None:
+        divisor = tl.load(divisor_ptr).to(tl.float32)
+    for row in tl.static_range(3):
+        total = 0.0
+        if row < SUMS:
+            parts = tl.zeros((BLOCK,), tl.float32)
+            start = 0
+            while start < count:  # the interpreter takes no range of a number that it was given
+                part = start + tl.arange(0, BLOCK)
+                offsets = row * stride_sum + part * stride_part
+                parts += tl.load(partials_ptr + offsets, mask=part < count, other=0.0)
+                start += BLOCK
+            total = tl.sum(parts)
+        out_ptr = loss_ptr if row == 0 else factors_ptr + row - 1
+        tl.store(out_ptr, tl.div_rn(total, divisor))
+    tl.store(factors_ptr + 2, tl.div_rn(tl.load(logit_scale_ptr), divisor))
+
+
+def finish(
+    partials: Tensor, logit_scale: Tensor, divisor: float | Tensor, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:  # (), (3,)
+    """See :meth:`fused_siglip.kernels.Panel.finish`."""
+    loss, factors = partials.new_empty(()), partials.new_empty(3)
+    if factor != 1:
+        logit_scale = logit_scale / factor
+    known = not isinstance(divisor, Tensor)
+    with torch.cuda.device_of(partials):  # Triton launches on the current device
+        finish_kernel[(1,)](
+            partials,
+            logit_scale,
+            None if known else divisor,
+            float(divisor) if known else None,
+            loss,
+            factors,
+            partials.shape[1],
+            *partials.stride(),
+            SUMS=partials.shape[0],
+            BLOCK=BLOCK,
+        )
+    return loss, factors
