@@ -10,13 +10,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from .candidates import Gluon
-from .candidates.gluon_panel import panel_ws_kernel
+from fused_siglip.kernels import GRAD_SCALE
+from fused_siglip.kernels.hopper import HopperConfig
+from fused_siglip.kernels.hopper_kernel import panel_ws_kernel
+
 from .compiled import INSTRUCTION, basic_blocks
 
 
@@ -47,41 +50,46 @@ UNTIL_ALL_WARPS = {
 }
 
 
-def compile_gluon(config: Gluon, d: int = 768) -> Compiled:
-    """As a launch on contiguous (.., d) bf16 features does."""
-    (block_m, block_n), staged = config.tile, config.store_buffers > 0
+def compile_gluon(
+    config: HopperConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    d: int = 768,
+    write_g: bool = True,
+    scalar_grads: bool = True,
+) -> Compiled:
+    """As a launch on contiguous (.., d) features does."""
+    kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
 
     def descriptor(*block: int) -> str:
-        layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
-        return f"tensordesc<bf16{list(block)},{layout!r}>"
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), kind)
+        return f"tensordesc<{kind.name}{list(block)},{layout!r}>"
 
     constants = {
-        "g_ptr" if staged else "g_desc": None,
         "D": d,
         "GROUP_M": config.group_m,
         "STAGES": config.stages,
         "WIDTH": config.width,
-        "GRAD_SCALE": 1.0,
-        "SCALAR_GRADS": True,
+        "GRAD_SCALE": GRAD_SCALE.get(dtype, 1.0),
+        "SCALAR_GRADS": scalar_grads,
         "SHARED": config.shared,
         "CONSUMERS": config.consumers,
-        "HOLD": config.hold,
         "STORE_BUFFERS": config.store_buffers,
-        "MODE": config.mode,
         "REGISTERS": config.registers,
         "num_warps": config.num_warps,
     }
+    if not write_g:
+        constants["g_desc"] = None
     kinds = {
-        "x_desc": descriptor(block_m, config.block_k),
-        "y_desc": descriptor(block_n, config.block_k),
+        "x_desc": descriptor(config.tile[0], config.block_k),
+        "y_desc": descriptor(config.tile[1], config.block_k),
         "g_desc": descriptor(config.rows, config.width),
-        "g_ptr": "*bf16",
         **dict.fromkeys(("partials_ptr", "scale_ptr", "bias_ptr"), "*fp32"),
     }
     signature, attributes = {}, {}
     for i, name in enumerate(panel_ws_kernel.arg_names):
         signature[name] = "constexpr" if name in constants else kinds.get(name, "i32")
-        if name not in constants and (name.endswith("_ptr") or name == "stride_gm"):
+        if name not in constants and name.endswith("_ptr"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(panel_ws_kernel, signature, constants, attributes)
     kernel = triton.compile(

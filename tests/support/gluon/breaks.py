@@ -34,7 +34,6 @@ LAST_WAIT = "tile = warpgroup_mma_wait(0, deps=(acc,))"
 LAST_ARRIVAL = "mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)"
 STEP_ARRIVAL = "mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=k > 0)"
 BYTES = "x_desc.block_type.nbytes + y_desc.block_type.nbytes"
-HOLD_PHASE = "(i + 1) // STAGES & 1"
 TURN_WAIT = "mbarrier.wait(turn.index(which), sequence // 2 & 1 ^ 1 - which)"
 STEPS = "range(0, gl.cdiv(D, BLOCK_K))"
 
@@ -56,12 +55,12 @@ BREAKS = (
     Break("too many bytes expected", "shared", "producer", BYTES, "2 * (" + BYTES + ")"),
     Break("x copied to the next stage", "shared", "producer", "x_bufs.index(stage)", "x_bufs.index((stage + 1) % STAGES)"),
     Break("consumers count stages anew in each tile", "shared", "multiply", "acc = warpgroup_mma_init(gl.zeros", "i = 0\n    acc = warpgroup_mma_init(gl.zeros"),
-    Break("one consumer does not multiply", "shared", "multiply", STEPS, STEPS.replace("gl.cdiv(D, BLOCK_K)", "gl.cdiv(D, BLOCK_K) * (1 - which)")),
+    Break("a consumer with lower rows does not multiply", "shared", "multiply", STEPS, STEPS.replace("gl.cdiv(D, BLOCK_K)", "gl.cdiv(D, BLOCK_K) * (row == 0)")),
     # the product
     Break("the last step left out by consumers", "shared", "multiply", STEPS, "range(0, D // BLOCK_K)"),
     Break("sums begin anew at every step", "shared", "multiply", "use_acc=k > 0", "use_acc=False"),
     Break("the first step is lost", "shared", "multiply", "use_acc=k > 0", "use_acc=k > 1"),
-    Break("rows of the two consumers exchanged", "shared", "consumer", "which * ROWS, i,", "(1 - which) * ROWS, i,"),
+    Break("rows of consumers exchanged", "shared", "consumer", "multiply(which * ROWS,", "multiply((CONSUMERS - 1 - which) * ROWS,"),
     Break("bands of tiles one tile too high", "shared", "tile_of", "gl.minimum(tiles_m - first, GROUP_M)", "GROUP_M"),
     Break("consumers take tiles in another order", "shared", "consumer", "range(first, tiles, step)", "range(tiles - 1 - first, -1, -step)"),
     # two consumers
@@ -72,8 +71,6 @@ BREAKS = (
     Break("consumers wait for the other's turn", "turns", "consumer", TURN_WAIT, TURN_WAIT.replace("1 - which", "which")),
     Break("a consumer gives the turn to itself", "turns", "consumer", "turn.index(1 - which), count=1", "turn.index(which), count=1"),
     Break("a consumer's steps are counted by its own tiles", "turns", "consumer", "i = sequence * gl.cdiv(D, x_bufs.shape[2])", "i = sequence // 2 * gl.cdiv(D, x_bufs.shape[2])"),
-    Break("a held consumer waits for the other phase", "hold", "multiply", HOLD_PHASE, HOLD_PHASE + " ^ 1"),
-    Break("a held consumer waits for more than the ring holds", "hold", "multiply", "full.index((i + 1) % STAGES), " + HOLD_PHASE, "full.index(i % STAGES), (i // STAGES & 1) ^ 1"),
     # which pairs are what
     Break("the diagonal on the other side", "shared", "any_pairs", "(rows + diagonal)", "(rows - diagonal)"),
     Break("the diagonal one column off", "shared", "any_pairs", "(rows + diagonal)", "(rows + diagonal + 1)"),
@@ -97,13 +94,12 @@ BREAKS = (
     Break("a quarter of the losses not summed", "shared", "one_round", "p0 + p1", "p0"),
     Break("sums of g*s and g exchanged", "shared", "epilogue", "partials_ptr + 2 * slots + slot, gl.sum(gl.sum(gl.sum(g_sum", "partials_ptr + 2 * slots + slot, gl.sum(gl.sum(gl.sum(gs_sum"),
     Break("g not scaled", "shared", "one_round", "whole(g0, g1, g2, g3) * GRAD_SCALE", "whole(g0, g1, g2, g3)"),
-    Break("offsets of g in 32 bits", "shared", "write_round", "rows.to(gl.int64)", "rows"),
-    Break("no fence before g is copied", "shared, copies", "write_round", "fence_async_shared()", "pass"),
-    Break("g written to a buffer that is being copied", "shared, copies", "write_round", "tma.store_wait(BUFFERS - 1)", "tma.store_wait(BUFFERS)"),
-    Break("g written without waiting for copies", "turns, copies", "write_round", "tma.store_wait(BUFFERS - 1)", "pass"),
-    Break("g copied before it is there", "shared, copies", "write_round", "buf.store(g.to(g_desc.dtype))", "pass"),
-    Break("g copied to the columns after", "shared, copies", "write_round", "[row0, col0], buf", "[row0, col0 + g.shape[1]], buf"),
-    Break("consumers end before their copies", "shared, copies", "consumer", "tma.store_wait(0)", "pass"),
-    Break("consumers share buffers of g", "shared, copies", "panel_ws_kernel", "g_bufs1 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)", "g_bufs1 = g_bufs0"),
-    Break("two of four consumers share buffers of g", "four, copies", "panel_ws_kernel", "y_bufs, g_bufs3, full", "y_bufs, g_bufs2, full"),
+    Break("no fence before g is copied", "turns", "write_round", "fence_async_shared()", "pass"),
+    Break("g written to a buffer that is being copied", "turns", "write_round", "tma.store_wait(BUFFERS - 1)", "tma.store_wait(BUFFERS)"),
+    Break("g written without waiting for copies", "turns, one buffer", "write_round", "tma.store_wait(BUFFERS - 1)", "pass"),
+    Break("g copied before it is there", "turns", "write_round", "buf.store(g.to(g_desc.dtype))", "pass"),
+    Break("g copied to the columns after", "turns", "write_round", "[row0, col0], buf", "[row0, col0 + g.shape[1]], buf"),
+    Break("consumers end before their copies", "turns", "consumer", "tma.store_wait(0)", "pass"),
+    Break("consumers share buffers of g", "turns", "panel_ws_kernel", "g_bufs1 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)", "g_bufs1 = g_bufs0"),
+    Break("two of four consumers share buffers of g", "four", "panel_ws_kernel", "y_bufs, g_bufs3, full", "y_bufs, g_bufs2, full"),
 )  # fmt: skip
