@@ -10,13 +10,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from .candidates import Gluon
-from .candidates.gluon_panel import panel_ws_kernel
+from fused_siglip.kernels import GRAD_SCALE
+from fused_siglip.kernels.hopper import HopperConfig
+from fused_siglip.kernels.hopper_kernel import panel_ws_kernel
+
 from .compiled import INSTRUCTION, basic_blocks
 
 
@@ -29,7 +32,7 @@ class Compiled:
     pools: tuple[int, ...]  # registers a thread that warps set themselves
     stack_bytes: int
     spills: int  # loads and stores of the stack
-    spills_a_step: int  # of these, beside products; the others are run once a tile at most
+    spills_in_loops: int  # of these, beside products and exponentials; the others run once a tile
     shared_bytes: int
     product: str  # the shape of the matrix instruction
     copies_in: int
@@ -47,40 +50,46 @@ UNTIL_ALL_WARPS = {
 }
 
 
-def compile_gluon(config: Gluon, d: int = 768) -> Compiled:
-    """As a launch on contiguous (.., d) bf16 features does."""
-    (block_m, block_n), staged = config.tile, config.store_buffers > 0
+def compile_gluon(
+    config: HopperConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    d: int = 768,
+    write_g: bool = True,
+    scalar_grads: bool = True,
+) -> Compiled:
+    """As a launch on contiguous (.., d) features does."""
+    kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
 
     def descriptor(*block: int) -> str:
-        layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
-        return f"tensordesc<bf16{list(block)},{layout!r}>"
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), kind)
+        return f"tensordesc<{kind.name}{list(block)},{layout!r}>"
 
     constants = {
-        "g_ptr" if staged else "g_desc": None,
         "D": d,
         "GROUP_M": config.group_m,
         "STAGES": config.stages,
-        "PARTS": config.parts,
-        "GRAD_SCALE": 1.0,
-        "SCALAR_GRADS": True,
+        "WIDTH": config.width,
+        "GRAD_SCALE": GRAD_SCALE.get(dtype, 1.0),
+        "SCALAR_GRADS": scalar_grads,
         "SHARED": config.shared,
-        "HOLD": config.hold,
+        "CONSUMERS": config.consumers,
         "STORE_BUFFERS": config.store_buffers,
-        "MODE": config.mode,
         "REGISTERS": config.registers,
         "num_warps": config.num_warps,
     }
+    if not write_g:
+        constants["g_desc"] = None
     kinds = {
-        "x_desc": descriptor(block_m, config.block_k),
-        "y_desc": descriptor(block_n, config.block_k),
-        "g_desc": descriptor(config.rows, 64),
-        "g_ptr": "*bf16",
+        "x_desc": descriptor(config.tile[0], config.block_k),
+        "y_desc": descriptor(config.tile[1], config.block_k),
+        "g_desc": descriptor(config.rows, config.width),
         **dict.fromkeys(("partials_ptr", "scale_ptr", "bias_ptr"), "*fp32"),
     }
     signature, attributes = {}, {}
     for i, name in enumerate(panel_ws_kernel.arg_names):
         signature[name] = "constexpr" if name in constants else kinds.get(name, "i32")
-        if name not in constants and (name.endswith("_ptr") or name == "stride_gm"):
+        if name not in constants and name.endswith("_ptr"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(panel_ws_kernel, signature, constants, attributes)
     kernel = triton.compile(
@@ -107,10 +116,10 @@ def _inspect(kernel) -> Compiled:
         pools=tuple(int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", kernel.asm["ptx"])),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
         spills=opcodes["LDL"] + opcodes["STL"],
-        spills_a_step=sum(
+        spills_in_loops=sum(
             op.startswith(("LDL", "STL"))
             for block in basic_blocks(sass)
-            if any(op.startswith("HGMMA") for op in block)
+            if any(op.startswith(("HGMMA", "MUFU.EX2")) for op in block)
             for op in block
         ),
         shared_bytes=kernel.metadata.shared,

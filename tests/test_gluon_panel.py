@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 
 import gluon_soak
 import pytest
 
-from benchmarks.candidates import CANDIDATES, Gluon
 from support.gluon.arrays import Deadlock, Fault, Race
 from support.gluon.breaks import BREAKS
 from support.gluon.language import load
@@ -36,28 +35,23 @@ def test_against_float64(kernel, config):
     assert ran == set(FORMS)
 
 
-@pytest.mark.parametrize("mode", ["loads", "bare"])
-@pytest.mark.parametrize("config", ["shared", "turns", "shared, copies"])
-def test_ablations(kernel, config, mode):
-    for case, seed in islice(launches(config), 4):
-        run(kernel, replace(case, mode=mode), seed)
+@pytest.mark.parametrize("shared", [False, True])
+def test_blocks_as_on_a_device(kernel, shared):
+    pytest.importorskip("triton")
+    from fused_siglip.kernels.hopper import HOPPER
 
-
-@pytest.mark.parametrize("name", [n for n, c in CANDIDATES.items() if isinstance(c, Gluon)])
-def test_candidates_as_on_a_device(kernel, name):
-    config = CANDIDATES[name]
+    config = replace(HOPPER, shared=True, tile=(256, 128), stages=4) if shared else HOPPER
     case = Case(
-        m=130,
-        n=270,
+        m=300,
+        n=300,
         d=136,
         diagonal=40,
         group=config.group_m,
         stages=config.stages,
-        parts=config.parts,
+        width=config.width,
+        consumers=config.consumers,
         block=(*config.tile, config.block_k),
         shared=config.shared,
-        hold=config.hold,
-        copies=64 if config.store_buffers else None,
         buffers=config.store_buffers,
         warps=config.num_warps,
     )
