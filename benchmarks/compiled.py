@@ -24,10 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_siglip.kernels import GRAD_SCALE
-from fused_siglip.kernels.configs import PanelConfig, panel_config
+from fused_siglip.kernels.configs import PanelConfig, count_config, panel_config
 from fused_siglip.kernels.math import EASY_LOGIT
-from fused_siglip.kernels.panel_triton import count_kernel, panel_kernel
-from fused_siglip.kernels.places import BINS
+from fused_siglip.kernels.panel_triton import count_constants, count_kernel, panel_kernel
 from fused_siglip.kernels.products_triton import product_constants, product_kernel
 
 from .harness import environment, write_results
@@ -108,21 +107,22 @@ def compile_panel(
 
 
 def compile_count(
-    target: str, dtype: torch.dtype, precision: str, *, ids: bool = False, selected: bool = True
+    target: str, dtype: torch.dtype, precision: str, *, ids: bool = False, step: int = 2
 ) -> Compiled:
-    """The kernel that counts logits, in its first or (selected) second step."""
-    config = panel_config(_capability(target), dtype, precision, write_g=False)
+    """The kernel that counts logits, in one of its three steps."""
+    config = count_config(_capability(target), dtype, precision)
     constants = {
         "stride_xd": 1,
         "stride_yd": 1,
         "D": 768,
-        "BINS": BINS,
+        **count_constants(step),
         "INPUT_PRECISION": precision,
         **config.tile_constants(),
     }
     absent = [] if ids else ["image_ids_ptr", "text_ids_ptr"]
-    absent += [] if selected else ["selected_ptr"]
-    return _compile(count_kernel, target, dtype, constants, absent, config)
+    absent += [] if step else ["selected_ptr"]
+    pointers = {"counts_ptr": "*u8"} if constants["TALLIED"] else {}
+    return _compile(count_kernel, target, dtype, constants, absent, config, pointers=pointers)
 
 
 def compile_product(
@@ -169,10 +169,12 @@ def _compile(
     absent: list[str],
     config: PanelConfig,
     d: int = 768,
+    pointers: dict[str, str] | None = None,
 ) -> Compiled:
-    """absent: arguments that are None."""
+    """absent: arguments that are None. pointers: types of them that depend on the call."""
     constants = constants | dict.fromkeys(absent)
-    pointers = _POINTERS | dict.fromkeys(("x_ptr", "y_ptr", "g_ptr"), "*" + _TYPES[dtype])
+    pointers = _POINTERS | (pointers or {})
+    pointers |= dict.fromkeys(("x_ptr", "y_ptr", "g_ptr"), "*" + _TYPES[dtype])
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         pointer = name.endswith("_ptr")
@@ -295,7 +297,7 @@ OTHERS = {
     "no g": partial(compile_panel, write_g=False),
     "negatives by hash": partial(compile_panel, kept="hash"),
     "negatives by logit": partial(compile_panel, kept="logit"),
-    "counting of logits": compile_count,
+    "counting of logits": partial(compile_count, step=1),
     "g Y, tiles skipped": partial(compile_product, transposed=False),
     "g^T X, tiles skipped": partial(compile_product, transposed=True),
 }

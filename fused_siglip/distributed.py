@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ._checks import FEATURE_DTYPES, REDUCTIONS
 from .engine import Needs, count_negatives, sweep
-from .kernels import AtLeast, RandomPairs
-from .kernels.places import BINS
+from .kernels import BACKENDS, AtLeast, RandomPairs, panel_class
 from .negatives import (
     KINDS,
     find_range,
@@ -66,12 +65,14 @@ class _Terms(NamedTuple):
     negatives: int  # index into KINDS, -1 for None
     keep: int  # bits of the float
     seed: int
+    counting: int  # index into BACKENDS where thresholds are looked for: how often texts go round
 
 
 # The fields all ranks must agree on, in the words of the public function.
 _AGREED = {"dim": "D", "dtype": "dtype", "has_ids": "ids", "negative_only": "negative_only",
            "dist_impl": "dist_impl", "reduction": "reduction", "negatives": "negatives",
-           "keep": "keep of negatives", "seed": "seed of negatives"}  # fmt: skip
+           "keep": "keep of negatives", "seed": "seed of negatives",
+           "counting": "backend"}  # fmt: skip
 
 
 # What a field's number stands for, where it is not that number.
@@ -83,6 +84,7 @@ _SAID: dict[str, Callable[[int], object]] = {
     "dist_impl": lambda v: None if v < 0 else list(DIST_IMPLS)[v],
     "negatives": lambda v: None if v < 0 else list(KINDS.values())[v].__name__,
     "keep": lambda v: struct.unpack("d", struct.pack("q", v))[0],
+    "counting": lambda v: list(BACKENDS)[v],
 }
 
 # torch 2.13 renamed the collectives over one tensor and warns of the old names
@@ -199,6 +201,7 @@ def global_sweep(
             negatives=-1 if kind is None else list(KINDS).index(kind),
             keep=struct.unpack("q", struct.pack("d", keep))[0],
             seed=seed,
+            counting=list(BACKENDS).index(backend) if kind in ("hardest", "easiest") else 0,
         ),
         group,
     )
@@ -224,6 +227,7 @@ def global_sweep(
         return chunk.diagonal if image_ids is None and not negative_only else None
 
     if kind in ("hardest", "easiest"):
+        steps = panel_class(backend).count_bits
 
         def reduce(tensor: Tensor, op: str) -> None:
             with _contact(group, "search for the range of the texts"):
@@ -231,19 +235,20 @@ def global_sweep(
 
         units = threshold_units(x, find_range(y, text_ids, acc, reduce), logit_scale, kind)
 
-        def count(selected: Tensor | None) -> Tensor:
-            counts = x.new_zeros(x.shape[0], BINS, dtype=torch.int32)
+        def count(known: Tensor | None, step: int) -> Tensor:
+            counts = x.new_zeros(len(x), 2 ** steps[step], dtype=torch.int32)
 
             def count_texts(chunk: _Chunk, _) -> None:
-                count_negatives(
-                    x, chunk.texts, image_ids, chunk.ids, diagonal_of(chunk), *units, selected,
-                    counts, **options,
+                counted = count_negatives(
+                    x, chunk.texts, image_ids, chunk.ids, diagonal_of(chunk), *units, known, step,
+                    **options,
                 )  # fmt: skip
+                counts.add_(counted)
 
             visit(count_texts, y, text_ids, rows, acc, False, group)
             return counts
 
-        thresholds = AtLeast(*units, least_kept(keep, acc, count))
+        thresholds = AtLeast(*units, least_kept(keep, acc, steps, count))
 
     if kind == "random":
         first_image = sum(t.images for t in everyone[:rank])

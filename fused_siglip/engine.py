@@ -18,7 +18,6 @@ from .kernels import (
     aligned_ids,
     panel_class,
 )
-from .kernels.places import BINS
 from .negatives import ROWS_AT_ONCE, find_range, least_kept, threshold_units
 from .plan import PanelPlan, plan_panels
 
@@ -123,25 +122,28 @@ def count_negatives(
     diagonal: int | None,
     centres: Tensor,  # (M,) of AtLeast
     factors: Tensor,  # (M,) likewise
-    selected: Tensor | None,  # (M,) int32
-    counts: Tensor,  # (M, BINS) int32, added to
+    known: Tensor | None,  # (M,) int32
+    step: int,
     *,
     workspace_bytes: int | None,
     backend: str,
-) -> None:
-    """Add every image's negatives to its histogram: see :meth:`fused_siglip.kernels.Panel.count`.
+) -> Tensor:  # (M, 2**bits) int32
+    """Every image's negatives in a histogram: see :meth:`fused_siglip.kernels.Panel.count`.
 
     A light sweep: one product, nothing is written but the counts.
     """
+    bits = panel_class(backend).count_bits[step]
+    counts = x.new_zeros(len(x), 2**bits, dtype=torch.int32)
     needs = Needs(image=False, text=False, scalars=False)
     panels = _Panels(x, y, image_ids, text_ids, diagonal, needs, True, workspace_bytes, backend)
     if x.shape[0] == 0 or y.shape[0] == 0:
-        return
+        return counts
     panel = panels.workspace()
     for rows, _, x_rows, y_cols, positives in panels:
-        chosen = None if selected is None else selected[rows]
+        chosen = None if known is None else known[rows]
         units = centres[rows], factors[rows]
-        panel.count(x_rows, y_cols, positives, *units, chosen, counts[rows])
+        panel.count(x_rows, y_cols, positives, *units, chosen, step, counts[rows])
+    return counts
 
 
 def find_thresholds(
@@ -157,16 +159,16 @@ def find_thresholds(
     workspace_bytes: int | None,
     backend: str,
 ) -> AtLeast:
-    """Each image's threshold for the hardest or easiest share of its negatives, in two sweeps."""
+    """Each image's threshold for the hardest or easiest share of its negatives, in a few sweeps."""
     text_range = find_range(y, text_ids, logit_scale.dtype)
     centres, factors = threshold_units(x, text_range, logit_scale, kind)
     least = torch.empty_like(factors)
+    steps = panel_class(backend).count_bits
     for start in range(0, x.shape[0], ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
 
-        def count(selected: Tensor | None, rows: slice = rows) -> Tensor:
-            counts = x.new_zeros(len(x[rows]), BINS, dtype=torch.int32)
-            count_negatives(
+        def count(known: Tensor | None, step: int, rows: slice = rows) -> Tensor:
+            return count_negatives(
                 x[rows],
                 y,
                 None if image_ids is None else image_ids[rows],
@@ -174,14 +176,13 @@ def find_thresholds(
                 None if diagonal is None else diagonal + rows.start,
                 centres[rows],
                 factors[rows],
-                selected,
-                counts,
+                known,
+                step,
                 workspace_bytes=workspace_bytes,
                 backend=backend,
             )
-            return counts
 
-        least[rows] = least_kept(keep, least.dtype, count)
+        least[rows] = least_kept(keep, least.dtype, steps, count)
     return AtLeast(centres, factors, least)
 
 

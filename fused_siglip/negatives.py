@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .kernels.places import BINS, least_value
+from .kernels.places import PLACE_BITS, least_value
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def hash_bound(keep: float) -> int:
 
 _SHARE_BITS = 38  # times a number of texts below 2^25: no overflow
 
-# Images whose histograms exist at one time (in a group: whose cumulated copies do), 16 MiB in all;
+# Images whose histograms exist at one time (in a group: cumulated ones), 16 MiB at 1024 bins;
 # and features that are converted at one time.
 ROWS_AT_ONCE = 4096
 
@@ -183,22 +183,32 @@ def threshold_units(
 
 
 def least_kept(
-    keep: float, dtype: torch.dtype, count: Callable[[Tensor | None], Tensor]
+    keep: float,
+    dtype: torch.dtype,
+    steps: Sequence[int],
+    count: Callable[[Tensor | None, int], Tensor],
 ) -> Tensor:  # (M,)
-    """Each image's threshold, in two steps of BINS each.
+    """Each image's threshold: its place, bit by bit from the first.
 
-    ``count`` gives the (M, BINS) int32 numbers of negatives, as :meth:`Panel.count` does: called
-    with None, then with the bins selected, (M,) int32.
+    ``steps`` are the bits that are found together, PLACE_BITS in all. ``count`` gives the (M,
+    2**bits) int32 numbers of negatives, as :meth:`Panel.count` does: called with the bits that are
+    known, (M,) int32 (None: none are), and the number of the step.
     """
-    counts = count(None)
-    # In whole numbers, which every device has. Rounded up, but 0.07 * 100 to 7: the share is cut.
-    share = int(keep * 2**_SHARE_BITS)
-    wanted = -(-counts.sum(1) * share >> _SHARE_BITS)
-    wanted.clamp_(min=1)
-    selected, above = _last_bin(counts, wanted)
-    del counts  # before the next come
-    within, _ = _last_bin(count(selected.int()), wanted - above)
-    return least_value(selected * BINS + within, dtype)
+    known = wanted = None
+    for step, bits in enumerate(steps):
+        counts = count(None if known is None else known.int(), step)
+        if known is None:
+            # In whole numbers, which every device has. Rounded up, but 0.07 * 100 to 7: the share
+            # is cut.
+            share = int(keep * 2**_SHARE_BITS)
+            wanted = -(-counts.sum(1) * share >> _SHARE_BITS)
+            wanted.clamp_(min=1)
+        found, above = _last_bin(counts, wanted)
+        del counts  # before the next come
+        known = found if known is None else (known << bits) + found
+        wanted = wanted - above
+    assert sum(steps) == PLACE_BITS
+    return least_value(known, dtype)
 
 
 def _last_bin(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) int64
@@ -207,8 +217,9 @@ def _last_bin(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (M,),
     for start in range(0, len(counts), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         reached = counts[rows].flip(1).cumsum(1, dtype=torch.int32)  # from the highest bin down
-        later = (reached < wanted[rows, None]).sum(1, keepdim=True).clamp(max=BINS - 1)
-        highest = BINS - 1 - later
+        last_bin = counts.shape[1] - 1
+        later = (reached < wanted[rows, None]).sum(1, keepdim=True).clamp(max=last_bin)
+        highest = last_bin - later
         last[rows] = highest[:, 0]
         above[rows] = (reached.gather(1, later) - counts[rows].gather(1, highest))[:, 0]
     return last, above

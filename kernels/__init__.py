@@ -85,6 +85,7 @@ class Panel(Protocol):
     # D and the rows' distance are multiples of it, features adjacent, addresses multiples of 16
     # bytes: see aligned and aligned_ids
     align: int
+    count_bits: tuple[int, ...]  # of a place that count() tells apart in each step, 20 in all
 
     @staticmethod
     def workspace_bytes(
@@ -155,13 +156,14 @@ class Panel(Protocol):
         positives: Positives,
         centres: Tensor,  # (m,) of AtLeast
         factors: Tensor,  # (m,) likewise
-        selected: Tensor | None,  # (m,) int32
-        counts: Tensor,  # (m, BINS) int32, added to; contiguous
+        known: Tensor | None,  # (m,) int32: the bits of earlier steps; None in the first one
+        step: int,
+        counts: Tensor,  # (m, 2**count_bits[step]) int32, added to; contiguous
     ) -> None:
         """Count an image's negatives by the place (see places.py) of (s - centre) * factor.
 
-        That is bin place // BINS; or, of those in the bin that is ``selected`` for their image,
-        bin place % BINS. NaN has the highest place.
+        Its bits are told apart from the first to the last: the bin is those that come after the
+        ``known`` ones, and only negatives with these are counted. NaN has the highest place.
         """
 
 

@@ -104,3 +104,10 @@ def panel_config(
         config = _TCGEN05_TF32 if tf32 else _TCGEN05
         return config if write_g else replace(config, fold=_TCGEN05_SUMS)
     return _MMA_TF32 if tf32 else _MMA
+
+
+def count_config(target: tuple[int, int] | str, dtype: torch.dtype, precision: str) -> PanelConfig:
+    """The configuration of the kernel that counts logits; arguments as above."""
+    config = panel_config(target, dtype, precision, write_g=False)
+    # With four warps a thread holds eight rows, and has no registers left for their tallies.
+    return replace(config, num_warps=8) if config is _MMA else config

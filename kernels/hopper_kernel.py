@@ -133,7 +133,7 @@ def meets_diagonal_or_edge(row0, col0, M, N, diagonal, ROWS: gl.constexpr, COLS:
 @gluon.jit
 def write_round(g, row0, col0, k, g_desc, g_bufs):
     """g of one round to memory, by the copy engine; what lies past the edge it leaves out."""
-    BUFFERS: gl.constexpr = g_bufs.shape[0]
+    BUFFERS: gl.constexpr = g_bufs.shape[0]  # divides the rounds of a tile: k starts anew in each
     buf = g_bufs.index(k % BUFFERS)
     tma.store_wait(BUFFERS - 1)  # what was last in this buffer has left it
     buf.store(g.to(g_desc.dtype))

@@ -128,10 +128,34 @@ def placed(s, centres, factors):
 
 @triton.jit
 def place(value):
-    """fp32 to int32 in [0, BINS^2): see places.py."""
+    """fp32 to int32 in [0, 2^PLACE_BITS): see places.py."""
     bits = tl.abs(value).to(tl.int32, bitcast=True)
     magnitude = tl.minimum(tl.maximum((bits >> _SHIFT) - _LOWEST, 0), _HALF - 1)
     return tl.where(value < 0, ~magnitude, magnitude) + _HALF
+
+
+@triton.jit
+def byte_counts(bins, counted, WORDS: tl.constexpr, FIRST: tl.constexpr = 0):
+    """How many of a row's ``counted`` elements are in bin 4 w + k: byte k of word FIRST + w.
+
+    bins int32, counted bool, of shape (m, n), n < 256; returns WORDS int32 of shape (m,).
+    """
+    if WORDS == 1:
+        # one of the word's bytes: no byte can reach the next, and the sign bit is a bit like others
+        one = tl.where(counted & (bins >> 2 == FIRST), 1 << (bins % 4 * 8), 0)
+        return (tl.sum(one, 1),)
+    else:
+        lower = byte_counts(bins, counted, WORDS // 2, FIRST)
+        return lower + byte_counts(bins, counted, WORDS // 2, FIRST + WORDS // 2)
+
+
+@triton.jit
+def added(a, b):
+    """The sums of two tuples' elements."""
+    if len(a) == 1:
+        return (a[0] + b[0],)
+    else:
+        return (a[0] + b[0],) + added(a[1:], b[1:])  # noqa: RUF005 (Triton cannot unpack)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import GRAD_SCALE, AtLeast, Positives, RandomPairs
-from .places import BINS, FORMATS, HALF, cut
+from .places import FORMATS, HALF, PLACE_BITS, cut
 from .products import add_product
 from .totals import finish
 
@@ -21,8 +21,6 @@ _STRIP = 1 << 18
 # 1 - g is at least 0.28, and its logarithm errs little more than its argument.
 _EASY_LOGIT = -1.0
 _FOLDED = 1 << 16  # pairs from which on that is the faster way
-
-_BIN_BITS = BINS.bit_length() - 1  # BINS is a power of two
 
 # On a CPU, the share of kept pairs below which sparse products are the faster ones. Elsewhere the
 # host would have to wait for their number.
@@ -39,6 +37,7 @@ class TorchPanel:
     tile = (64, 64)
     align = 1
     finish = staticmethod(finish)
+    count_bits = (10, 10)
 
     @staticmethod
     def _buffers(
@@ -243,15 +242,16 @@ class TorchPanel:
         positives: Positives,
         centres: Tensor,  # (m,)
         factors: Tensor,  # (m,)
-        selected: Tensor | None,  # (m,) int32
-        counts: Tensor,  # (m, BINS) int32
+        known: Tensor | None,  # (m,) int32
+        step: int,
+        counts: Tensor,  # (m, 2**bits) int32
     ) -> None:
         s = self._similarities(x, y)
         for start in range(0, x.shape[0], self.strip_rows):
             rows = slice(start, start + self.strip_rows)
-            chosen = None if selected is None else selected[rows]
+            first = None if known is None else known[rows]
             units = centres[rows], factors[rows]
-            self._count_strip(s[rows], positives.block(rows), *units, chosen, counts[rows])
+            self._count_strip(s[rows], positives.block(rows), *units, first, step, counts[rows])
 
     def _count_strip(
         self,
@@ -259,8 +259,9 @@ class TorchPanel:
         positives: Positives,
         centres: Tensor,  # (m,)
         factors: Tensor,  # (m,)
-        selected: Tensor | None,  # (m,) int32
-        counts: Tensor,  # (m, BINS) int32
+        known: Tensor | None,  # (m,) int32
+        step: int,
+        counts: Tensor,  # (m, 2**bits) int32
     ) -> None:
         m, n = s.shape
         value = self._placed(s, centres, factors, "u")
@@ -271,18 +272,20 @@ class TorchPanel:
         bits.bitwise_right_shift_(shift).sub_(lowest).clamp_(0, HALF - 1)
         bins = self._view("bits", m, n).copy_(bits)
         bins.bitwise_xor_(below_zero).add_(HALF)  # -1 turns every bit
-        if selected is None:
-            bins.bitwise_right_shift_(_BIN_BITS)
+        bits, later = self.count_bits[step], PLACE_BITS - sum(self.count_bits[: step + 1])
+        bins.bitwise_right_shift_(later)
+        if known is None:
             counted.fill_(True)
         else:
-            coarse = torch.bitwise_right_shift(bins, _BIN_BITS, out=self._scratch(m, n))
-            torch.eq(coarse, selected[:, None], out=counted)
-            bins.bitwise_and_(BINS - 1)
+            first = torch.bitwise_right_shift(bins, bits, out=self._scratch(m, n))
+            torch.eq(first, known[:, None], out=counted)
+            bins.bitwise_and_(2**bits - 1)
         _except_positives(counted, self._positive(s, positives))
         if positives.image_ids is not None:
             counted.logical_and_(positives.image_ids[:, None] >= 0)
             counted.logical_and_(positives.text_ids >= 0)
-        bins.add_(torch.arange(0, m * BINS, BINS, dtype=torch.int32, device=s.device)[:, None])
+        rows = torch.arange(m, dtype=torch.int32, device=s.device) << bits
+        bins.add_(rows[:, None])
         ones = self._scratch(m, n).copy_(counted)
         counts.view(-1).index_add_(0, bins.view(-1), ones.view(-1))
 

@@ -17,9 +17,11 @@ from . import (
     hopper,
     multiplies_half_into_fp32,
 )
-from .configs import TILE, PanelConfig, panel_config
+from .configs import TILE, PanelConfig, count_config, panel_config
 from .math import (
     EASY_LOGIT,
+    added,
+    byte_counts,
     column_parts,
     easy_softplus_sigmoid,
     pair_hash,
@@ -27,7 +29,7 @@ from .math import (
     placed,
     softplus_sigmoid,
 )
-from .places import BINS
+from .places import PLACE_BITS
 from .products import add_product
 from .products_triton import add_tiled_product, list_elements
 from .totals_triton import finish
@@ -313,7 +315,7 @@ def count_kernel(
     centres_ptr,  # (M,) fp32
     factors_ptr,  # (M,) fp32
     selected_ptr,  # (M,) int32 or None
-    counts_ptr,  # (M, BINS) int32
+    counts_ptr,  # (M, 2^BITS) int32, added to; TALLIED: (tile columns, M, 2^BITS) uint8, written
     M,
     N,
     diagonal,
@@ -322,7 +324,9 @@ def count_kernel(
     stride_yn,
     stride_yd,
     D: tl.constexpr,
-    BINS: tl.constexpr,
+    SHIFT: tl.constexpr,  # the bin is the BITS of a place above the last SHIFT
+    BITS: tl.constexpr,
+    TALLIED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -330,7 +334,12 @@ def count_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One tile's negatives, each added to its image's histogram: see Panel.count."""
+    """One tile's negatives, counted by image and bin: see Panel.count.
+
+    A histogram in memory costs an atomic addition a pair. A few bins can be summed up instead:
+    every image's tally of the tile, four bins to a word, is stored once. With many bins that is too
+    much to add; but then few pairs have the bits that are known, and those are added in memory.
+    """
     tile_m, tile_n = _grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row0 = tile_m * BLOCK_M
     tile = _similarity(
@@ -338,28 +347,39 @@ def count_kernel(
         D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     rows = row0 + tl.arange(0, BLOCK_M)
-    counts_ptr += row0.to(tl.int64) * BINS
     centres = tl.load(centres_ptr + rows, mask=rows < M, other=0.0)
     factors = tl.load(factors_ptr + rows, mask=rows < M, other=0.0)
     if selected_ptr is not None:
         selected = tl.load(selected_ptr + rows, mask=rows < M, other=-1)
+    BINS: tl.constexpr = 2**BITS
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     parts = column_parts(tile, PARTS)
+    zero = tl.zeros((BLOCK_M,), tl.int32)
+    tally = (zero, zero, zero, zero, zero, zero, zero, zero)
     for part in tl.static_range(PARTS):
         col0 = tile_n * BLOCK_N + part * WIDTH
         positive, valid = pair_masks(
             row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, WIDTH
         )
         counted = valid & ~positive
-        places = place(placed(parts[part], centres, factors))
-        bins = places // BINS
+        leading = place(placed(parts[part], centres, factors)) >> SHIFT
         if selected_ptr is not None:
-            counted &= bins == selected[:, None]
-            bins = places % BINS
-        # sums of whole numbers: the order changes nothing
-        offsets = (tl.arange(0, BLOCK_M) * BINS)[:, None] + bins
-        tl.atomic_add(counts_ptr + offsets, 1, mask=counted, sem="relaxed")
+            counted &= leading >> BITS == selected[:, None]
+        bins = leading % BINS
+        if TALLIED:
+            if col0 < N:  # a branch keeps the compiler from mixing the parts
+                tally = added(tally, byte_counts(bins, counted, BINS // 4))
+        elif tl.max(counted.to(tl.int32)) > 0:
+            # sums of whole numbers: the order changes nothing
+            offsets = rows.to(tl.int64)[:, None] * BINS + bins
+            tl.atomic_add(counts_ptr + offsets, 1, mask=counted, sem="relaxed")
         tl.debug_barrier()  # one part after the other, as in the panel kernel
+    if TALLIED:
+        WORDS: tl.constexpr = BINS // 4
+        words_ptr = counts_ptr.to(tl.pointer_type(tl.int32))
+        tally_ptrs = words_ptr + (tile_n * M + rows).to(tl.int64) * WORDS
+        for word in tl.static_range(WORDS):
+            tl.store(tally_ptrs + word, tally[word], mask=rows < M)
 
 
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
@@ -387,6 +407,20 @@ def _may_skip(kept: RandomPairs | AtLeast | None, tile: tuple[int, int]) -> bool
     return kept is not None
 
 
+COUNT_BITS = (5, 5, 10)  # of the steps in which thresholds are found
+TALLIED_BITS = 5  # at most
+
+
+def count_constants(step: int) -> dict[str, int | bool]:
+    """The counting kernel's compile-time constants that depend on the step."""
+    bits = COUNT_BITS[step]
+    return {
+        "SHIFT": PLACE_BITS - sum(COUNT_BITS[: step + 1]),
+        "BITS": bits,
+        "TALLIED": bits <= TALLIED_BITS,
+    }
+
+
 class TritonPanel:
     """A :class:`fused_siglip.kernels.Panel` in one fused kernel.
 
@@ -400,6 +434,7 @@ class TritonPanel:
     finish = staticmethod(finish)
     hopper = hopper.HOPPER
     hopper_tiles = 2  # a program at least: with fewer there is nothing to overlap
+    count_bits = COUNT_BITS
 
     @classmethod
     def _tiles(cls, rows: int, cols: int) -> tuple[int, int]:
@@ -421,7 +456,8 @@ class TritonPanel:
         slots = max(tiles, cls.hopper.slots(rows, cols))
         sums = slots * (3 if scalar_grads else 1) * torch.float32.itemsize
         kept = tiles + list_elements(tiles_m, tiles_n) if write_g and selects else 0
-        return g + sums + kept * torch.int32.itemsize
+        tallies = 0 if write_g or not selects else tiles_n * rows * 2**TALLIED_BITS
+        return g + sums + kept * torch.int32.itemsize + tallies
 
     def __init__(
         self,
@@ -464,6 +500,11 @@ class TritonPanel:
                 torch.empty(size, dtype=torch.int32, device=device)
                 for size in (tiles_m * tiles_n, list_elements(tiles_m, tiles_n))
             )
+        # Where nothing is written negatives may be counted: a byte by tile column, image and bin.
+        self.tallies = None
+        if selects and not write_g:
+            size = tiles_n * rows * 2**TALLIED_BITS
+            self.tallies = torch.empty(size, dtype=torch.uint8, device=device)
         self.dtype = dtype
         self.grad_scale = GRAD_SCALE.get(dtype, 1.0)
 
@@ -581,30 +622,37 @@ class TritonPanel:
         positives: Positives,
         centres: Tensor,  # (m,)
         factors: Tensor,  # (m,)
-        selected: Tensor | None,  # (m,) int32
-        counts: Tensor,  # (m, BINS) int32
+        known: Tensor | None,  # (m,) int32
+        step: int,
+        counts: Tensor,  # (m, 2**bits) int32
     ) -> None:
         (m, d), n = x.shape, y.shape[0]
         x, y, precision = _multiplied(x), _multiplied(y), self._precision()
-        config = self.config(x.dtype, precision)
+        config = count_config(self.target, x.dtype, precision)
+        constants, (tiles_m, tiles_n) = count_constants(step), self._tiles(m, n)
+        written = counts
+        if constants["TALLIED"]:
+            written = self.tallies[: tiles_n * counts.numel()].view(tiles_n, m, -1)
         with torch.cuda.device_of(x):
-            count_kernel[(math.prod(self._tiles(m, n)),)](
+            count_kernel[(tiles_m * tiles_n,)](
                 x,
                 y,
                 positives.image_ids,
                 positives.text_ids,
                 centres,
                 factors,
-                selected,
-                counts,
+                known,
+                written,
                 m,
                 n,
                 _diagonal(positives, n),
                 *x.stride(),
                 *y.stride(),
                 D=d,
-                BINS=BINS,
+                **constants,
                 INPUT_PRECISION=precision,
                 **config.tile_constants(),
                 **config.options(),
             )
+        if constants["TALLIED"]:
+            counts += written.sum(0, dtype=torch.int32)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BINS = 1024  # of a histogram: two steps of it find a threshold
-
-# A place, in [0, BINS^2), is the sign of a value, the last five bits of its exponent and the first
-# 14 of its mantissa: values are told apart to 2^-14 of themselves, however small most of them are
-# beside a few. It says all of values from 2^-30 up to (not including) 2.
-HALF = BINS**2 // 2  # places of either sign
+# A place, in [0, 2^PLACE_BITS), is the sign of a value, the last five bits of its exponent and the
+# first 14 of its mantissa: values are told apart to 2^-14 of themselves, however small most of them
+# are beside a few. It says all of values from 2^-30 up to (not including) 2.
+PLACE_BITS = 20
 KEPT_BITS = 14
+HALF = 2 ** (PLACE_BITS - 1)  # places of either sign
 
 # integer type of the same width, bits of the mantissa, bias of the exponent
 FORMATS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}

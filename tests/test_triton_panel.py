@@ -10,7 +10,7 @@ import torch
 from conftest import HAS_GPU, INTERPRETED
 
 from fused_siglip.kernels import GRAD_SCALE, AtLeast, Positives, RandomPairs
-from fused_siglip.kernels.places import BINS, least_value
+from fused_siglip.kernels.places import HALF, PLACE_BITS, least_value
 from fused_siglip.rounding import UNIT_ROUNDOFF
 
 triton = pytest.importorskip("triton")
@@ -685,17 +685,17 @@ def whole_numbers(m, n, d, dtype):
 
 
 def places(x, y, centres, factors):
-    """(m, n): the place of every pair in [0, BINS^2), by its definition."""
+    """(m, n): the place of every pair in [0, 2^20), by its definition."""
     value = placed(x, y, centres, factors).cpu().numpy()
     mantissa, exponent = np.frexp(np.abs(value).astype(np.float64))  # in [1/2, 1): exponents +1
     magnitude = (exponent + 30) * 2**14 + np.floor((2 * mantissa - 1) * 2**14)
-    magnitude = np.where(value == 0, 0, np.clip(magnitude, 0, BINS**2 // 2 - 1)).astype(np.int64)
-    return BINS**2 // 2 + np.where(value < 0, -1 - magnitude, magnitude)
+    magnitude = np.where(value == 0, 0, np.clip(magnitude, 0, HALF - 1)).astype(np.int64)
+    return HALF + np.where(value < 0, -1 - magnitude, magnitude)
 
 
-def histogram(bins, counted):
+def histogram(bins, counted, size):
     return np.stack(
-        [np.bincount(row[mask], minlength=BINS) for row, mask in zip(bins, counted, strict=True)]
+        [np.bincount(row[mask], minlength=size) for row, mask in zip(bins, counted, strict=True)]
     )
 
 
@@ -709,20 +709,22 @@ def test_counts(factor, positives, dtype):
     units = torch.linspace(-9, 9, m), torch.linspace(factor, 0.9 * factor, m)
     units = tuple(of_images.to(DEVICE) for of_images in units)
     panel = TritonPanel(m, n, dtype, torch.device(DEVICE), False, False, True)
-    counts = torch.full((m, BINS), 5, dtype=torch.int32, device=DEVICE)
     q = places(x, y, *units)
     positive, valid = (mask.cpu().numpy() for mask in pair_masks(x, y, positives))
-    negative = valid & ~positive
-    panel.count(x, y, positives, *units, None, counts)
-    assert np.array_equal(counts.cpu().numpy(), 5 + histogram(q // BINS, negative))
-
-    selected = (q // BINS)[:, 7]
-    selected[10:20] = -1  # no bin
-    panel.count(
-        x, y, positives, *units, torch.from_numpy(selected).int().to(DEVICE), counts.fill_(1)
-    )
-    inside = negative & (q // BINS == selected[:, None])
-    assert inside.any() and np.array_equal(counts.cpu().numpy(), 1 + histogram(q % BINS, inside))
+    left = PLACE_BITS
+    for step, bits in enumerate(TritonPanel.count_bits):
+        known, inside = None, valid & ~positive
+        if step > 0:
+            known = (q >> left)[:, 7]
+            known[10:20] = -1  # no bits
+            inside = inside & (q >> left == known[:, None])
+            known = torch.from_numpy(known).int().to(DEVICE)
+        left -= bits
+        counts = torch.full((m, 2**bits), 5, dtype=torch.int32, device=DEVICE)
+        panel.count(x, y, positives, *units, known, step, counts)
+        expected = histogram(q >> left & 2**bits - 1, inside, 2**bits)
+        assert inside.any() and np.array_equal(counts.cpu().numpy(), 5 + expected)
+    assert left == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -731,11 +733,12 @@ def test_a_threshold_keeps_what_was_counted(dtype):
     x, y = features(140, 200, 48, dtype)
     *units, least = by_logit(x, y)
     panel = TritonPanel(140, 200, dtype, torch.device(DEVICE), False, False, True)
-    counts = torch.zeros(140, BINS, dtype=torch.int32, device=DEVICE)
-    panel.count(x, y, Positives(diagonal=0), *units, None, counts)
+    counts = torch.zeros(140, 32, dtype=torch.int32, device=DEVICE)
+    panel.count(x, y, Positives(diagonal=0), *units, None, 0, counts)
     assert (counts.sum(1) == 199).all()
-    for first in (400, 512, 1000):
-        least = least_value(torch.full_like(least, first * BINS, dtype=torch.int64), least.dtype)
+    for first in (0, 15, 16, 30):
+        least = torch.full_like(least, first * 2**PLACE_BITS // 32, dtype=torch.int64)
+        least = least_value(least, torch.float32)
         _, g = run(x, y, t=1.0, b=0.0, positives=Positives(diagonal=0), kept=AtLeast(*units, least))
         assert torch.equal((g != 0).sum(1), 1 + counts[:, first:].sum(1))
 
@@ -745,6 +748,16 @@ def test_nan_counts_as_the_largest():
     *units, _ = by_logit(x, y)
     x[3] = torch.nan
     panel = TritonPanel(10, 20, x.dtype, x.device, False, False, True)
-    counts = torch.zeros(10, BINS, dtype=torch.int32, device=DEVICE)
-    panel.count(x, y, Positives(), *units, None, counts)
+    counts = torch.zeros(10, 32, dtype=torch.int32, device=DEVICE)
+    panel.count(x, y, Positives(), *units, None, 0, counts)
     assert counts[3, -1] == 20 and (counts.sum(1) == 20).all()
+
+
+def test_a_bin_may_hold_all_texts_of_a_tile():
+    """128 of them in a byte of the tally, also in the one with the sign of its word."""
+    x, y = one_feature(torch.linspace(-1, 1, 40), 256)
+    units = (torch.zeros(40, device=DEVICE), torch.ones(40, device=DEVICE))
+    panel = TritonPanel(40, 256, x.dtype, x.device, False, False, True)
+    counts = torch.zeros(40, 32, dtype=torch.int32, device=DEVICE)
+    panel.count(x, y, Positives(), *units, None, 0, counts)
+    assert counts.max(1).values.eq(256).all() and counts.count_nonzero(0)[[3, 31]].eq(0).sum() < 2

@@ -71,19 +71,20 @@ def tests(run: Run) -> Iterator[dict]:
             code = pytest.wait(limit)
         except subprocess.TimeoutExpired:
             os.killpg(pytest.pid, signal.SIGKILL)  # its workers too
+            pytest.wait()
             code = None
         output.seek(0)
         said = output.read()
     yield {"kind": "tests", "device": run.device, "exit_code": code, **pytest_summary(said)}
     if code is None:
-        raise Skipped("no time left to end the tests")
+        raise Skipped("no time left to end python's tests")
     if code:
         last = said.strip().splitlines()[-3:]
         raise RuntimeError(f"pytest ended with code {code}: " + "; ".join(last))
 
 
 def pytest_summary(output: str) -> dict:
-    """How many tests passed, failed, ... line by line of pytest -v, and what it says of failures."""
+    """How many tests passed, failed, ... by the lines of pytest -v, and which failed."""
     found: dict = {}
     for word in ("passed", "failed", "error", "skipped"):
         found[word] = len(re.findall(rf"^(?:\S+::.* |\[gw.* ){word.upper()}\b", output, re.M))
