@@ -26,11 +26,12 @@ def _choices(names: tuple[str, ...]) -> str:
 
 
 def _check_choice(name: str, value: object, choices: Collection[str], or_none: str = "") -> None:
+    if isinstance(value, str) and value in choices:
+        return
     expected = or_none + _choices(tuple(choices))
     if not isinstance(value, str):
         raise TypeError(f"{name} is a {_kind(value)}: expected {expected}")
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: expected {expected}")
+    raise ValueError(f"{name} is {value!r}: expected {expected}")
 
 
 def _check_tensor(name: str, value: object, expected: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import GRAD_SCALE, AtLeast, Positives, RandomPairs
 from .places import FORMATS, HALF, PLACE_BITS, cut
 from .products import add_product
-from .totals import finish
+from .totals import finish, numbers
 
 # torch's softplus returns u itself beyond its threshold; at 40 that is exact in float64 too
 # (the default, 20, drops 2e-9).
@@ -40,6 +42,7 @@ class TorchPanel:
     count_bits = (10, 10)
 
     @staticmethod
+    @functools.cache
     def _buffers(
         dtype: torch.dtype, write_g: bool, selects: bool
     ) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
@@ -81,11 +84,9 @@ class TorchPanel:
         self.write_g, self.scalar_grads = write_g, scalar_grads
         self.device = device = torch.device(device)
         self.acc = torch.promote_types(dtype, torch.float32)
+        self.shape = rows, cols
         self.strip_rows = _strip_rows(rows, cols)
-        whole, strip = self._buffers(dtype, write_g, selects)
-        self.sizes = dict.fromkeys(whole, rows * cols)
-        self.sizes |= dict.fromkeys(strip, self.strip_rows * cols)
-        self.dtypes = whole | strip
+        self.whole, self.strip = self._buffers(dtype, write_g, selects)
         self.buffers: dict[str, Tensor] = {}  # made when they are first needed
         # Products of float32 may be rounded further; their sum must not be.
         exact = dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
@@ -96,12 +97,12 @@ class TorchPanel:
         # flat buffers, so that the smaller panels at the edge are contiguous too
         buffer = self.buffers.get(name)
         if buffer is None:
-            size, dtype = self.sizes[name], self.dtypes[name]
-            if size == m * n:
-                buffer = torch.empty((m, n), dtype=dtype, device=self.device)
-                self.buffers[name] = buffer
-                return buffer
-            self.buffers[name] = buffer = torch.empty(size, dtype=dtype, device=self.device)
+            rows, cols = self.shape
+            if name in self.strip:
+                shape, dtype = (self.strip_rows, cols), self.strip[name]
+            else:
+                shape, dtype = (rows, cols), self.whole[name]
+            self.buffers[name] = buffer = torch.empty(shape, dtype=dtype, device=self.device)
         if buffer.shape == (m, n):
             return buffer
         return buffer.view(-1)[: m * n].view(m, n)
@@ -180,7 +181,7 @@ class TorchPanel:
     def partials(self) -> Tensor:  # (3 or 1, k)
         if not self.on_cpu:
             return self._partials
-        return torch.tensor([[total] for total in self.totals], dtype=self.acc, device=self.device)
+        return numbers(self.totals, self.acc)[:, None]
 
     def _logits(
         self, s: Tensor, logit_scale: Tensor, logit_bias: Tensor, positives: Positives
