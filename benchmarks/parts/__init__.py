@@ -17,9 +17,9 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "speed": Part(timings.speed, 130),
-    "tests": Part(checks.tests, 110),
-    "correctness": Part(checks.correctness, 60),
+    "speed": Part(timings.speed, 110),
+    "tests": Part(checks.tests, 120),
+    "correctness": Part(checks.correctness, 40),
     "million": Part(timings.million, 30),
     "alternative": Part(timings.alternative, 40),
     "breakdown": Part(anatomy.breakdown, 20),

@@ -87,7 +87,9 @@ def pytest_summary(output: str) -> dict:
     """How many tests passed, failed, ... by the lines of pytest -v, and which failed."""
     found: dict = {}
     for word in ("passed", "failed", "error", "skipped"):
-        found[word] = len(re.findall(rf"^(?:\S+::.* |\[gw.* ){word.upper()}\b", output, re.M))
+        found[word] = len(
+            re.findall(rf"^(?:\[gw.*%\] {word.upper()} |\S+::.* {word.upper()} )", output, re.M)
+        )
     return found | {"failures": re.findall(r"^(?:FAILED|ERROR) (.{1,300})", output, re.M)[:20]}
 
 

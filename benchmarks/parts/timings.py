@@ -18,10 +18,10 @@ from .run import Point, Run, Skipped, matmul_precision, usable
 
 
 def speed(run: Run) -> Iterator[dict]:
-    names = run.contestants(but=("compiled",))
+    names = run.contestants(but=("compiled", "fused_torch") if run.on_gpu else ("compiled",))
     yield from usable(names, run)
     for point in run.sizes.speed:
-        run.needs(40 if point.only else 8, point)
+        run.needs(40 if "compiled" in point.only else 8, point)
         chosen = [name for name in point.only if name in run.contestants()]
         yield from usable(chosen, run)
         cases = _cases(point, chosen if point.only else names, run)
