@@ -47,7 +47,7 @@ class HopperConfig:
         return self.tiles(m, n) * (self.consumers if self.shared else 1)
 
 
-HOPPER = HopperConfig((128, 128), stages=6, num_warps=8)
+HOPPER = HopperConfig((128, 128), stages=5, num_warps=8, store_buffers=4)
 
 
 def suits(capability: tuple[int, int] | str, dtype: torch.dtype) -> bool:
