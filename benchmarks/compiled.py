@@ -313,18 +313,6 @@ def compiled_rows() -> Iterator[dict]:
         yield _row(compiling(target, *half), name, target, *half, False, shipped=True)
 
 
-def hopper_rows() -> Iterator[dict]:
-    """A row for each kind of operands of the kernel for Hopper, as it is shipped."""
-    from fused_siglip.kernels.hopper import HOPPER
-
-    from .compiled_gluon import compile_gluon
-
-    for dtype in (torch.bfloat16, torch.float16):
-        compiled = compile_gluon(HOPPER, dtype)
-        row = {"kind": "hopper", "target": "sm_90", "dtype": _TYPES[dtype], "dim": 768}
-        yield row | {"config": asdict(HOPPER)} | asdict(compiled)
-
-
 def _row(
     compiled: Compiled,
     kernel: str,
@@ -364,9 +352,6 @@ def main() -> None:
     for row in compiled_rows():
         rows.append(row)
         print(*(row[column] for column in columns), flush=True)
-    for row in hopper_rows():
-        rows.append(row)
-        print(*(f"{key}={value}" for key, value in row.items()), flush=True)
     print(f"written to {write_results('compiled', environment(), rows, args.output)}")
 
 
