@@ -453,8 +453,7 @@ class TritonPanel:
         tiles_m, tiles_n = cls._tiles(rows, cols)
         tiles = tiles_m * tiles_n
         g = tiles * math.prod(cls.tile) * stored_dtype(dtype).itemsize if write_g else 0
-        slots = max(tiles, cls.hopper.slots(rows, cols))
-        sums = slots * (3 if scalar_grads else 1) * torch.float32.itemsize
+        sums = tiles * (3 if scalar_grads else 1) * torch.float32.itemsize
         kept = tiles + list_elements(tiles_m, tiles_n) if write_g and selects else 0
         tallies = 0 if write_g or not selects else tiles_n * rows * 2**TALLIED_BITS
         return g + sums + kept * torch.int32.itemsize + tallies
@@ -487,8 +486,9 @@ class TritonPanel:
             self.target = torch.cuda.get_device_capability(device)
         tiles_m, tiles_n = self._tiles(rows, cols)
         self.sums = 3 if scalar_grads else 1
-        slots = max(tiles_m * tiles_n, self.hopper.slots(rows, cols))
-        self.partials = torch.empty(self.sums, slots, dtype=torch.float32, device=device)
+        self.partials = torch.empty(
+            self.sums, tiles_m * tiles_n, dtype=torch.float32, device=device
+        )
         # Whole tiles, so that the kernel stores without a mask and rows stay aligned.
         shape = (tiles_m * self.tile[0], tiles_n * self.tile[1])
         self.g = torch.empty(shape, dtype=stored_dtype(dtype), device=device) if write_g else None
@@ -528,7 +528,7 @@ class TritonPanel:
         (m, d), n = x.shape, y.shape[0]
         if kept is None and positives.image_ids is None and self._on_hopper(x, y):
             self.skips = False
-            self._share_partials(self.hopper.slots(m, n))
+            self._share_partials(self.hopper.tiles(m, n))
             with torch.cuda.device_of(x):
                 hopper.launch_panel(
                     self.hopper, x, y, self.g, self.partials, logit_scale, logit_bias,
@@ -578,9 +578,9 @@ class TritonPanel:
                 torch.sum(self.partials, 1, out=sums[: self.sums])
         return None if self.g is None else self.g[:m, :n].to(self.dtype)
 
-    def _share_partials(self, slots: int) -> None:
-        if self.partials.shape[1] != slots:
-            self.partials = self.partials.as_strided((self.sums, slots), (slots, 1))
+    def _share_partials(self, tiles: int) -> None:
+        if self.partials.shape[1] != tiles:
+            self.partials = self.partials.as_strided((self.sums, tiles), (tiles, 1))
 
     def _on_hopper(self, x: Tensor, y: Tensor) -> bool:
         """Whether the warp-specialised kernel takes this panel."""
