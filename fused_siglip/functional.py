@@ -98,7 +98,8 @@ def siglip_loss(
         _checks.check_options(reduction, workspace_bytes, backend, device, dtype)
     except (TypeError, ValueError):
         if group is not None:
-            distributed.report_bad_arguments(group)
+            device = image_features.device if isinstance(image_features, Tensor) else None
+            distributed.report_bad_arguments(group, device)
         raise
 
     scale = _as_tensor(logit_scale, dtype, device)
