@@ -11,7 +11,11 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 
 from fused_siglip import LearnableSigLipLoss
 
@@ -119,3 +123,25 @@ def half_precision(rank: int, world_size: int) -> None:
 
 def test_a_half_precision_model_around_it():
     returned(launch(half_precision, 2))
+
+
+def mixed_precision(rank: int, world_size: int) -> None:
+    """FSDP hands out parameters in bfloat16: that is said, and shard the loss apart to avoid it."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    x = batch(0, slice(0, 6))
+    model = Model()
+    fully_shard(model, mp_policy=policy)
+    with pytest.warns(
+        UserWarning, match=r"is torch.bfloat16 here.*fully_shard\(loss\)"
+    ):
+        model(*x).backward()
+    model = Model()
+    fully_shard(model.loss)
+    fully_shard(model, mp_policy=policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(*x).backward()
+
+
+def test_mixed_precision():
+    returned(launch(mixed_precision, 2))
