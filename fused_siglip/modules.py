@@ -138,7 +138,9 @@ class SigLipLoss(_WithGroup):
     ) -> Tensor:  # (M, N)
         """The matrix of logits, which the loss itself does not need."""
         logits = logit_scale * image_features @ text_features.T
-        return logits if logit_bias is None else logits + logit_bias
+        if logit_bias is not None:
+            logits += logit_bias  # in place, as open_clip: the dtype stays that of the product
+        return logits
 
     def _loss(
         self,

@@ -131,9 +131,7 @@ def mixed_precision(rank: int, world_size: int) -> None:
     x = batch(0, slice(0, 6))
     model = Model()
     fully_shard(model, mp_policy=policy)
-    with pytest.warns(
-        UserWarning, match=r"is torch.bfloat16 here.*fully_shard\(loss\)"
-    ):
+    with pytest.warns(UserWarning, match=r"is torch.bfloat16 here.*fully_shard\(loss\)"):
         model(*x).backward()
     model = Model()
     fully_shard(model.loss)
