@@ -149,7 +149,7 @@ MUTATIONS = (
     Mutation("ring: every chunk has a diagonal", "distributed", DISTRIBUTED, "0 if step == 0 else None,", "0,"),
     Mutation("ring: what arrived is not added", "distributed", DISTRIBUTED, "computed.add_(arriving)", "computed"),
     Mutation("gather: diagonal of the first rank", "distributed", DISTRIBUTED, "rank * capacity)]", "0)]"),
-    Mutation("loss divided by the local batch", "distributed", DISTRIBUTED, "divisor = sum(t.real_images for t in everyone)", "divisor = everyone[0].real_images * world_size"),
+    Mutation("loss divided by the local batch", "distributed", DISTRIBUTED, "images = sum(t.real_images for t in everyone)", "images = everyone[0].real_images * world_size"),
 )  # fmt: skip
 
 
