@@ -593,8 +593,8 @@ class TritonPanel:
     ) -> None:
         (m, d), n = x.shape, y.shape[0]
         x, y, precision = _multiplied(x), _multiplied(y), self._precision()
-        config = count_config(self.target, x.dtype, precision)
         constants, (tiles_m, tiles_n) = count_constants(step), self._tiles(m, n)
+        config = count_config(self.target, x.dtype, precision, constants["TALLIED"])
         written = counts
         if constants["TALLIED"]:
             written = self.tallies[: tiles_n * counts.numel()].view(tiles_n, m, -1)
