@@ -646,8 +646,8 @@ class TritonPanel:
         (m, d), n = x.shape, y.shape[0]
         precision = self._precision()
         x, y = _multiplied(x, precision), _multiplied(y, precision)
-        config = count_config(self.target, x.dtype, precision)
         constants, (tiles_m, tiles_n) = count_constants(step), self._tiles(m, n)
+        config = count_config(self.target, x.dtype, precision, constants["TALLIED"])
         written = counts
         if constants["TALLIED"]:
             written = self.tallies[: tiles_n * counts.numel()].view(tiles_n, m, -1)
