@@ -89,7 +89,7 @@ MUTATIONS = (
     Mutation("gradients accumulated in the features' dtype", "torch", AUTOGRAD, "torch.empty(x.shape, dtype=acc, device=x.device)", "torch.empty(x.shape, dtype=x.dtype, device=x.device)"),
     Mutation("logits rounded to bfloat16", "torch", TORCH, "alpha=scale, out=values)", "alpha=scale, out=values).copy_(values.bfloat16())"),
     Mutation("short path for logits that are not easy", "torch", TORCH, "_EASY_LOGIT = -1.0", "_EASY_LOGIT = 5.0"),
-    Mutation("two of four pairs left out", "torch", TORCH, "a.addcmul_(a, b, value=-1).add_(b)", "a.addcmul_(a, b, value=-1)"),
+    Mutation("two of four pairs left out", "torch", TORCH, "torch.lerp(b, one, a, out=a)", "a"),
     Mutation("panel sums added up in bfloat16", "torch", TOTALS, "partials.sum(1)", "partials.bfloat16().sum(1).to(partials.dtype)"),
     Mutation("default threshold of softplus", "torch", TORCH, "_SOFTPLUS_THRESHOLD = 40.0", "_SOFTPLUS_THRESHOLD = 20.0"),
     Mutation("float64 computed in float32", "torch", TORCH, "alpha=scale, out=values)", "alpha=scale, out=values).copy_(values.float())"),
