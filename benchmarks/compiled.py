@@ -110,12 +110,13 @@ def compile_count(
     target: str, dtype: torch.dtype, precision: str, *, ids: bool = False, step: int = 2
 ) -> Compiled:
     """The kernel that counts logits, in one of its three steps."""
-    config = count_config(_capability(target), dtype, precision)
+    step_constants = count_constants(step)
+    config = count_config(_capability(target), dtype, precision, step_constants["TALLIED"])
     constants = {
         "stride_xd": 1,
         "stride_yd": 1,
         "D": 768,
-        **count_constants(step),
+        **step_constants,
         "INPUT_PRECISION": precision,
         **config.tile_constants(),
     }

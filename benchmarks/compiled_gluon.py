@@ -23,7 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from fused_siglip.kernels import GRAD_SCALE
 from fused_siglip.kernels.hopper import HOPPER, HopperConfig
-from fused_siglip.kernels.hopper_kernel import panel_ws_kernel
+from fused_siglip.kernels.hopper_kernel import hopper_panel_kernel
 
 from .compiled import INSTRUCTION, basic_blocks
 from .harness import environment, write_results
@@ -93,11 +93,11 @@ def compile_gluon(
         **dict.fromkeys(("partials_ptr", "scale_ptr", "bias_ptr"), "*fp32"),
     }
     signature, attributes = {}, {}
-    for i, name in enumerate(panel_ws_kernel.arg_names):
+    for i, name in enumerate(hopper_panel_kernel.arg_names):
         signature[name] = "constexpr" if name in constants else kinds.get(name, "i32")
         if name not in constants and name.endswith("_ptr"):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(panel_ws_kernel, signature, constants, attributes)
+    source = GluonASTSource(hopper_panel_kernel, signature, constants, attributes)
     kernel = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.num_warps}
     )

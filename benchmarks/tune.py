@@ -14,11 +14,8 @@ import functools
 import io
 import json
 import os
-import queue
-import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -32,6 +29,7 @@ from fused_siglip.kernels import BACKENDS, Positives, panel_class
 from fused_siglip.plan import plan_panels
 
 from .cases import Case, Inputs, make_inputs, step
+from .child import Child
 from .harness import (
     RESULTS,
     environment,
@@ -49,7 +47,6 @@ from .parts.timings import _captured
 
 MIB = 1 << 20
 PANEL_SIDE = 11264  # a panel's side by default, B = 65536
-SILENCE = 25  # seconds without a row after which a step is taken to hang
 SCALES = (10.0, 100.0)
 BIAS = -10.0
 SHIPPED = "triton"
@@ -248,17 +245,9 @@ def counters(chosen: Sequence[str], size: int) -> Iterator[dict]:
     """Hardware counters of one launch of each kernel."""
     for name in chosen if torch.cuda.is_available() else ():
         # clock control would set the card's clocks, which are not ours to set
-        command = [
-            cuda_tool("ncu"),
-            "--csv",
-            "--page",
-            "raw",
-            "--clock-control",
-            "none",
-            "--launch-count",
-            "1",
-        ]
-        command += ["--kernel-name", "regex:panel.*", "--launch-skip", "1"]
+        command = [cuda_tool("ncu"), "--csv", "--page", "raw", "--clock-control", "none"]
+        command += ["--launch-count", "1", "--launch-skip", "1"]
+        command += ["--kernel-name", "regex:.*panel_kernel.*"]
         command += [argument for section in SECTIONS for argument in ("--section", section)]
         command += [sys.executable, "-m", "benchmarks.tune", "--one", name]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -284,7 +273,7 @@ def one(name: str, size: int, device: str) -> None:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict]:
-    """Everything that is timed, in one process; ``args.done`` of it is skipped."""
+    """Everything that is timed, in one process."""
     on_gpu = torch.device(args.device).type == "cuda"
     repeats, size = (12, PANEL_SIDE) if on_gpu else (1, 256)
     parts: dict[str, Callable[[], Iterator[dict]]] = {
@@ -313,58 +302,14 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-class Child:
-    """A process of this module whose rows are read as they come."""
-
-    def __init__(self, *arguments: str):
-        command = [sys.executable, "-m", "benchmarks.tune", *arguments]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        self.lines: queue.Queue[str | None] = queue.Queue()
-        self.errors: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
-        threading.Thread(
-            target=lambda: self.errors.extend(self.process.stderr), daemon=True
-        ).start()
-
-    def go(self) -> None:
-        self.process.stdin.write("go\n")
-        self.process.stdin.close()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.lines.put(line)
-        self.lines.put(None)
-
-    def rows(self, deadline: float, silence: float = SILENCE) -> Iterator[dict]:
-        """Its rows, and last one of kind "ended" that says how: None, or what went wrong."""
-        why = None
-        while True:
-            wait = min(silence, deadline - time.monotonic())
-            try:
-                line = self.lines.get(timeout=max(wait, 0.01))
-            except queue.Empty:
-                why = f"no row for {silence:.0f} s" if wait == silence else "no time left"
-                self.process.kill()
-                break
-            if line is None:
-                if self.process.wait():
-                    why = "".join(self.errors)[-1500:] or f"code {self.process.returncode}"
-                break
-            if line.startswith("{"):
-                yield json.loads(line)
-        yield {"kind": "ended", "why": why}
-
-
 def check_all(
     chosen: Sequence[str], dims: Sequence[str], device: str, seconds: float
 ) -> Iterator[dict]:
     """Check every candidate, all at once; then time those that are right, one after the other."""
     deadline = time.monotonic() + seconds
     children = {
-        name: Child("--check", name, "--device", device, "--dims", *dims) for name in chosen
+        name: Child("benchmarks.tune", "--check", name, "--device", device, "--dims", *dims)
+        for name in chosen
     }
     for tell in ("checked", "panel"):
         for name, child in list(children.items()):
@@ -378,7 +323,7 @@ def check_all(
                 if row["kind"] == "ended" and row["why"]:
                     yield {"kind": "failed", "candidate": name, "why": row["why"]}
                 if row["kind"] == "ended" or row.get("right") is False:
-                    child.process.kill()
+                    child.close()
                     del children[name]
                     break
 
@@ -400,7 +345,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="of the tree, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=195.0)
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), metavar="part")
-    parser.add_argument("--adopt", action="store_true", help="write the best into hopper.py")
     parser.add_argument("--dims", type=int, nargs="+", default=[768, 1152], help="of panels")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--check", help=argparse.SUPPRESS)
@@ -431,12 +375,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         take(row)
     best = best_of(rows)
     print("best:", *best, flush=True)
-    if args.adopt and best:
-        adopt(best[0])
     parts = list(args.only)
     while parts and time.monotonic() < deadline - 5:
         begun = {"part": parts[0]}
-        child = Child("--parts", *parts, "--device", args.device, "--dims", *dims, "--best", *best)
+        child = Child(
+            "benchmarks.tune",
+            "--parts",
+            *parts,
+            "--device",
+            args.device,
+            "--dims",
+            *dims,
+            "--best",
+            *best,
+        )
         for row in child.rows(deadline):
             if row["kind"] == "begin":
                 begun["part"] = row.get("part") or begun["part"]
@@ -446,15 +398,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts = [] if rows[-1]["why"] is None else parts[parts.index(begun["part"]) + 1 :]
     print(f"{len(rows)} rows in {path}")
     return 0
-
-
-def adopt(name: str) -> None:
-    """Make a candidate the kernel that is shipped."""
-    from .candidates import CANDIDATES
-
-    path = ROOT / "kernels/hopper.py"
-    line = f"HOPPER = {CANDIDATES[name]!r}"
-    path.write_text(re.sub(r"^HOPPER = .*$", line, path.read_text(), flags=re.M))
 
 
 def show(row: dict) -> str:

@@ -34,7 +34,8 @@ class EagerSigLipLoss(LearnableSigLipLoss):
         image_ids: Tensor,  # (M,)
         text_ids: Tensor,  # (N,)
     ) -> Tensor:  # ()
-        scalars = self.factor(), self.logit_bias
+        # without a dimension, as open_clip's parameters are: they do not widen half precision
+        scalars = self.factor().squeeze(), self.logit_bias.squeeze()
         ids = {"image_ids": image_ids, "text_ids": text_ids}
         return eager_siglip_loss(image_features, text_features, *scalars, **ids)
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._groups import check_group_type, is_ready, look_up
 from .kernels import BACKENDS, check_backend
 from .negatives import Negatives
 
@@ -185,41 +186,26 @@ def check_dist_impl(dist_impl: str | None, known: Collection[str]) -> None:
         _check_choice("dist_impl", dist_impl, known, "None, ")
 
 
-def _check_group_type(group: object) -> None:
-    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise TypeError(
-            f"group is a {_kind(group)}: expected a torch.distributed.ProcessGroup this rank is in "
-            "(torch.distributed.group.WORLD for all ranks)"
-        )
-
-
 def check_group(
-    group: dist.ProcessGroup | None, dist_impl: str | None, known: Collection[str]
+    group: dist.ProcessGroup | str | None, dist_impl: str | None, known: Collection[str]
 ) -> dist.ProcessGroup | None:
     """Check group and dist_impl; return the group of the global batch, None for one process."""
     check_dist_impl(dist_impl, known)
-    _check_group_type(group)
+    check_group_type(group)
     if group is None and dist_impl is None:
         return None
-    if not (dist.is_available() and dist.is_initialized()):
+    if group is None and not is_ready():
         raise ValueError(
             "group and dist_impl need torch.distributed: expected init_process_group before the "
             "loss"
         )
-    group = dist.group.WORLD if group is None else group
-    return group if dist.get_world_size(group) > 1 else None
+    group = look_up(group)
+    return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
-def check_world(
-    group: dist.ProcessGroup | None,
-    rank: int,
-    world_size: int,
-    dist_impl: str | None,
-    known: Collection[str],
-) -> None:
+def check_world(rank: int, world_size: int, dist_impl: str | None, known: Collection[str]) -> None:
     """Check the constructor of SigLipLoss."""
     check_dist_impl(dist_impl, known)
-    _check_group_type(group)
     for name, value in (("rank", rank), ("world_size", world_size)):
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name} is a {_kind(value)}: expected an int")
@@ -241,24 +227,39 @@ def check_start(
             raise TypeError(f"{name} is a {_kind(value)}: expected a number")
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}: expected a finite number")
-    if max_logit_scale is None:
-        return
-    if not isinstance(max_logit_scale, numbers.Real) or isinstance(max_logit_scale, bool):
-        raise TypeError(f"max_logit_scale is a {_kind(max_logit_scale)}: expected a number or None")
-    if not max_logit_scale > 0:
-        raise ValueError(f"max_logit_scale is {max_logit_scale}: expected more than 0")
+    start = init_logit_scale
+    if max_logit_scale is not None:
+        if not isinstance(max_logit_scale, numbers.Real) or isinstance(max_logit_scale, bool):
+            raise TypeError(
+                f"max_logit_scale is a {_kind(max_logit_scale)}: expected a number or None"
+            )
+        if not max_logit_scale > 0:
+            raise ValueError(f"max_logit_scale is {max_logit_scale}: expected more than 0")
+        start = min(start, math.log(max_logit_scale))
+    largest = math.log(torch.finfo(torch.float32).max)
+    if start > largest:
+        raise ValueError(
+            f"init_logit_scale is {init_logit_scale}: expected the logarithm of the factor, at "
+            f"most {largest:.1f} (its exp must fit float32), or a max_logit_scale"
+        )
 
 
 def check_membership(
-    group: dist.ProcessGroup | None, rank: int, world_size: int
-) -> dist.ProcessGroup:
-    """Hold the rank and world_size a module was made with against its process group."""
-    if not (dist.is_available() and dist.is_initialized()):
+    group: dist.ProcessGroup | str | None, rank: int, world_size: int
+) -> dist.ProcessGroup | None:
+    """Hold the rank and world_size a module was made with against its process group.
+
+    A module with a group and neither of them (0 and 1) takes those of the group.
+    """
+    if not is_ready() and world_size > 1:
         raise ValueError(
             f"world_size is {world_size} without torch.distributed: expected init_process_group "
             "before the loss, or world_size=1"
         )
-    group = dist.group.WORLD if group is None else group
+    taken = group is not None and (rank, world_size) == (0, 1)
+    group = look_up(group)
+    if group is None or taken:
+        return group
     actual = (dist.get_rank(group), dist.get_world_size(group))
     if actual != (rank, world_size):
         raise ValueError(

@@ -66,13 +66,27 @@ class _Terms(NamedTuple):
     keep: int  # bits of the float
     seed: int
     counting: int  # index into BACKENDS where thresholds are looked for: how often texts go round
+    device: int  # index into _DEVICES, -1 for another
+    logit_scale: int  # bits of the float, like logit_bias: see _scalar_bits
+    logit_bias: int
 
 
 # The fields all ranks must agree on, in the words of the public function.
 _AGREED = {"dim": "D", "dtype": "dtype", "has_ids": "ids", "negative_only": "negative_only",
            "dist_impl": "dist_impl", "reduction": "reduction", "negatives": "negatives",
            "keep": "keep of negatives", "seed": "seed of negatives",
-           "counting": "backend"}  # fmt: skip
+           "counting": "backend", "device": "device",
+           "logit_scale": "logit_scale", "logit_bias": "logit_bias"}  # fmt: skip
+
+_DEVICES = ("cpu", "cuda", "xpu", "hpu", "mps")
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("q", struct.pack("d", value))[0]
+
+
+def _float(bits: int) -> float:
+    return struct.unpack("d", struct.pack("q", bits))[0]
 
 
 # What a field's number stands for, where it is not that number.
@@ -83,8 +97,11 @@ _SAID: dict[str, Callable[[int], object]] = {
     "has_ids": lambda v: "given" if v else "missing",
     "dist_impl": lambda v: None if v < 0 else list(DIST_IMPLS)[v],
     "negatives": lambda v: None if v < 0 else list(KINDS.values())[v].__name__,
-    "keep": lambda v: struct.unpack("d", struct.pack("q", v))[0],
+    "keep": _float,
     "counting": lambda v: list(BACKENDS)[v],
+    "device": lambda v: "another" if v < 0 else _DEVICES[v],
+    "logit_scale": _float,
+    "logit_bias": _float,
 }
 
 # torch 2.13 renamed the collectives over one tensor and warns of the old names
@@ -108,29 +125,69 @@ def _contact(group: dist.ProcessGroup, what: str) -> Iterator[None]:
         ) from error
 
 
-def _exchange(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
-    """Every rank's terms. On the CPU where the group can, so that no GPU waits for it."""
-    on_cpu = "cpu:" in dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+def _terms_device(group: dist.ProcessGroup, device: torch.device | None) -> torch.device:
+    """Where the terms travel: on the CPU where the group can, so that no GPU waits for them.
+
+    Otherwise on the features' device, which need not be the current one. device: None if unknown.
+    """
+    kinds = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    if "cpu" in kinds:  # such as "cpu:gloo,cuda:nccl"
+        return torch.device("cpu")
+    return device if device is not None and device.type in kinds else torch.device(kinds[0])
+
+
+def _exchange(terms: _Terms, group: dist.ProcessGroup, device: torch.device | None) -> list[_Terms]:
+    """Every rank's terms."""
+    device = _terms_device(group, device)
     mine = torch.tensor(terms, dtype=torch.int64, device=device)
     world_size = dist.get_world_size(group)
     all_terms = mine.new_empty(world_size * len(terms))
     with _contact(group, "exchange of sizes"):
-        if on_cpu:  # everybody to everybody at once: gloo's all-gather goes round, rank by rank
+        if device.type == "cpu":  # to everybody at once: gloo's all-gather goes round by rank
             dist.all_to_all_single(all_terms, mine.repeat(world_size), group=group)
         else:
             _all_gather(all_terms, mine, group=group)
     return [_Terms(*row) for row in all_terms.view(-1, len(terms)).tolist()]
 
 
-def report_bad_arguments(group: dist.ProcessGroup) -> None:
+def report_bad_arguments(group: dist.ProcessGroup, device: torch.device | None = None) -> None:
     """Tell the others that this rank is about to raise, so that they raise too and do not wait."""
-    _exchange(_Terms(0, *[0] * (len(_Terms._fields) - 1)), group)
+    _exchange(_Terms(0, *[0] * (len(_Terms._fields) - 1)), group, device)
 
 
-def _agree(terms: _Terms, group: dist.ProcessGroup) -> list[_Terms]:
+def _check_backend(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Refuse features where the group has no transport, before torch does in its own words."""
+    config = dist.get_backend_config(group)
+    if device.type not in [pair.split(":")[0] for pair in config.split(",")]:
+        report_bad_arguments(group)
+        raise ValueError(
+            f"image_features is on {device} and group has the backends {config}: expected features "
+            "on a device of the group"
+        )
+
+
+def _scalar_bits(value: Tensor) -> int:
+    """What TORCH_DISTRIBUTED_DEBUG lets ranks compare t and b by; 0 without, since a GPU would be
+    waited for."""
+    if dist.get_debug_level() == dist.DebugLevel.OFF:
+        return 0
+    return _bits(value.item())
+
+
+def _is_read_freely(device: torch.device) -> bool:
+    """Whether the host may read a value there without waiting."""
+    return device.type == "cpu"
+
+
+def _sum_over_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    with _contact(group, "sum of the numbers of images"):
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def _agree(terms: _Terms, group: dist.ProcessGroup, device: torch.device) -> list[_Terms]:
     """Exchange terms and hold them against each other: the same ValueError on every rank."""
-    everyone = _exchange(terms, group)
+    everyone = _exchange(terms, group, device)
     refused = [rank for rank, t in enumerate(everyone) if not t.valid]
     if refused:
         raise ValueError(
@@ -174,7 +231,7 @@ def global_sweep(
     *,
     workspace_bytes: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, float | Tensor]:
     """This rank's sums and gradients in the global batch, and what its sum is divided by.
 
     As :func:`fused_siglip.engine.sweep`, with the texts of all ranks as columns; the gradient of
@@ -183,6 +240,9 @@ def global_sweep(
     group = resolve_group(group_name)
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     kind, keep, seed = negatives
+    _check_backend(group, x.device)
+    on_host = image_ids is None or _is_read_freely(x.device)
+    real_images = x.shape[0] if image_ids is None else (image_ids >= 0).sum()
     if workspace_bytes is not None:
         _check_workspace(x, needs, kind is not None, workspace_bytes, backend, group)
     everyone = _agree(
@@ -196,14 +256,18 @@ def global_sweep(
             reduction=REDUCTIONS.index(reduction),
             rows=y.shape[0],
             images=x.shape[0],
-            real_images=x.shape[0] if image_ids is None else int((image_ids >= 0).sum()),
+            real_images=int(real_images) if on_host else 0,
             need_text_grad=needs.text,
             negatives=-1 if kind is None else list(KINDS).index(kind),
-            keep=struct.unpack("q", struct.pack("d", keep))[0],
+            keep=_bits(keep),
             seed=seed,
             counting=list(BACKENDS).index(backend) if kind in ("hardest", "easiest") else 0,
+            device=_DEVICES.index(x.device.type) if x.device.type in _DEVICES else -1,
+            logit_scale=_scalar_bits(logit_scale),
+            logit_bias=_scalar_bits(logit_bias),
         ),
         group,
+        x.device,
     )
     rows = [t.rows for t in everyone]
     need_text_grad = any(t.need_text_grad for t in everyone)
@@ -280,8 +344,12 @@ def global_sweep(
     grad_y = visit(sweep_texts, y, text_ids, rows, acc, need_text_grad, group)
 
     # the mean over the ranks is the loss of the global batch
-    divisor = sum(t.real_images for t in everyone) if reduction == "mean" else 1
-    return sums, grad_x, grad_y if needs.text else None, max(divisor, 1) / world_size
+    if on_host or reduction == "sum":
+        images = sum(t.real_images for t in everyone) if reduction == "mean" else 1
+        divisor = max(images, 1) / world_size
+    else:  # where the host would have to wait for their number
+        divisor = (_sum_over_ranks(real_images, group).clamp(min=1) / world_size).to(acc)
+    return sums, grad_x, grad_y if needs.text else None, divisor
 
 
 def _check_workspace(
@@ -301,7 +369,7 @@ def _check_workspace(
             need_scalar_grads=needs.scalars, selects=selects, workspace_bytes=workspace_bytes,
         )  # fmt: skip
     except ValueError:
-        report_bad_arguments(group)
+        report_bad_arguments(group, x.device)
         raise
 
 

@@ -262,7 +262,7 @@ def _block(tensor: Tensor, part: slice) -> Tensor:
 def _inner_product(features: Tensor, grad: Tensor) -> float:  # (m, D or more), (m, D), on a CPU
     """Summed pairwise, as torch.dot does not; a few rows at a time, which stay in the cache."""
     m, d = grad.shape
-    rows = max(_PRODUCTS_AT_ONCE // d, 1)
+    rows = _PRODUCTS_AT_ONCE // max(d, 1) + 1
     if m <= rows:
         return (features[:, :d] * grad).sum().item()
     starts = range(0, m, rows)

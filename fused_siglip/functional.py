@@ -23,7 +23,7 @@ def siglip_loss(
     negative_only: bool = False,
     negatives: Negatives | None = None,
     reduction: str = "mean",
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | str | None = None,
     dist_impl: str | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
@@ -55,10 +55,12 @@ def siglip_loss(
             of every image's negatives and need two further sweeps of one product each; the choice
             itself has no gradient.
         reduction: "mean" divides by M, the number of images (without padding); "sum" does not.
-        group: compute the loss of the global batch of this process group. Every rank calls with its
-            own rows (their number may differ, also 0), and the mean of the returned losses over the
-            ranks is the loss of the global batch: with DDP's averaging, gradients are exact. The
-            upstream gradient must be the same on every rank.
+        group: compute the loss of the global batch of this process group; "world": of all ranks
+            (the default group, looked up now; without one this process is the world). None: the
+            loss of this process's own batch. Every rank calls with its own rows (their number may
+            differ, also 0), and the mean of the returned losses over the ranks is the loss of the
+            global batch: with DDP's averaging, gradients are exact. The upstream gradient must be
+            the same on every rank, and so must t and b (docs/distributed.md).
         dist_impl: "ring" (texts and their gradients travel; memory does not grow with the number of
             ranks), "gather" (texts are collected; fewest launches), or None: gather while that
             stays small, otherwise the ring. open_clip's "bidir", "shift" and "reduce" are accepted
@@ -79,7 +81,9 @@ def siglip_loss(
         ValueError: shapes, devices or sizes that do not fit each other, an unknown option, a
             workspace too small for one tile, or a backend that cannot run here.
             On every rank, also when the arguments of another rank are refused or do not agree.
-        RuntimeError: on double backward, which is not supported; when a rank of the group is lost.
+        RuntimeError: on double backward, which is not supported; when a rank of the group is lost
+            (gloo. With NCCL a wait returns at once and its watchdog ends the process at the
+            group's timeout: docs/distributed.md has what helps).
     """
     group = _checks.check_group(group, dist_impl, distributed.DIST_IMPLS)
     try:
@@ -94,7 +98,8 @@ def siglip_loss(
         _checks.check_options(reduction, workspace_bytes, backend, device, dtype)
     except (TypeError, ValueError):
         if group is not None:
-            distributed.report_bad_arguments(group)
+            device = image_features.device if isinstance(image_features, Tensor) else None
+            distributed.report_bad_arguments(group, device)
         raise
 
     scale = _as_tensor(logit_scale, dtype, device)

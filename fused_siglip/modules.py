@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _scalars
+from ._groups import OMITTED, GroupRef
 from .distributed import DIST_IMPLS
 from .functional import siglip_loss
 from .negatives import Negatives
 
 
-class SigLipLoss(nn.Module):
+class _WithGroup(nn.Module):
+    """A module that holds a process group, or the name of one."""
+
+    @property
+    def group(self) -> dist.ProcessGroup | str | None:
+        """The group as it was given; assign another to change it."""
+        return self._group.group
+
+    @group.setter
+    def group(self, group: dist.ProcessGroup | str | None) -> None:
+        self._group = GroupRef(group)
+
+
+class SigLipLoss(_WithGroup):
     """Drop-in for ``open_clip.loss.SigLipLoss``: the same constructor, call and values.
 
     Values and gradients equal open_clip's within rounding, with two differences that are the point
     of this package: memory grows neither with the square of the batch nor, by the ring, with the
     number of ranks, and the loss is float32 (float64) whatever the features' dtype. Dtypes,
     errors and what the distributed loss asks for are those of :func:`fused_siglip.siglip_loss`.
+
+    ``get_logits``, ``get_ground_truth`` and ``_loss`` are there for subclasses that call them. A
+    subclass that overrides one of them gets open_clip's dense loss of them, on one rank.
 
     Args:
         cache_labels: accepted, without effect (open_clip's class does not use it either).
@@ -29,12 +49,16 @@ class SigLipLoss(nn.Module):
         dist_impl: "ring", "gather", or one of open_clip's "bidir", "shift", "reduce"; None chooses.
         chunk_size: accepted, without effect: panels are always bounded (``workspace_bytes`` of
             :func:`siglip_loss` sets the bound).
-        group: the process group; None for the default group.
+        group: the process group, or "world" for the default group, looked up when called. With a
+            group, rank and world_size need not be given. None: the default group where world_size
+            is more than 1.
 
     Raises:
-        TypeError: a rank, world_size or group of the wrong type.
+        TypeError: a rank, world_size or group of the wrong type; in ``forward``, a subclass that
+            overrides a method which the loss of several ranks does not call.
         ValueError: an unknown dist_impl, a rank outside the world; in ``forward``, a rank or
-            world_size that the process group does not confirm.
+            world_size that the process group does not confirm, or a group that was None because it
+            was looked up before ``init_process_group``.
     """
 
     def __init__(
@@ -45,16 +69,19 @@ class SigLipLoss(nn.Module):
         dist_impl: str | None = None,
         chunk_size: int = 0,
         *,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | str | None = OMITTED,
     ):
         super().__init__()
-        _checks.check_world(group, rank, world_size, dist_impl, DIST_IMPLS)
+        _checks.check_world(rank, world_size, dist_impl, DIST_IMPLS)
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.dist_impl = dist_impl
         self.chunk_size = chunk_size
         self.group = group
+        # open_clip's cache, which its class does not use either
+        self.prev_num_logits = 0
+        self.labels: dict = {}
 
     def forward(
         self,
@@ -65,39 +92,92 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` the dict ``{"contrastive_loss": loss}``."""
-        options = {}
-        if self.world_size > 1:
-            group = _checks.check_membership(self.group, self.rank, self.world_size)
-            options = {"group": group, "dist_impl": self.dist_impl}
-        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **options)
+        group = self._group.get(none_is_world=self.world_size > 1)
+        if self.world_size > 1 or group is not None:
+            group = _checks.check_membership(group, self.rank, self.world_size)
+        inputs = (image_features, text_features, logit_scale, logit_bias)
+        overridden = self._overridden()
+        if overridden and group is not None and dist.get_world_size(group) > 1:
+            raise TypeError(
+                f"{type(self).__name__} overrides {overridden}, which the loss of several ranks "
+                "does not call: expected a subclass of open_clip's own SigLipLoss "
+                "(fused_siglip.integrations.open_clip.unpatch() before it is defined)"
+            )
+        if overridden:
+            loss = self._loss(*inputs)
+        elif group is not None:
+            loss = siglip_loss(*inputs, group=group, dist_impl=self.dist_impl)
+        else:
+            loss = siglip_loss(*inputs)
         return {"contrastive_loss": loss} if output_dict else loss
 
+    # what open_clip's class has besides, for its subclasses
 
-class _AtMost(torch.autograd.Function):
-    """min(value, bound), whose gradient beyond the bound is kept where descent lowers the value.
+    def _overridden(self) -> str:
+        """Name of a method below that a subclass (or this instance) has replaced, or ""."""
+        for name in ("_loss", "get_logits", "get_ground_truth"):
+            if name in vars(self) or getattr(type(self), name) is not getattr(SigLipLoss, name):
+                return name
+        return ""
 
-    With that of clamp, 0, what is beyond the bound once would stay there.
-    """
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:  # (num_logits, num_logits)
+        """Labels: 1 on the diagonal unless ``negative_only``, -1 elsewhere."""
+        labels = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
+        if not negative_only:
+            labels = 2 * torch.eye(num_logits, device=device, dtype=dtype) + labels
+        return labels
 
-    @staticmethod
-    def forward(ctx, value: Tensor, bound: float) -> Tensor:  # ()
-        ctx.save_for_backward(value > bound)
-        return value.clamp(max=bound)
+    def get_logits(
+        self,
+        image_features: Tensor,  # (M, D)
+        text_features: Tensor,  # (N, D)
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:  # (M, N)
+        """The matrix of logits, which the loss itself does not need."""
+        logits = logit_scale * image_features @ text_features.T
+        if logit_bias is not None:
+            logits += logit_bias  # in place, as open_clip: the dtype stays that of the product
+        return logits
 
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:  # ()
-        (beyond,) = ctx.saved_tensors
-        return torch.where(beyond, upstream.clamp(min=0), upstream), None
+    def _loss(
+        self,
+        image_features: Tensor,  # (B, D)
+        text_features: Tensor,  # (B, D)
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:  # ()
+        """The loss of one block of texts."""
+        if not self._overridden():
+            return siglip_loss(
+                image_features, text_features, logit_scale, logit_bias, negative_only=negative_only
+            )
+        logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+        labels = self.get_ground_truth(
+            image_features.device,
+            image_features.dtype,
+            image_features.shape[0],
+            negative_only=negative_only,
+        )
+        return -nn.functional.logsigmoid(labels * logits).sum() / image_features.shape[0]
 
 
-class LearnableSigLipLoss(nn.Module):
+class LearnableSigLipLoss(_WithGroup):
     """The loss with its own learnable scale and bias, for a loop that has neither.
 
     The parameters are those of the paper (arXiv 2303.15343, section 3.1): ``logit_scale`` holds the
     logarithm t' of the factor t = exp(t'), starting at log 10, and ``logit_bias`` b, starting at
-    -10. Train them with the towers. open_clip and big_vision decay neither:
+    -10; both of shape (1,). Train them with the towers. open_clip and big_vision decay neither:
     :meth:`no_weight_decay` names them for the optimizer's groups. Under DDP put this module inside
     the wrapped model, so that the ranks keep them equal.
+
+    Both are float32 and stay so: ``bfloat16()``, ``half()`` and ``to(dtype)`` of this module or one
+    around it leave them, since a step of 1e-3 is less than half a rounding of -10 in bfloat16.
+    ``double()`` makes them float64. On the meta device they have no values; ``to_empty`` starts
+    them, and so does :meth:`reset_parameters`.
 
     Args:
         init_logit_scale: t' to start from.
@@ -105,10 +185,16 @@ class LearnableSigLipLoss(nn.Module):
         max_logit_scale: upper bound of the factor t (not of t'), such as the 100 of CLIP; beyond
             it the loss uses the bound, and only a gradient that leads back reaches t'. None: no
             bound, as in the paper.
-        group, dist_impl, workspace_bytes, backend: as in :func:`fused_siglip.siglip_loss`.
+        group: as in :func:`fused_siglip.siglip_loss`; "world" is looked up when the module is
+            called. ``torch.distributed.group.WORLD`` is None before ``init_process_group``: give
+            "world" instead.
+        dist_impl, workspace_bytes, backend: as in :func:`fused_siglip.siglip_loss`.
 
     Raises:
-        ValueError: a start that is not finite, a bound that is not above 0.
+        TypeError: an argument of the wrong type.
+        ValueError: a start that is not finite, or whose factor does not fit float32, a bound that
+            is not above 0; in ``forward``, a group that was None because it was looked up before
+            ``init_process_group``, or was destroyed.
     """
 
     def __init__(
@@ -117,18 +203,23 @@ class LearnableSigLipLoss(nn.Module):
         init_logit_bias: float = -10.0,
         *,
         max_logit_scale: float | None = None,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | str | None = OMITTED,
         dist_impl: str | None = None,
         workspace_bytes: int | None = None,
         backend: str | None = None,
     ):
         super().__init__()
         _checks.check_start(init_logit_scale, init_logit_bias, max_logit_scale)
-        self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
-        self.logit_bias = nn.Parameter(torch.tensor(float(init_logit_bias)))
+        self.init_logit_scale = float(init_logit_scale)
+        self.init_logit_bias = float(init_logit_bias)
+        # (1,) since FSDP shards no tensor without dimensions; not by nn.init, which others patch
+        for name, (value,) in self._starts().items():
+            start = torch.full((1,), value, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(start))
+        self._made_on_meta = self.logit_scale.is_meta
         self.max_logit_scale = max_logit_scale
+        self.group = group
         self.options = {
-            "group": group,
             "dist_impl": dist_impl,
             "workspace_bytes": workspace_bytes,
             "backend": backend,
@@ -152,16 +243,66 @@ class LearnableSigLipLoss(nn.Module):
             image_ids=image_ids,
             text_ids=text_ids,
             negatives=negatives,
+            group=self._group.get(none_is_world=self.options["dist_impl"] is not None),
             **self.options,
         )
 
-    def factor(self) -> Tensor:  # ()
-        """t = exp(t'), at most ``max_logit_scale``: what multiplies the similarities."""
-        factor = self.logit_scale.exp()
+    def factor(self) -> Tensor:  # (1,)
+        """t = exp(t'), at most ``max_logit_scale``: what multiplies the similarities. float32."""
+        if self.logit_scale.dtype.itemsize < 4:
+            warnings.warn(
+                f"logit_scale is {self.logit_scale.dtype} here, which rounds t by up to 0.4% "
+                "(mixed precision of FSDP, or an assignment): expected float32, such as by "
+                "fully_shard(loss) without a param_dtype, before the model around it",
+                stacklevel=2,
+            )
         if self.max_logit_scale is None:
-            return factor
-        return _AtMost.apply(factor, float(self.max_logit_scale))
+            return _scalars.exp(self.logit_scale)
+        return _scalars.bounded_exp(self.logit_scale, float(self.max_logit_scale))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone (timm's convention)."""
         return {"logit_scale", "logit_bias"}
+
+    def reset_parameters(self) -> None:
+        """Set t' and b to their starts."""
+        for name, (value,) in self._starts().items():
+            # by the function that transformers replaces, to spare what a checkpoint has set
+            nn.init.constant_(getattr(self, name), value)
+
+    def _starts(self) -> dict[str, tuple[float]]:
+        return {"logit_scale": (self.init_logit_scale,), "logit_bias": (self.init_logit_bias,)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnableSigLipLoss:
+        return super()._apply(_scalars.keeping_scalars(self, fn, self._starts()), recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
+        for name in self._starts():
+            value = state_dict.get(prefix + name)
+            if not isinstance(value, Tensor):
+                continue
+            if value.dim() == 0:  # checkpoints from before they had a dimension
+                value = value.reshape(1)
+            if value.is_floating_point() and value.dtype.itemsize < 4:  # assign=True keeps dtypes
+                value = value.float()
+            state_dict[prefix + name] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """What transformers asks before it initialises a module whose weights a checkpoint lacks.
+
+        Its own initialiser knows torch's modules only and would leave whatever memory holds. It
+        marks the parameters that it has loaded, which ``reset_parameters`` spares.
+        """
+        if self._made_on_meta and not self.logit_scale.is_meta:
+            for name, values in self._starts().items():
+                parameter = getattr(self, name)
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    _scalars.fill(parameter, values)
+            self._made_on_meta = False
+        return vars(self).get("_hf_initialized", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        vars(self)["_hf_initialized"] = value

@@ -106,8 +106,10 @@ def panel_config(
     return _MMA_TF32 if tf32 else _MMA
 
 
-def count_config(target: tuple[int, int] | str, dtype: torch.dtype, precision: str) -> PanelConfig:
-    """The configuration of the kernel that counts logits; arguments as above."""
+def count_config(
+    target: tuple[int, int] | str, dtype: torch.dtype, precision: str, tallied: bool
+) -> PanelConfig:
+    """The configuration of the kernel that counts logits, in registers (``tallied``) or memory."""
     config = panel_config(target, dtype, precision, write_g=False)
     # With four warps a thread holds eight rows, and has no registers left for their tallies.
-    return replace(config, num_warps=8) if config is _MMA else config
+    return replace(config, num_warps=8) if tallied and config is _MMA else config

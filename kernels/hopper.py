@@ -22,32 +22,19 @@ class HopperConfig:
     tile: tuple[int, int]
     stages: int  # blocks of x and y in shared memory
     num_warps: int  # of a consumer
-    consumers: int = 2
-    shared: bool = False  # the consumers share the rows of one tile; else they take turns
+    registers: int = 112  # of a consumer's thread: what 65,536 allow beside the producer's
     group_m: int = 16  # tile rows that share a band of y in L2
     block_k: int = 64  # features a step of the product takes
     width: int = 32  # columns a round of the epilogue takes
-    store_buffers: int = 2  # rounds of g on their way to memory
-
-    @property
-    def rows(self) -> int:
-        """Of a consumer."""
-        return self.tile[0] // self.consumers if self.shared else self.tile[0]
-
-    @property
-    def registers(self) -> int:
-        """Of a consumer's thread: what 65,536 allow beside the other consumers and the producer."""
-        return 240 if self.num_warps * self.consumers == 8 else 112
+    store_buffers: int = 4  # rounds of g on their way to memory; divides the rounds of a tile
 
     def tiles(self, m: int, n: int) -> int:
+        """Of an (m, n) panel."""
         return triton.cdiv(m, self.tile[0]) * triton.cdiv(n, self.tile[1])
 
-    def slots(self, m: int, n: int) -> int:
-        """Partial sums of an (m, n) panel."""
-        return self.tiles(m, n) * (self.consumers if self.shared else 1)
 
-
-HOPPER = HopperConfig((128, 128), stages=5, num_warps=8, store_buffers=4)
+# The fastest of those that benchmarks/tune.py timed on an H100: docs/performance-log.md.
+HOPPER = HopperConfig((128, 128), stages=5, num_warps=8)
 
 
 def suits(capability: tuple[int, int] | str, dtype: torch.dtype) -> bool:
@@ -83,21 +70,21 @@ def launch_panel(
     x: Tensor,  # (m, D)
     y: Tensor,  # (n, D)
     g: Tensor | None,  # at least (m, n), rows aligned
-    partials: Tensor,  # (3 or 1, slots) fp32
+    partials: Tensor,  # (3 or 1, tiles) fp32
     logit_scale: Tensor,  # ()
     logit_bias: Tensor,  # ()
     diagonal: int,
     grad_scale: float,
 ) -> None:
     """g and the sums of a panel: see :class:`fused_siglip.kernels.Panel`."""
-    from .hopper_kernel import panel_ws_kernel
+    from .hopper_kernel import hopper_panel_kernel
 
     (m, d), n = x.shape, y.shape[0]
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    panel_ws_kernel[(min(programs, config.tiles(m, n)),)](
+    hopper_panel_kernel[(min(programs, config.tiles(m, n)),)](
         descriptor(x, config.tile[0], config.block_k),
         descriptor(y, config.tile[1], config.block_k),
-        None if g is None else descriptor(g, config.rows, config.width),
+        None if g is None else descriptor(g, config.tile[0], config.width),
         partials,
         logit_scale,
         logit_bias,
@@ -110,8 +97,6 @@ def launch_panel(
         WIDTH=config.width,
         GRAD_SCALE=grad_scale,
         SCALAR_GRADS=len(partials) == 3,
-        SHARED=config.shared,
-        CONSUMERS=config.consumers,
         STORE_BUFFERS=config.store_buffers,
         REGISTERS=config.registers,
         num_warps=config.num_warps,

@@ -1,9 +1,8 @@
 """The panel kernel for Hopper in Gluon: persistent, warp-specialised, fed by the copy engine.
 
 One producer warp copies blocks of x and y into a ring of shared-memory stages. Two consumers of
-four warps multiply them and turn tiles into g and its sums. SHARED: both work on one tile, half of
-its rows each. Otherwise they take turns (ping-pong): each owns whole tiles, and one multiplies
-while the other is in its epilogue. For half operands and positives on the diagonal.
+eight warps take turns (ping-pong): each owns whole tiles, and one multiplies while the other turns
+its tile into g and its sums. For half operands and positives on the diagonal.
 """
 
 from triton.experimental import gluon
@@ -22,6 +21,7 @@ from .math import (
     column_parts,
     four_sigmoids,
     join_exps,
+    larger,
     log1p_wide,
     moderate_exp,
     softplus_sigmoid,
@@ -89,19 +89,19 @@ def producer(
 
 @gluon.jit
 def multiply(
-    row, i, x_bufs, y_bufs, full, empty,
-    D: gl.constexpr, ROWS: gl.constexpr,
+    i, x_bufs, y_bufs, full, empty, D: gl.constexpr
 ):  # fmt: skip
-    """x y^T of ROWS rows of the blocks from ``row`` on; and where the ring stands after it."""
+    """x y^T of the tile whose blocks follow the ring's i-th; and where the ring stands then."""
     STAGES: gl.constexpr = x_bufs.shape[0]
+    BLOCK_M: gl.constexpr = x_bufs.shape[1]
     BLOCK_K: gl.constexpr = x_bufs.shape[2]
     BLOCK_N: gl.constexpr = y_bufs.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
-    acc = warpgroup_mma_init(gl.zeros((ROWS, BLOCK_N), gl.float32, layout))
+    acc = warpgroup_mma_init(gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout))
     for k in range(0, gl.cdiv(D, BLOCK_K)):
         stage = i % STAGES
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        x = x_bufs.index(stage).slice(row, ROWS)
+        x = x_bufs.index(stage)
         y = y_bufs.index(stage).permute((1, 0))
         acc = warpgroup_mma(x, y, acc, is_async=True, use_acc=k > 0)
         acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
@@ -203,11 +203,12 @@ def rounds(
 
 @gluon.jit
 def epilogue(
-    tile, row0, col0, M, N, diagonal, scale, bias, g_desc, g_bufs, partials_ptr, slot, slots,
+    tile, row0, col0, M, N, diagonal, scale, bias, g_desc, g_bufs, partials_ptr, index, tiles,
     WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
 ):  # fmt: skip
-    """g of a tile, and its three sums into their slot."""
-    most = gl.max(gl.max(tile, 1), 0) * scale + bias
+    """g of the index-th of all tiles, and its three sums."""
+    # NaN is the largest: four_sigmoids would spread it to pairs that do not have it
+    most = gl.reduce(gl.reduce(tile, 1, larger), 0, larger) * scale + bias
     moderate = (scale >= 0) & (most <= MODERATE_LOGIT)
     first = column_parts(tile, tile.shape[1] // WIDTH)[0]
     zero = quarters(gl.full_like(first, 0.0))[0]
@@ -215,10 +216,10 @@ def epilogue(
         tile, 0, row0, col0, M, N, diagonal, scale, bias, moderate, last_halves(zero)[0], zero,
         zero, g_desc, g_bufs, WIDTH, GRAD_SCALE, SCALAR_GRADS,
     )  # fmt: skip
-    gl.store(partials_ptr + slot, gl.sum(gl.sum(gl.sum(loss, 2), 1), 0))
+    gl.store(partials_ptr + index, gl.sum(gl.sum(gl.sum(loss, 2), 1), 0))
     if SCALAR_GRADS:
-        gl.store(partials_ptr + slots + slot, gl.sum(gl.sum(gl.sum(gs_sum, 2), 1), 0))
-        gl.store(partials_ptr + 2 * slots + slot, gl.sum(gl.sum(gl.sum(g_sum, 2), 1), 0))
+        gl.store(partials_ptr + tiles + index, gl.sum(gl.sum(gl.sum(gs_sum, 2), 1), 0))
+        gl.store(partials_ptr + 2 * tiles + index, gl.sum(gl.sum(gl.sum(g_sum, 2), 1), 0))
 
 
 @gluon.jit
@@ -226,62 +227,54 @@ def consumer(
     which: gl.constexpr, x_bufs, y_bufs, g_bufs, full, empty, turn, partials_ptr, g_desc,
     scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n,
     D: gl.constexpr, GROUP_M: gl.constexpr, WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr,
-    SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr, CONSUMERS: gl.constexpr,
+    SCALAR_GRADS: gl.constexpr,
 ):  # fmt: skip
-    """Multiplies blocks and turns tiles into g and sums: half of each, or every other one."""
+    """Multiplies the blocks of every other tile of this program, and turns them into g and sums."""
     STAGES: gl.constexpr = x_bufs.shape[0]
-    BLOCK_M: gl.constexpr = x_bufs.shape[1]
-    BLOCK_N: gl.constexpr = y_bufs.shape[1]
-    ROWS: gl.constexpr = BLOCK_M // CONSUMERS if SHARED else BLOCK_M
     scale = gl.load(scale_ptr)
     bias = gl.load(bias_ptr)
     tiles = tiles_m * tiles_n
-    first = gl.program_id(0)
-    step = gl.num_programs(0)
-    if not SHARED:
-        first += which * step
-        step *= 2
-    i = 0
-    for t in range(first, tiles, step):
+    programs = gl.num_programs(0)
+    for t in range(gl.program_id(0) + which * programs, tiles, 2 * programs):
         tm, tn = tile_of(t, tiles_m, tiles_n, GROUP_M)
-        row0 = tm * BLOCK_M
-        if SHARED:
-            row0 += which * ROWS
-            acc, i = multiply(
-                which * ROWS, i, x_bufs, y_bufs, full, empty, D, ROWS
-            )  # fmt: skip
-        else:
-            sequence = t // gl.num_programs(0)
-            i = sequence * gl.cdiv(D, x_bufs.shape[2])
-            # else a waiting consumer could take a later fill of the same parity for its own
-            mbarrier.wait(turn.index(which), ((sequence // 2) & 1) ^ (1 - which))
-            acc, i = multiply(0, i, x_bufs, y_bufs, full, empty, D, ROWS)
-            mbarrier.arrive(turn.index(1 - which), count=1)
+        sequence = t // programs
+        i = sequence * gl.cdiv(D, x_bufs.shape[2])
+        # else a waiting consumer could take a later fill of the same parity for its own
+        mbarrier.wait(turn.index(which), ((sequence // 2) & 1) ^ (1 - which))
+        acc, i = multiply(i, x_bufs, y_bufs, full, empty, D)
+        mbarrier.arrive(turn.index(1 - which), count=1)
         tile = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
         epilogue(
-            tile, row0, tn * BLOCK_N, M, N, diagonal, scale, bias, g_desc, g_bufs, partials_ptr,
-            t * CONSUMERS + which if SHARED else t, tiles * CONSUMERS if SHARED else tiles,
-            WIDTH, GRAD_SCALE, SCALAR_GRADS,
+            tile, tm * x_bufs.shape[1], tn * y_bufs.shape[1], M, N, diagonal, scale, bias, g_desc,
+            g_bufs, partials_ptr, t, tiles, WIDTH, GRAD_SCALE, SCALAR_GRADS,
         )  # fmt: skip
     if g_desc is not None:
         tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["M", "N", "diagonal"])
-def panel_ws_kernel(
+def hopper_panel_kernel(
     x_desc,  # (M, D), blocks of BLOCK_M x BLOCK_K
     y_desc,  # (N, D), blocks of BLOCK_N x BLOCK_K
-    g_desc,  # (M, N) or more, blocks of a consumer's rows x WIDTH; or None
-    partials_ptr,  # (1 or 3, slots) fp32: sums of softplus(u), g*s, g; a slot a consumer and tile
+    g_desc,  # (M, N) or more, blocks of BLOCK_M x WIDTH; or None
+    partials_ptr,  # (1 or 3, tiles) fp32: a tile's sums of softplus(u), g*s, g
     scale_ptr,  # () fp32
     bias_ptr,  # () fp32
-    M, N, diagonal,
-    D: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
-    GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr, SHARED: gl.constexpr,
-    CONSUMERS: gl.constexpr, STORE_BUFFERS: gl.constexpr,
-    REGISTERS: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
+    M,
+    N,
+    diagonal,
+    D: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    WIDTH: gl.constexpr,  # columns of a round of the epilogue
+    GRAD_SCALE: gl.constexpr,
+    SCALAR_GRADS: gl.constexpr,
+    STORE_BUFFERS: gl.constexpr,  # rounds of g on their way to memory, of each consumer
+    REGISTERS: gl.constexpr,  # of a consumer's thread
+    num_warps: gl.constexpr,  # of a consumer
+):
+    """g of a panel, and the three sums over the pairs of each tile."""
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = y_desc.block_type.shape[0]
@@ -294,48 +287,22 @@ def panel_ws_kernel(
         mbarrier.init(turn.index(s), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
-        mbarrier.init(empty.index(s), count=CONSUMERS if SHARED else 1)
+        mbarrier.init(empty.index(s), count=1)
     if g_desc is not None:
-        g_shape: gl.constexpr = [
-            STORE_BUFFERS,
-            g_desc.block_type.shape[0],
-            g_desc.block_type.shape[1],
-        ]
+        g_shape: gl.constexpr = [STORE_BUFFERS, BLOCK_M, WIDTH]
         g_bufs0 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
         g_bufs1 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
-        if CONSUMERS == 4:
-            g_bufs2 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
-            g_bufs3 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
     else:
         g_bufs0: gl.constexpr = None
         g_bufs1: gl.constexpr = None
-        g_bufs2: gl.constexpr = None
-        g_bufs3: gl.constexpr = None
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
-    if CONSUMERS == 4:
-        gl.warp_specialize([
-            (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_desc,
-                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
-            (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_desc,
-                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
-            (consumer, (2, x_bufs, y_bufs, g_bufs2, full, empty, turn, partials_ptr, g_desc,
-                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
-            (consumer, (3, x_bufs, y_bufs, g_bufs3, full, empty, turn, partials_ptr, g_desc,
-                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
-            (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
-        ], [num_warps, num_warps, num_warps, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_desc,
-                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
-            (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_desc,
-                        scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D,
-                        GROUP_M, WIDTH, GRAD_SCALE, SCALAR_GRADS, SHARED, CONSUMERS)),
-            (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
-        ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip
+    gl.warp_specialize([
+        (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_desc, scale_ptr,
+                    bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M, WIDTH, GRAD_SCALE,
+                    SCALAR_GRADS)),
+        (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_desc, scale_ptr,
+                    bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M, WIDTH, GRAD_SCALE,
+                    SCALAR_GRADS)),
+        (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
+    ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip

@@ -78,6 +78,12 @@ def moderate_exp(u):
 
 
 @triton.jit
+def larger(a, b):
+    """The larger of two, NaN where one is NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def four_sigmoids(e0, e1, e2, e3):
     """sigmoid(u) of four pairs from their exp(u), by one reciprocal: special functions are scarce.
 

@@ -44,14 +44,16 @@ class TorchPanel:
     @staticmethod
     @functools.cache
     def _buffers(
-        dtype: torch.dtype, write_g: bool, selects: bool
+        dtype: torch.dtype, write_g: bool, scalar_grads: bool, selects: bool
     ) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
         """Of the whole panel, and of a strip."""
         acc = torch.promote_types(dtype, torch.float32)
         whole = {"s": acc}  # which becomes g where the dtypes agree
         if write_g and dtype != acc:
             whole["g"] = dtype
-        strip = {"u": acc, "terms": acc, "positive": torch.bool}
+        strip = {"terms": acc, "positive": torch.bool}
+        if scalar_grads:
+            strip["u"] = acc  # beside s, for the sum of g*s
         if selects:
             strip |= {"bits": torch.int32, "dropped": torch.bool}
         return whole, strip
@@ -67,7 +69,7 @@ class TorchPanel:
     ) -> int:
         whole, strip = (
             sum(d.itemsize for d in buffers.values())
-            for buffers in TorchPanel._buffers(dtype, write_g, selects)
+            for buffers in TorchPanel._buffers(dtype, write_g, scalar_grads, selects)
         )
         return cols * (rows * whole + _strip_rows(rows, cols) * strip)
 
@@ -86,7 +88,7 @@ class TorchPanel:
         self.acc = torch.promote_types(dtype, torch.float32)
         self.shape = rows, cols
         self.strip_rows = _strip_rows(rows, cols)
-        self.whole, self.strip = self._buffers(dtype, write_g, selects)
+        self.whole, self.strip = self._buffers(dtype, write_g, scalar_grads, selects)
         self.buffers: dict[str, Tensor] = {}  # made when they are first needed
         # Products of float32 may be rounded further; their sum must not be.
         exact = dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
@@ -186,7 +188,7 @@ class TorchPanel:
     def _logits(
         self, s: Tensor, logit_scale: Tensor, logit_bias: Tensor, positives: Positives
     ) -> Tensor:  # (m, n)
-        u = self._view("u", *s.shape)
+        u = self._view("u", *s.shape) if self.scalar_grads else s
         if positives.image_ids is None and self.on_cpu:
             return torch.add(logit_bias, s, alpha=logit_scale.item(), out=u)
         torch.mul(s, logit_scale, out=u)
@@ -212,15 +214,14 @@ class TorchPanel:
     def _easy_strip(self, z: Tensor, diagonal: int | None) -> Tensor:  # ()
         """What _strip does, with a logarithm for four pairs: no g is near 1.
 
-        softplus(z) = -log(1 - g), and (1 - a) (1 - b) = 1 - (a + b - a b), where nothing cancels.
+        softplus(z) = -log(1 - g), and (1 - a) (1 - b) = 1 - (b + a (1 - b)), where nothing cancels.
         All pairs are taken for negatives first; a positive's loss is less by z, its g by 1.
         """
         positives = None if diagonal is None else z.diagonal(diagonal)
         loss = 0.0 if positives is None else -positives.sum()
-        g = z.sigmoid_().view(2, 2, -1)
-        a = torch.addcmul(g[1], g[0], g[1], value=-1, out=self._view("terms", 2, g.shape[2]))
-        a, b = a.add_(g[0])
-        loss = loss - a.addcmul_(a, b, value=-1).add_(b).neg_().log1p_().sum()
+        g, one = z.sigmoid_().view(2, 2, -1), z.new_ones(())
+        a, b = torch.lerp(g[1], one, g[0], out=self._view("terms", 2, g.shape[2]))
+        loss = loss - torch.lerp(b, one, a, out=a).neg_().log1p_().sum()
         if positives is not None:
             positives.sub_(1)
         return loss
@@ -265,7 +266,7 @@ class TorchPanel:
         counts: Tensor,  # (m, 2**bits) int32
     ) -> None:
         m, n = s.shape
-        value = self._placed(s, centres, factors, "u")
+        value = self._placed(s, centres, factors, s)
         counted = self._view("dropped", m, n)
         below_zero = self._scratch(m, n).copy_(torch.lt(value, 0, out=counted)).neg_()
         shift, lowest = cut(value.dtype)
@@ -297,9 +298,9 @@ class TorchPanel:
         # half precision on a GPU: fp32 logits from half operands
         return torch.mm(x, y.T, out_dtype=s.dtype, out=s)
 
-    def _placed(self, s: Tensor, centres: Tensor, factors: Tensor, buffer: str) -> Tensor:  # (m, n)
+    def _placed(self, s: Tensor, centres: Tensor, factors: Tensor, out: Tensor) -> Tensor:  # (m, n)
         """What thresholds are compared with: the same bits whenever they are found or applied."""
-        value = torch.sub(s, centres[:, None], out=self._view(buffer, *s.shape))
+        value = torch.sub(s, centres[:, None], out=out)
         return value.mul_(factors[:, None])
 
     def _scratch(self, m: int, n: int) -> Tensor:  # (m, n) int32, until "terms" is written
@@ -310,7 +311,7 @@ class TorchPanel:
         m, n = s.shape
         dropped = self._view("dropped", m, n)
         if isinstance(kept, AtLeast):
-            value = self._placed(s, kept.centres, kept.factors, "terms")
+            value = self._placed(s, kept.centres, kept.factors, self._view("terms", m, n))
             torch.lt(value, kept.least[:, None], out=dropped)
         else:
             h, part = self._view("bits", m, n), self._scratch(m, n)
@@ -351,7 +352,7 @@ class TorchPanel:
 
 def _strip_rows(rows: int, cols: int) -> int:
     """Rows of a panel that are taken at one time: few strips, or what fits a core's cache."""
-    return min(rows, max(_STRIP // max(cols, 1), -(-rows // 8), 1))
+    return min(rows, max(_STRIP // max(cols, 1), -(-rows // 16), 1))
 
 
 def _except_positives(pairs: Tensor, positive: Tensor | int | None) -> None:

@@ -390,9 +390,24 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
-def _multiplied(features: Tensor) -> Tensor:
-    """Features as tl.dot multiplies them: the interpreter's takes the bits of bf16 for a number."""
-    return features.float() if INTERPRETED and features.dtype == torch.bfloat16 else features
+def _multiplied(features: Tensor, precision: str) -> Tensor:
+    """Features as tl.dot multiplies them.
+
+    The interpreter's takes the bits of bf16 for a number. In tf32 the tensor cores cut the last 13
+    bits off where the libraries round: every similarity would come out a little too small, and at
+    t = 100 the loss 0.4% off (on an H100: benchmarks/results, device, matmul_precision "high").
+    """
+    if INTERPRETED and features.dtype == torch.bfloat16:
+        return features.float()
+    return round_to_tf32(features) if precision == "tf32" else features
+
+
+def round_to_tf32(features: Tensor) -> Tensor:
+    """float32 to the nearest number with 10 bits of mantissa, ties away from zero."""
+    if features.dtype != torch.float32:
+        return features
+    rounded = (features.view(torch.int32) + (1 << 12)).bitwise_and_(-1 << 13).view(torch.float32)
+    return torch.where(features.isfinite(), rounded, features)
 
 
 def _diagonal(positives: Positives, n: int) -> int:
@@ -453,8 +468,7 @@ class TritonPanel:
         tiles_m, tiles_n = cls._tiles(rows, cols)
         tiles = tiles_m * tiles_n
         g = tiles * math.prod(cls.tile) * stored_dtype(dtype).itemsize if write_g else 0
-        slots = max(tiles, cls.hopper.slots(rows, cols))
-        sums = slots * (3 if scalar_grads else 1) * torch.float32.itemsize
+        sums = tiles * (3 if scalar_grads else 1) * torch.float32.itemsize
         kept = tiles + list_elements(tiles_m, tiles_n) if write_g and selects else 0
         tallies = 0 if write_g or not selects else tiles_n * rows * 2**TALLIED_BITS
         return g + sums + kept * torch.int32.itemsize + tallies
@@ -487,8 +501,9 @@ class TritonPanel:
             self.target = torch.cuda.get_device_capability(device)
         tiles_m, tiles_n = self._tiles(rows, cols)
         self.sums = 3 if scalar_grads else 1
-        slots = max(tiles_m * tiles_n, self.hopper.slots(rows, cols))
-        self.partials = torch.empty(self.sums, slots, dtype=torch.float32, device=device)
+        self.partials = torch.empty(
+            self.sums, tiles_m * tiles_n, dtype=torch.float32, device=device
+        )
         # Whole tiles, so that the kernel stores without a mask and rows stay aligned.
         shape = (tiles_m * self.tile[0], tiles_n * self.tile[1])
         self.g = torch.empty(shape, dtype=stored_dtype(dtype), device=device) if write_g else None
@@ -528,7 +543,7 @@ class TritonPanel:
         (m, d), n = x.shape, y.shape[0]
         if kept is None and positives.image_ids is None and self._on_hopper(x, y):
             self.skips = False
-            self._share_partials(self.hopper.slots(m, n))
+            self._share_partials(self.hopper.tiles(m, n))
             with torch.cuda.device_of(x):
                 hopper.launch_panel(
                     self.hopper, x, y, self.g, self.partials, logit_scale, logit_bias,
@@ -537,7 +552,8 @@ class TritonPanel:
                 if sums is not None:
                     torch.sum(self.partials, 1, out=sums[: self.sums])
             return None if self.g is None else self.g[:m, :n]
-        x, y, precision = _multiplied(x), _multiplied(y), self._precision()
+        precision = self._precision()
+        x, y = _multiplied(x, precision), _multiplied(y, precision)
         config = self.config(x.dtype, precision)
         tiles = math.prod(self._tiles(m, n))
         image_keys, text_keys, below = kept if isinstance(kept, RandomPairs) else (None,) * 3
@@ -578,9 +594,9 @@ class TritonPanel:
                 torch.sum(self.partials, 1, out=sums[: self.sums])
         return None if self.g is None else self.g[:m, :n].to(self.dtype)
 
-    def _share_partials(self, slots: int) -> None:
-        if self.partials.shape[1] != slots:
-            self.partials = self.partials.as_strided((self.sums, slots), (slots, 1))
+    def _share_partials(self, tiles: int) -> None:
+        if self.partials.shape[1] != tiles:
+            self.partials = self.partials.as_strided((self.sums, tiles), (tiles, 1))
 
     def _on_hopper(self, x: Tensor, y: Tensor) -> bool:
         """Whether the warp-specialised kernel takes this panel."""
@@ -605,11 +621,12 @@ class TritonPanel:
         if self.skips:
             tiles = self._tiles(*g.shape)
             flags = self.flags[: math.prod(tiles)].view(tiles)
-        whole, tile = _multiplied(self.g.to(self.dtype)), self.tile  # g is a view of it
+        precision = self._precision()
+        whole, tile = _multiplied(self.g.to(self.dtype), precision), self.tile  # g is a view of it
         if transposed:
             whole, tile = whole.T, tile[::-1]
             flags = None if flags is None else flags.T
-        other, precision = _multiplied(other), self._precision()
+        other = _multiplied(other, precision)
         config = self.config(other.dtype, precision)
         add_tiled_product(
             out, whole, other, flags, self.lists, alpha, fresh, config, tile, precision
@@ -627,9 +644,10 @@ class TritonPanel:
         counts: Tensor,  # (m, 2**bits) int32
     ) -> None:
         (m, d), n = x.shape, y.shape[0]
-        x, y, precision = _multiplied(x), _multiplied(y), self._precision()
-        config = count_config(self.target, x.dtype, precision)
+        precision = self._precision()
+        x, y = _multiplied(x, precision), _multiplied(y, precision)
         constants, (tiles_m, tiles_n) = count_constants(step), self._tiles(m, n)
+        config = count_config(self.target, x.dtype, precision, constants["TALLIED"])
         written = counts
         if constants["TALLIED"]:
             written = self.tallies[: tiles_n * counts.numel()].view(tiles_n, m, -1)

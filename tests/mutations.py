@@ -89,7 +89,7 @@ MUTATIONS = (
     Mutation("gradients accumulated in the features' dtype", "torch", AUTOGRAD, "torch.empty(x.shape, dtype=acc, device=x.device)", "torch.empty(x.shape, dtype=x.dtype, device=x.device)"),
     Mutation("logits rounded to bfloat16", "torch", TORCH, "alpha=scale, out=values)", "alpha=scale, out=values).copy_(values.bfloat16())"),
     Mutation("short path for logits that are not easy", "torch", TORCH, "_EASY_LOGIT = -1.0", "_EASY_LOGIT = 5.0"),
-    Mutation("two of four pairs left out", "torch", TORCH, "a.addcmul_(a, b, value=-1).add_(b)", "a.addcmul_(a, b, value=-1)"),
+    Mutation("two of four pairs left out", "torch", TORCH, "torch.lerp(b, one, a, out=a)", "a"),
     Mutation("panel sums added up in bfloat16", "torch", TOTALS, "partials.sum(1)", "partials.bfloat16().sum(1).to(partials.dtype)"),
     Mutation("default threshold of softplus", "torch", TORCH, "_SOFTPLUS_THRESHOLD = 40.0", "_SOFTPLUS_THRESHOLD = 20.0"),
     Mutation("float64 computed in float32", "torch", TORCH, "alpha=scale, out=values)", "alpha=scale, out=values).copy_(values.float())"),
@@ -149,7 +149,7 @@ MUTATIONS = (
     Mutation("ring: every chunk has a diagonal", "distributed", DISTRIBUTED, "0 if step == 0 else None,", "0,"),
     Mutation("ring: what arrived is not added", "distributed", DISTRIBUTED, "computed.add_(arriving)", "computed"),
     Mutation("gather: diagonal of the first rank", "distributed", DISTRIBUTED, "rank * capacity)]", "0)]"),
-    Mutation("loss divided by the local batch", "distributed", DISTRIBUTED, "divisor = sum(t.real_images for t in everyone)", "divisor = everyone[0].real_images * world_size"),
+    Mutation("loss divided by the local batch", "distributed", DISTRIBUTED, "images = sum(t.real_images for t in everyone)", "images = everyone[0].real_images * world_size"),
 )  # fmt: skip
 
 

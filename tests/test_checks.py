@@ -66,7 +66,7 @@ BAD_CALLS = [
     ("D of 0 on one side", {"text_features": X[:, :0]}, ValueError, "text_features has D = 0 and image_features D = 8: expected the same"),
     ("empty ids", {"image_ids": IDS[:0], "text_ids": IDS}, ValueError, "image_ids has shape (0,): expected (4,)"),
     ("meta ids", {"image_ids": IDS, "text_ids": IDS.to("meta")}, ValueError, "text_ids is on the meta device"),
-    ("group that is a name", {"group": "world"}, TypeError, "group is a str: expected a torch.distributed.ProcessGroup this rank is in"),
+    ("group of another name", {"group": "all"}, TypeError, "group is 'all': expected None, 'world' or a torch.distributed.ProcessGroup"),
     ("group this rank is not in", {"group": dist.GroupMember.NON_GROUP_MEMBER}, TypeError, "group is a int: expected a torch.distributed.ProcessGroup this rank is in"),
     ("dist_impl in a list", {"dist_impl": ["ring"]}, TypeError, "dist_impl is a list: expected None, 'ring' or 'gather'"),
     ("workspace below one tile", {"workspace_bytes": 100, "backend": "torch"}, ValueError, "workspace_bytes=100 cannot hold one 4 x 4 tile of the torch backend: expected at least 144"),

@@ -25,7 +25,7 @@ def test_gradients_of_t_prime_and_b():
     loss = LearnableSigLipLoss(math.log(20), -3.0)
     loss(inputs.image_features.detach(), inputs.text_features.detach()).backward()
     t_prime = loss.logit_scale.detach().double().requires_grad_()
-    b = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([-3.0], dtype=torch.float64, requires_grad=True)
     features = [f.detach().double() for f in inputs.tensors()[:2]]
     eager_siglip_loss(*features, t_prime.exp(), b).backward()
     torch.testing.assert_close(loss.logit_scale.grad.double(), t_prime.grad, rtol=2e-6, atol=0)

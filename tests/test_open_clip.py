@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from launch import launch, returned
 
 from fused_siglip import SigLipLoss
 from helpers import NAMES, error, make_inputs, oracle
@@ -72,3 +73,90 @@ def test_module_has_no_state():
     loss = SigLipLoss(False, 0, 1, "bidir")
     assert list(loss.parameters()) == [] and list(loss.buffers()) == []
     assert loss.state_dict() == {}
+
+
+# --- subclasses, of either class ---
+
+
+def calls_everything(base):
+    class Calls(base):
+        """As research code does: a forward of its own over the parts of open_clip's."""
+
+        def forward(self, image_features, text_features, logit_scale, logit_bias, output_dict):
+            x, y, t, b = image_features, text_features, logit_scale, logit_bias
+            logits = self.get_logits(x, y, t, b)
+            labels = self.get_ground_truth(x.device, x.dtype, len(x))
+            none = self.get_ground_truth(x.device, x.dtype, len(x), negative_only=True)
+            by_hand = -torch.nn.functional.logsigmoid(labels * logits).sum() / len(x)
+            negative = self._loss(x, y.roll(1, 0), t, b, negative_only=True)
+            loss = by_hand + 2 * self._loss(x, y, t, b) + 4 * negative + 0 * none.sum()
+            return {"contrastive_loss": loss} if output_dict else loss
+
+    return Calls
+
+
+def overrides_labels(base):
+    class Smoothed(base):
+        def get_ground_truth(self, device, dtype, num_logits, negative_only=False):
+            return 0.9 * super().get_ground_truth(device, dtype, num_logits, negative_only)
+
+    return Smoothed
+
+
+def overrides_logits(base):
+    class Margin(base):
+        def get_logits(self, image_features, text_features, logit_scale, logit_bias=None):
+            return super().get_logits(image_features, text_features, logit_scale, logit_bias) - 0.5
+
+    return Margin
+
+
+def overrides_loss(base):
+    class Weighted(base):
+        def _loss(self, *args, **kwargs):
+            return 3 * super()._loss(*args, **kwargs)
+
+    return Weighted
+
+
+def adds_to_forward(base):
+    class Added(base):
+        def forward(self, *args, output_dict=False, **kwargs):
+            loss = super().forward(*args, **kwargs) + 1
+            return {"contrastive_loss": loss} if output_dict else loss
+
+    return Added
+
+
+SUBCLASSES = [calls_everything, overrides_labels, overrides_logits, overrides_loss, adds_to_forward]
+
+
+@pytest.mark.parametrize("subclass", SUBCLASSES)
+def test_subclasses_compute_what_they_did(open_clip_loss, subclass):
+    inputs = make_inputs(40, 40, 16, torch.float64)
+    ours = call(subclass(SigLipLoss)(), inputs)
+    theirs = call(subclass(open_clip_loss.SigLipLoss)(), inputs)
+    for a, e in zip(ours, theirs, strict=True):
+        assert error(a, e) <= 1e-13
+
+
+def test_a_method_replaced_on_the_instance():
+    inputs = make_inputs(10, 10, 8, torch.float64)
+    loss = SigLipLoss()
+    loss._loss = lambda *a, **k: 2 * SigLipLoss()._loss(*a, **k)
+    assert loss(*inputs.tensors()).item() == pytest.approx(2 * oracle(inputs)[0].item())
+
+
+def overriding_ranks(rank, world_size):
+    inputs = make_inputs(6, 6, 8)
+    for subclass in SUBCLASSES[1:4]:
+        loss = subclass(SigLipLoss)(rank=rank, world_size=world_size)
+        with pytest.raises(TypeError, match=r"overrides (get_|_loss).*open_clip's own SigLipLoss"):
+            loss(*inputs.tensors())
+    added = SUBCLASSES[4](SigLipLoss)(rank=rank, world_size=world_size)
+    return added(*inputs.tensors()).item()
+
+
+def test_what_several_ranks_do_not_call_is_refused():
+    a, b = returned(launch(overriding_ranks, 2))
+    assert a == pytest.approx(b)

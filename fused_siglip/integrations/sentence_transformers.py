@@ -3,17 +3,14 @@
 Scale and bias belong to the model, not to the loss: the trainer wraps only the model in DDP, clips,
 zeroes and saves only what is the model's. The last column's forward pass hands out all that the
 loss depends on, since DDP takes for used what the outputs of its last forward pass lead to. The
-model's class is exchanged for one that does this (:class:`_WithScaleAndBias`); a saved model needs
-neither it nor this package.
+model's class is exchanged for one that does this (_sentence_model.py). A saved model needs neither
+that class nor this package.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import _checks
+from .._groups import WORLD, is_ready
+from ..distributed import report_bad_arguments
 from ..functional import siglip_loss
 from . import require
 
@@ -31,18 +30,29 @@ from sentence_transformers.base.losses import (  # noqa: E402
     CachedLossMixin,
     has_static_embedding_input,
 )
+from sentence_transformers.sentence_transformer.losses.adaptive_layer import (  # noqa: E402
+    TransformerDecorator,
+)
 
-SCALE_AND_BIAS_FILE = "siglip_loss.json"
+from ._sentence_model import (  # noqa: E402
+    PACKED,
+    REQUEST,
+    SCALE_AND_BIAS_FILE,
+    WHICH,
+    give_scale_and_bias,
+    parameter_name,
+    unpacked,
+    unwrapped,
+)
 
-# The model's parameter (2,): t' and b. "bias" in its name is what keeps the trainer's weight decay
-# away, and one parameter is one entry less to forget.
-_PARAMETER = "logit_scale_and_bias"
-# What a loss writes into the last column's features: the embeddings of the other columns, to get
-# them back with [t, b] under the parameter's name; or _PACKED, to get [t, b] behind the embeddings,
-# all as one vector.
-_REQUEST = "siglip_request"
-_PACKED = "packed"
-_OTHERS = "other_sentence_embeddings"
+__all__ = ["SCALE_AND_BIAS_FILE", "CachedSigLipLoss", "SigLipLoss"]
+
+try:  # from 6.2 on
+    from sentence_transformers.base.losses.merged_forward import merge_feature_batches
+except ImportError:
+
+    def merge_feature_batches(features_list: list[dict[str, Any]]) -> None:
+        """Earlier releases embed every column by itself."""
 
 
 class SigLipLoss(nn.Module):
@@ -57,10 +67,13 @@ class SigLipLoss(nn.Module):
     negatives, out of a batch.
 
     The scale t = exp(t') and the bias b are learned: the two elements of the parameter
-    ``model.logit_scale_and_bias``, which a new loss sets to its start. Being the model's, they are
-    averaged by DDP, clipped and kept in checkpoints with it, and the trainer does not decay them
-    (its rule spares names with "bias"; so should yours). ``model.save_pretrained`` writes them to
-    ``siglip_loss.json``; the saved model loads as any other.
+    ``model.logit_scale_and_bias``. Being the model's, they are averaged by DDP, clipped and kept in
+    checkpoints with it, and the trainer does not decay them (its rule spares names with "bias"; so
+    should yours). They stay float32 in a half-precision model. ``model.save_pretrained`` writes
+    them to ``siglip_loss.json``; the saved model loads as any other.
+
+    Several losses of one model share them, and another loss goes on where they are
+    (``model.reset_parameters()`` starts anew). With a ``name`` a loss has its own.
 
     Args:
         model: a SentenceTransformer, not yet wrapped (DDP, torch.compile); optimizers made by hand
@@ -68,13 +81,18 @@ class SigLipLoss(nn.Module):
         init_logit_scale: t' to start from, the logarithm of the factor.
         init_logit_bias: b to start from.
         gather_across_devices: compute the loss of the global batch of all processes (the default
-            process group). With DDP's averaging its gradients are exact.
+            process group, looked up when called). With DDP's averaging its gradients are exact.
+            Ranks may have different numbers of columns.
+        name: losses of the same name share scale and bias, those of different names do not. None:
+            shared by all without a name.
 
     Raises:
-        TypeError, ValueError: bad arguments; in ``forward``, fewer than two columns.
+        TypeError: an argument of the wrong type.
+        ValueError: a bad argument; a start that is not the one of the scale and bias that the model
+            has from another loss of this name; in ``forward``, fewer than two columns.
 
     ``forward(sentence_features, labels)`` returns the loss: a float32 scalar (float64 for a float64
-    model).
+    model). As in the library, columns after the anchor are embedded in one pass where they can be.
     """
 
     def __init__(
@@ -83,6 +101,8 @@ class SigLipLoss(nn.Module):
         init_logit_scale: float = math.log(10),
         init_logit_bias: float = -10.0,
         gather_across_devices: bool = False,
+        *,
+        name: str | None = None,
     ):
         super().__init__()
         if not isinstance(model, SentenceTransformer):
@@ -94,44 +114,59 @@ class SigLipLoss(nn.Module):
         self.init_logit_scale = init_logit_scale
         self.init_logit_bias = init_logit_bias
         self.gather_across_devices = gather_across_devices
+        self.name = name
+        self._parameter = parameter_name(name)
+        start = (float(init_logit_scale), float(init_logit_bias))
+        theirs = getattr(model, "_siglip_starts", {}).get(self._parameter, start)
+        if theirs != start:
+            raise ValueError(
+                f"model has scale and bias of another loss, which started at {theirs}, and this "
+                f"one is to start at {start}: expected the same start to share them, or name= for "
+                "scale and bias of this loss's own"
+            )
         self.model = model
-        with torch.no_grad():
-            getattr(model, _PARAMETER).copy_(torch.tensor([init_logit_scale, init_logit_bias]))
 
     def __setattr__(self, name: str, value: Any) -> None:
         # the trainer puts in other models: fresh ones of model_init, and wrapped ones
-        unwrapped = name == "model" and isinstance(value, SentenceTransformer)
-        if unwrapped and not hasattr(value, _PARAMETER):
-            _give_scale_and_bias(value, self.init_logit_scale, self.init_logit_bias)
+        is_model = name == "model" and isinstance(value, SentenceTransformer)
+        if is_model and not hasattr(value, self._parameter):
+            start = (self.init_logit_scale, self.init_logit_bias)
+            give_scale_and_bias(value, self._parameter, *start)
         super().__setattr__(name, value)
 
     def forward(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
     ) -> Tensor:  # ()
-        *others, last = _at_least_two(sentence_features)
-        embeddings = [self.model(features)["sentence_embedding"] for features in others]
-        last[_REQUEST] = embeddings
+        anchors, *texts = _at_least_two(sentence_features)
+        merged = merge_feature_batches(texts) if len(texts) > 1 else None
+        *others, last = texts if merged is None else [merged]
+        embeddings = [self.model(features)["sentence_embedding"] for features in (anchors, *others)]
+        last[REQUEST], last[WHICH] = embeddings, self._parameter
         try:
             output = self.model(last)
         finally:
-            last.pop(_REQUEST, None)
-        if _PARAMETER not in output:
+            last.pop(REQUEST, None), last.pop(WHICH, None)
+        if self._parameter not in output:
             raise _made_too_late()
-        logit_scale, logit_bias = output[_PARAMETER][:2]  # DataParallel strings copies together
-        embeddings = [*embeddings, output["sentence_embedding"]]
+        logit_scale, logit_bias = output[self._parameter][:2]  # DataParallel strings them together
+        embeddings.append(output["sentence_embedding"])
+        if merged is not None:
+            anchors, merged_texts = embeddings
+            embeddings = [anchors, *merged_texts.chunk(len(texts))]
         return self._loss(embeddings, logit_scale, logit_bias)
 
     def _loss(self, columns: list[Tensor], logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
         """Loss of the embeddings of all columns, each (B, D) and not normalised."""
         columns = [_normalized(column) for column in columns]
         anchors, texts = columns[0], columns[1]
-        options = {}
-        rank, world_size = 0, 1
-        if self.gather_across_devices and dist.is_available() and dist.is_initialized():
-            rank, world_size = dist.get_rank(), dist.get_world_size()
-            options["group"] = dist.group.WORLD
-        if len(columns) > 2:
+        options = {"group": WORLD} if self.gather_across_devices else {}
+        gathers = self.gather_across_devices and is_ready()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if gathers else (0, 1)
+        # also for pairs where ranks gather: another rank may have further columns
+        if len(columns) > 2 or world_size > 1:
             if len(columns[1]) != len(anchors):
+                if world_size > 1:
+                    report_bad_arguments(dist.group.WORLD, anchors.device)
                 raise ValueError(
                     f"{len(anchors)} anchors have {len(columns[1])} positives: expected one each"
                 )
@@ -142,7 +177,8 @@ class SigLipLoss(nn.Module):
         return siglip_loss(anchors, texts, logit_scale, logit_bias, **options)
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {
+        named = {} if self.name is None else {"name": self.name}
+        return named | {
             "init_logit_scale": self.init_logit_scale,
             "init_logit_bias": self.init_logit_bias,
             "gather_across_devices": self.gather_across_devices,
@@ -171,15 +207,17 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
     mini-batch, so accumulation, GradScaler and DDP treat them like all others.
 
     Args:
-        model, init_logit_scale, init_logit_bias, gather_across_devices: as in :class:`SigLipLoss`.
+        model, init_logit_scale, init_logit_bias, gather_across_devices, name: as in
+            :class:`SigLipLoss`.
         mini_batch_size: rows embedded at a time.
         mini_batch_num_tokens: pack mini-batches by number of tokens instead, up to this many.
         show_progress_bar: show the mini-batches' progress.
 
     Raises:
         TypeError, ValueError: as :class:`SigLipLoss`; sizes below 1; a model of static embeddings,
-            whose inputs cannot be split; in ``forward``, inside MatryoshkaLoss or under
-            DataParallel (SigLipLoss works with both).
+            whose inputs cannot be split; in ``forward``, inside AdaptiveLayerLoss, which no cached
+            loss works in, or under DataParallel (SigLipLoss works with both). MatryoshkaLoss works,
+            with dimensions of 2 or more.
     """
 
     def __init__(
@@ -191,8 +229,10 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
         mini_batch_num_tokens: int | None = None,
         gather_across_devices: bool = False,
         show_progress_bar: bool = False,
+        *,
+        name: str | None = None,
     ):
-        super().__init__(model, init_logit_scale, init_logit_bias, gather_across_devices)
+        super().__init__(model, init_logit_scale, init_logit_bias, gather_across_devices, name=name)
         if has_static_embedding_input(model):
             raise ValueError(
                 "model starts with a StaticEmbedding, whose inputs cannot be split into "
@@ -211,10 +251,10 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
     def forward(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
     ) -> Tensor:  # ()
-        if "calculate_loss" in vars(self):  # MatryoshkaLoss truncates what it takes for embeddings
+        if isinstance(vars(unwrapped(self.model)[0]).get("forward"), TransformerDecorator):
             raise ValueError(
-                "CachedSigLipLoss inside MatryoshkaLoss: expected SigLipLoss there, or the cached "
-                "loss on its own"
+                "CachedSigLipLoss inside AdaptiveLayerLoss: expected SigLipLoss there, since what "
+                "embeds again in the backward pass no longer sees its layers"
             )
         if isinstance(self.model, nn.DataParallel):
             raise ValueError(
@@ -222,7 +262,7 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
                 "DistributedDataParallel), or SigLipLoss"
             )
         columns = _at_least_two(sentence_features)
-        columns[-1] = {**columns[-1], _REQUEST: _PACKED}
+        columns[-1] = {**columns[-1], REQUEST: PACKED, WHICH: self._parameter}
         return self.forward_cached(columns, labels)
 
     def calculate_loss(
@@ -232,14 +272,14 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
         *,
         with_backward: bool = False,
     ) -> Tensor:  # ()
-        """Loss of the embeddings, by column and mini-batch: (b, D); those of the last column are
-        packed with scale and bias, (b D + 2). With ``with_backward`` their ``grad`` is set."""
+        """Loss of the embeddings, by column and mini-batch: (b, D); those of the last column have
+        two rows more, for scale and bias. With ``with_backward`` their ``grad`` is set."""
         *columns, last = reps
-        if last[-1].ndim != 1:
+        rows = [sum(len(mini_batch) for mini_batch in column) for column in (columns[0], last)]
+        if rows[0] == rows[1]:
             raise _made_too_late()
-        dim = columns[0][0].shape[1]
-        logit_scale, logit_bias = last[-1][-2:]
-        columns.append([packed[:-2].view(-1, dim) for packed in last])
+        logit_scale, logit_bias = unpacked(last[-1][-2:])
+        columns.append([packed[:-2] for packed in last])
         loss = self._loss([torch.cat(column) for column in columns], logit_scale, logit_bias)
         if with_backward:
             loss.backward()
@@ -251,67 +291,6 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
             "mini_batch_size": self.mini_batch_size,
             "mini_batch_num_tokens": self.mini_batch_num_tokens,
         }
-
-
-class _WithScaleAndBias:
-    """What a SentenceTransformer does besides once a loss has given it scale and bias.
-
-    The trainer resumes by loading a second model of the same class from the checkpoint and copying
-    its state: so this class reads what it has saved.
-    """
-
-    def __init__(self, model_name_or_path: str | None = None, *args, **kwargs):
-        super().__init__(model_name_or_path, *args, **kwargs)
-        file = Path(model_name_or_path or "", SCALE_AND_BIAS_FILE)
-        if file.is_file():
-            saved = json.loads(file.read_text())
-            _give_scale_and_bias(self, saved["logit_scale"], saved["logit_bias"])
-
-    def save(self, path: str, *args, **kwargs) -> None:
-        super().save(path, *args, **kwargs)
-        if path is None:  # the library's way of not saving
-            return
-        logit_scale, logit_bias = getattr(self, _PARAMETER).tolist()
-        saved = {"logit_scale": logit_scale, "logit_bias": logit_bias}
-        Path(path, SCALE_AND_BIAS_FILE).write_text(json.dumps(saved, indent=2) + "\n")
-
-    def forward(self, input: dict[str, Tensor], **kwargs) -> dict[str, Tensor]:
-        request = input.pop(_REQUEST, None)
-        output = super().forward(input, **kwargs)
-        if request is None:
-            return output
-        logit_scale, logit_bias = getattr(self, _PARAMETER)
-        values = torch.stack([logit_scale.exp(), logit_bias])
-        if request == _PACKED:  # in float32 at least, which the values need
-            embedding = output["sentence_embedding"]
-            wide = embedding.to(torch.promote_types(embedding.dtype, values.dtype))
-            output["sentence_embedding"] = torch.cat([wide.flatten(), values.to(wide.dtype)])
-        else:
-            output.update({_PARAMETER: values, _OTHERS: request})
-        return output
-
-    @property
-    def dtype(self) -> torch.dtype | None:  # of the weights: not of the first parameter, ours
-        others = (p.dtype for name, p in self.named_parameters() if name != _PARAMETER)
-        return next(others, None)
-
-
-@functools.cache
-def _class_with_scale_and_bias(base: type[SentenceTransformer]) -> type[SentenceTransformer]:
-    """A subclass by the same name (model cards print it), which pickle finds in this module."""
-    cls = type(base.__name__, (_WithScaleAndBias, base), {"__module__": __name__})
-    cls.__qualname__ = f"_Trained{base.__name__}"
-    return cls
-
-
-_TrainedSentenceTransformer = _class_with_scale_and_bias(SentenceTransformer)
-
-
-def _give_scale_and_bias(model: SentenceTransformer, logit_scale: float, logit_bias: float) -> None:
-    if not isinstance(model, _WithScaleAndBias):
-        model.__class__ = _class_with_scale_and_bias(type(model))
-    values = torch.tensor([logit_scale, logit_bias], dtype=torch.float32, device=model.device)
-    model.register_parameter(_PARAMETER, nn.Parameter(values))
 
 
 def _at_least_two(sentence_features: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import nn
 
-from .. import _checks
+from .. import _checks, _scalars
+from .._groups import OMITTED, WORLD, GroupRef
 from ..distributed import DIST_IMPLS
 from ..functional import siglip_loss
 from . import require
@@ -39,25 +40,18 @@ ModelOrClass = TypeVar("ModelOrClass", bound="nn.Module | type[nn.Module]")
 class _Settings:
     """What a patched model was asked for."""
 
-    group: dist.ProcessGroup | str | None
+    group: GroupRef  # copies share it: a process group has no copy
     dist_impl: str | None
-
-    def __deepcopy__(self, memo: dict) -> _Settings:
-        return self  # a process group has no copy
 
     def loss_options(self) -> dict:
         """Options of siglip_loss, now: groups come into being after models are patched."""
-        if self.group != "world":
-            return {"group": self.group, "dist_impl": self.dist_impl}
-        if dist.is_available() and dist.is_initialized():
-            return {"group": dist.group.WORLD, "dist_impl": self.dist_impl}
-        return {}  # one process is the world
+        return {"group": self.group.get(), "dist_impl": self.dist_impl}
 
 
 def patch_siglip(
     model_or_class: ModelOrClass,
     *,
-    group: dist.ProcessGroup | str | None = None,
+    group: dist.ProcessGroup | str | None = OMITTED,
     dist_impl: str | None = None,
 ) -> ModelOrClass:
     """Let a SigLIP model of transformers compute its loss without the matrix of logits.
@@ -66,6 +60,12 @@ def patch_siglip(
     normalised embeddings, and ``logits_per_image`` and ``logits_per_text`` are None, since they are
     the (B, B) matrix; all other outputs are the model's own. Without ``return_loss`` the model's
     own forward runs, untouched. Parameters, state dict, config and class name stay as they are.
+
+    t = exp(logit_scale) is float32 also in a half-precision model. The model's parameters keep the
+    dtype that you gave them.
+
+    Trainer divides the loss by the number of accumulated batches: ``accepts_loss_kwargs`` is False,
+    or a batch with a column of labels would make it believe that the model has done so.
 
     Args:
         model_or_class: ``SiglipModel`` or ``Siglip2Model``, a class (all its models) or an instance
@@ -80,7 +80,8 @@ def patch_siglip(
             rank must call the model with ``return_loss=True`` as often as the others; their numbers
             of pairs may differ, but the towers want at least one. "world" is looked up when the
             model is called, so it may be given before ``init_process_group``; where there is none,
-            this process is the world.
+            this process is the world. (``torch.distributed.group.WORLD`` is None before it: a None
+            from then is an error when the model is called on several ranks.)
         dist_impl: how the ranks exchange features, as in :func:`fused_siglip.siglip_loss`. Without
             ``group`` it means "world".
 
@@ -92,12 +93,10 @@ def patch_siglip(
             a ``forward`` of its own, or an instance whose ``forward`` was replaced.
         ValueError: an unknown dist_impl.
     """
-    if not (group is None or group == "world" or isinstance(group, dist.ProcessGroup)):
-        raise TypeError(
-            f"group is {group!r}: expected None, 'world' or a torch.distributed.ProcessGroup"
-        )
     _checks.check_dist_impl(dist_impl, DIST_IMPLS)
-    settings = _Settings("world" if group is None and dist_impl else group, dist_impl)
+    if dist_impl is not None and (group is None or group is OMITTED):
+        group = WORLD
+    settings = _Settings(GroupRef(group), dist_impl)
 
     target = _find(model_or_class)
     cls = target if isinstance(target, type) else type(target)
@@ -105,6 +104,7 @@ def patch_siglip(
         _check_forward(cls)
         if target is cls:
             cls.forward = _fused(cls.forward)
+            cls.accepts_loss_kwargs = False
         elif "forward" in vars(target):
             raise TypeError(
                 f"forward of this {cls.__name__} was replaced on the instance (accelerate does so "
@@ -128,10 +128,12 @@ def unpatch_siglip(model_or_class: ModelOrClass) -> ModelOrClass:
             # FSDP2 may have put a class of its own on top, which then finds no settings
             if hasattr(vars(type(target)).get("forward"), _ORIGINAL):
                 target.__class__ = type(target).__base__
-        elif target in _OUTPUTS:
-            target.forward = getattr(target.forward, _ORIGINAL)
         else:
-            del target.forward  # inherited
+            del target.accepts_loss_kwargs
+            if target in _OUTPUTS:
+                target.forward = getattr(target.forward, _ORIGINAL)
+            else:
+                del target.forward  # inherited
     return model_or_class
 
 
@@ -188,10 +190,9 @@ def _patched_class(cls: type[nn.Module]) -> type[nn.Module]:
     def reduce(self, protocol):
         return _new_patched, (cls,), object.__reduce_ex__(self, 2)[2]
 
-    same = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(
-        cls.__name__, (cls,), same | {"forward": _fused(cls.forward), "__reduce_ex__": reduce}
-    )
+    body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"forward": _fused(cls.forward), "__reduce_ex__": reduce, "accepts_loss_kwargs": False}
+    return type(cls.__name__, (cls,), body)
 
 
 def _new_patched(cls: type[nn.Module]) -> nn.Module:
@@ -237,7 +238,7 @@ def _forward_with_loss(self: nn.Module, settings: _Settings, /, return_loss: boo
     loss = siglip_loss(
         image_embeds.to(device),
         text_embeds,
-        self.logit_scale.to(device).exp(),
+        _scalars.exp(self.logit_scale.to(device)),
         self.logit_bias.to(device),
         **settings.loss_options(),
     )

@@ -10,9 +10,10 @@ import torch
 
 from ..kernels import Panel, multiplies_half_into_fp32, panel_class
 
-# Without a caller's bound. On a CPU: fp32 panels of 1024 x 1024, whose buffers stay in the
-# last-level cache; a GPU panel wants to be large enough to fill the chip in all three products.
-_DEFAULT_WORKSPACE = {"cpu": 13 << 20}
+# Without a caller's bound. On a CPU: fp32 panels of 2048 x 2048, which stay in the last-level
+# cache while products are near their best; a GPU panel wants to be large enough to fill the chip in
+# all three products.
+_DEFAULT_WORKSPACE = {"cpu": 19 << 20}
 _DEFAULT_WORKSPACE_GPU = 384 << 20
 
 # What one multiprocessor computes at a time in the library's large half-precision products.
@@ -143,12 +144,20 @@ def _plan(
         )
 
     tiles = budget // tile_bytes
+    side = math.isqrt(tiles)  # of a square of tiles: a backend may take less for many than for one
+    while side < max(m, n) and workspace((side + 1) * tile_m, (side + 1) * tile_n) <= budget:
+        side += 1
     tiles_m, tiles_n = max(_ceil_div(m, tile_m), 1), max(_ceil_div(n, tile_n), 1)
-    rows = min(tiles_m, max(math.isqrt(tiles), tiles // tiles_n))
-    cols = min(tiles_n, tiles // rows)
-    rows = min(_side(m, rows, tile_m, d, multiprocessors), m)
-    cols = min(_side(n, cols, tile_n, d, multiprocessors), n)
 
+    def shape(tiles: int) -> tuple[int, int]:
+        rows = min(tiles_m, max(math.isqrt(tiles), tiles // tiles_n))
+        cols = min(tiles_n, tiles // rows)
+        rows = min(_side(m, rows, tile_m, d, multiprocessors), m)
+        return rows, min(_side(n, cols, tile_n, d, multiprocessors), n)
+
+    rows, cols = shape(max(tiles, side * side))
+    if workspace(rows, cols) > budget:
+        rows, cols = shape(tiles)
     used = workspace(rows, cols)
     peak = used + (need_image_grad * m + need_text_grad * n) * d * accumulate_dtype.itemsize
     if copies_operands or operand_dim != d or operand_dtype != dtype:

@@ -1,6 +1,7 @@
 """patch_siglip on transformers' own models: what changes with the loss, and what does not."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 from transformers_memory import peak_extra_bytes
 
 from fused_siglip.integrations.transformers import patch_siglip, unpatch_siglip
+from fused_siglip.reference import eager_siglip_loss
 
 SIZE = 8
 LOGITS = ("logits_per_image", "logits_per_text")
@@ -92,6 +94,17 @@ def test_loss_of_a_bfloat16_model(model, batch):
     actual = loss_and_grads(patch_siglip(model), batch)
     assert actual["loss"].dtype == torch.float32  # and own is bfloat16
     assert_as_exact_as_own(actual, own, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scale_of_a_half_precision_model(model, batch, dtype):
+    """exp in bfloat16 would be off by up to 0.4%, and the logits with it."""
+    with torch.no_grad():
+        model.logit_scale.fill_(4.78125), model.logit_bias.fill_(-16.5)  # both exact in bfloat16
+    outputs = patch_siglip(model.to(dtype))(**cast(batch, dtype), return_loss=True)
+    embeds = outputs.image_embeds.double(), outputs.text_embeds.double()
+    exact = eager_siglip_loss(*embeds, math.exp(4.78125), -16.5)
+    assert outputs.loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 ARGUMENTS = {

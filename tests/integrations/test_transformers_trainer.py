@@ -49,11 +49,12 @@ def run(
     patch: dict | None = None,
     dtype: torch.dtype = torch.float32,
     compute_metrics=None,
+    labels: bool = False,
     **arguments,
 ) -> dict[str, torch.Tensor]:
     """Train a tiny model and evaluate it: losses, what every parameter moved by, eval_loss.
 
-    patch: options of patch_siglip, None for a model as it is.
+    patch: options of patch_siglip, None for a model as it is. labels: a column that nobody reads.
     """
     model = make_model(name).to(dtype)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -63,6 +64,8 @@ def run(
     def collate(rows: list[dict]) -> dict:
         assert "url" not in rows[0]  # Trainer still knows the columns of forward
         batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        if labels:
+            batch["labels"] = torch.arange(len(rows))
         return cast(batch, dtype) | {"return_loss": True}
 
     sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
@@ -122,6 +125,28 @@ def test_trains_and_evaluates_as_unpatched(case, tmp_path):
     assert_as_exact_as_own(actual, own, exact)
 
 
+@pytest.mark.parametrize("name", ["siglip", "siglip2"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_column_of_labels_changes_nothing(name, accumulate, tmp_path):
+    """Trainer would leave the loss of accumulated batches undivided: forward takes **kwargs."""
+    case = {"name": name, "patch": {}, "gradient_accumulation_steps": accumulate}
+    plain, labelled = (run(tmp_path, labels=labels, **case) for labels in (False, True))
+    assert all(torch.equal(labelled[key], value) for key, value in plain.items())
+
+
+def test_a_column_of_labels_and_a_patched_class(tmp_path):
+    plain = run(tmp_path, patch={}, gradient_accumulation_steps=2)
+    model_class = type(make_model())
+    patch_siglip(model_class)
+    try:
+        labelled = run(tmp_path, labels=True, gradient_accumulation_steps=2)
+    finally:
+        unpatch_siglip(model_class)
+    assert all(torch.equal(labelled[key], value) for key, value in plain.items())
+    assert not hasattr(model_class, "accepts_loss_kwargs")
+    assert not hasattr(unpatch_siglip(patch_siglip(make_model())), "accepts_loss_kwargs")
+
+
 def test_compute_metrics_gets_the_embeddings(tmp_path):
     seen = []
 
@@ -165,7 +190,12 @@ def test_trainer_on_two_ranks_is_trainer_on_one_with_the_whole_batch(tmp_path):
     ]
     patched = [case | {"patch": {"group": "world"}} for case in cases]
     local = cases[0] | {"patch": {}}
-    ranks = returned(launch(run_as_rank, 2, str(tmp_path), [*patched, local], limit=400))
+    labelled = patched[1] | {"labels": True}
+    runs = [*patched, labelled, local]
+    ranks = returned(launch(run_as_rank, 2, str(tmp_path), runs, limit=400))
+    for results in ranks:
+        for key, value in results[1].items():
+            assert torch.equal(results[2][key], value)
     for k, case in enumerate(cases):
         own = run(tmp_path, **case)
         exact = run(tmp_path, dtype=torch.float64, **(case | {"bf16": False}))
@@ -245,21 +275,33 @@ def test_loss_and_gradients_of_the_global_batch():
 
 
 def copies(rank: int, world_size: int) -> None:
-    """A copy shares the process group of its model, which has no pickle."""
-    model = copy.deepcopy(patch_siglip(make_model(), group=dist.group.WORLD))
+    """A copy shares the process group of its model, a pickle finds it by its name."""
+    sub = dist.new_group([0, 1])
     batch = {key: value[rank : rank + 2] for key, value in make_batch("siglip", 3).items()}
-    loss = model(**batch, return_loss=True).loss
+    loss = patch_siglip(make_model(), group="world")(**batch, return_loss=True).loss
+    for group in ("world", dist.group.WORLD, sub):
+        model = copy.deepcopy(patch_siglip(make_model(), group=group))
+        for again in (model, pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(again(**batch, return_loss=True).loss, loss)
     alone = unpatch_siglip(model)(**batch, return_loss=True).loss
     assert abs(loss - alone) > 1e-2
-    with pytest.raises(TypeError, match="cannot pickle"):
-        pickle.dumps(patch_siglip(model, group=dist.group.WORLD))
-    # "world" has
-    again = pickle.loads(pickle.dumps(patch_siglip(model, group="world")))
-    torch.testing.assert_close(again(**batch, return_loss=True).loss, loss)
 
 
 def test_copies_in_a_process_group():
     returned(launch(copies, 2))
+
+
+def patched_before(rank: int, world_size: int, world, none) -> None:
+    batch = {key: value[rank : rank + 2] for key, value in make_batch("siglip", 3).items()}
+    expected = patch_siglip(make_model(), group=dist.group.WORLD)(**batch, return_loss=True).loss
+    assert torch.equal(world(**batch, return_loss=True).loss, expected)
+    with pytest.raises(ValueError, match="None before init_process_group"):
+        none(**batch, return_loss=True)
+
+
+def test_patched_before_the_process_group():
+    models = (patch_siglip(make_model(), group=g) for g in ("world", dist.group.WORLD))
+    returned(launch(patched_before, 2, *models))
 
 
 def test_one_process_is_the_world():

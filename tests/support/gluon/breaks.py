@@ -49,8 +49,8 @@ BREAKS = (
     Break("consumers wait for one stage alone", "shared", "multiply", FULL_WAIT, "mbarrier.wait(full.index(0), i // STAGES & 1)"),
     Break("one consumer keeps the last stage", "shared", "consumer", LAST_ARRIVAL, LAST_ARRIVAL[:-1] + ", pred=which == 0)"),
     Break("a stage is freed before anything was read", "shared", "multiply", ", pred=k > 0", ""),
-    Break("either consumer frees a stage alone", "shared", "panel_ws_kernel", "count=CONSUMERS if SHARED else 1", "count=1"),
-    Break("the barrier of a full stage wants two arrivals", "shared", "panel_ws_kernel", "full.index(s), count=1", "full.index(s), count=2"),
+    Break("either consumer frees a stage alone", "shared", "hopper_panel_kernel", "count=CONSUMERS if SHARED else 1", "count=1"),
+    Break("the barrier of a full stage wants two arrivals", "shared", "hopper_panel_kernel", "full.index(s), count=1", "full.index(s), count=2"),
     Break("bytes of y not expected", "shared", "producer", BYTES, "x_desc.block_type.nbytes"),
     Break("too many bytes expected", "shared", "producer", BYTES, "2 * (" + BYTES + ")"),
     Break("x copied to the next stage", "shared", "producer", "x_bufs.index(stage)", "x_bufs.index((stage + 1) % STAGES)"),
@@ -65,7 +65,7 @@ BREAKS = (
     Break("consumers take tiles in another order", "shared", "consumer", "range(first, tiles, step)", "range(tiles - 1 - first, -1, -step)"),
     # two consumers
     Break("all consumers take the upper rows", "shared", "consumer", "row0 += which * ROWS", "row0 += 0 * ROWS"),
-    Break("the third of four consumers does what the first does", "four", "panel_ws_kernel", "(2, x_bufs,", "(0, x_bufs,"),
+    Break("the third of four consumers does what the first does", "four", "hopper_panel_kernel", "(2, x_bufs,", "(0, x_bufs,"),
     Break("the sums of both consumers in one slot", "shared", "consumer", "t * CONSUMERS + which if SHARED", "t * CONSUMERS if SHARED"),
     Break("consumers do not wait for their turn", "turns", "consumer", TURN_WAIT, "pass"),
     Break("consumers wait for the other's turn", "turns", "consumer", TURN_WAIT, TURN_WAIT.replace("1 - which", "which")),
@@ -100,6 +100,6 @@ BREAKS = (
     Break("g copied before it is there", "turns", "write_round", "buf.store(g.to(g_desc.dtype))", "pass"),
     Break("g copied to the columns after", "turns", "write_round", "[row0, col0], buf", "[row0, col0 + g.shape[1]], buf"),
     Break("consumers end before their copies", "turns", "consumer", "tma.store_wait(0)", "pass"),
-    Break("consumers share buffers of g", "turns", "panel_ws_kernel", "g_bufs1 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)", "g_bufs1 = g_bufs0"),
-    Break("two of four consumers share buffers of g", "four", "panel_ws_kernel", "y_bufs, g_bufs3, full", "y_bufs, g_bufs2, full"),
+    Break("consumers share buffers of g", "turns", "hopper_panel_kernel", "g_bufs1 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)", "g_bufs1 = g_bufs0"),
+    Break("two of four consumers share buffers of g", "four", "hopper_panel_kernel", "y_bufs, g_bufs3, full", "y_bufs, g_bufs2, full"),
 )  # fmt: skip

@@ -187,7 +187,7 @@ def run(module: ModuleType, case: Case, seed: int) -> Outcome:
         "REGISTERS": 240,
         "num_warps": case.warps,
     }
-    launch(module.panel_ws_kernel, case.grid, arguments, RandomOrder(seed))
+    launch(module.hopper_panel_kernel, case.grid, arguments, RandomOrder(seed))
     if not (g.writes == case.store_g).all() or not (partials.writes == 1).all():
         raise Fault("g or the partial sums are not written throughout")
     if case.store_g and (g.data[case.m :].any() or g.data[:, case.n :].any()):
