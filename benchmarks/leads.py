@@ -78,18 +78,17 @@ def _hopper(gluon: Results | None) -> list[str]:
     (row,) = select(gluon.rows, kind="gluon", dtype="bfloat16")
     config, costs = row["config"], row["instructions_a_pair"]
     tile = " x ".join(str(side) for side in config["tile"])
-    consumer = max(pool for pool in row["pools"] if pool * config["num_warps"] * 64 <= 65536)
     reuse = config["tile"][0] * config["tile"][1] / sum(config["tile"])
     points = (
         f"**Roles**: one warp copies blocks of x and y into {config['stages']} stages of shared "
-        f"memory, and {config['consumers']} consumers of {config['num_warps']} warps take turns on "
+        f"memory, and two consumers of {config['num_warps']} warps take turns on "
         f"tiles of {tile}: one multiplies while the other is in its elementwise pass. A "
         f"multiprocessor holds one program of {row['threads']} threads, which stays.",
         f"**The elementwise pass** takes {costs['joined']:.1f} instructions a pair where the "
         f"largest logit of the tile is at most 10, stores and sums included, and "
         f"{costs['masked']:.1f} otherwise and where a round meets the diagonal or the edge.",
-        f"**Registers**: {consumer} a thread of a consumer, {min(row['pools'])} of the producer. "
-        f"{row['spills']} instructions load or store the stack, {row['spills_in_loops']} of them "
+        f"**Registers**: {config['registers']} a thread of a consumer, {min(row['pools'])} of the "
+        f"producer. {row['spills']} instructions load or store the stack, {row['spills_in_loops']} of them "
         "in a loop: values that a tile needs once wait there while its rounds run.",
         f"**Shared memory**: {row['shared_bytes'] / 1024:.0f} KiB, stages and the rounds of g on "
         "their way to memory.",
