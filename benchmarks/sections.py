@@ -279,7 +279,8 @@ NOTES = {
         "tests/test_hopper.py: a NaN in the features spread to the gradients of the row eight "
         "below it. The kernel has been mended since; no device has run it again.",
         'The gradient error over eager\'s is that of float32 with `matmul_precision` "high" at '
-        "t = 100. Tensor cores cut float32 operands off to tf32 where the library rounds them. "
+        "t = 100. Tensor cores cut float32 operands off to tf32 where the library rounds them; the "
+        "kernel's operands are rounded first since, which no device has run yet. "
         "In every other dtype the error is at most 1.02 times eager's.",
         "Two accuracy targets cannot be met: at B = 32768, t = 100 siglip-kernel's image gradients "
         "err by 1.96 roundings to bf16 and eager's by 2.74. 0.45 of the one and a third of the "
