@@ -1,13 +1,18 @@
-"""What the compiler makes of the Gluon panel kernel, for Hopper and without one."""
+"""What the compiler makes of the Gluon panel kernel, for Hopper and without one.
+
+python -m benchmarks.compiled_gluon     # as it is shipped: a results file
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,10 +22,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from fused_siglip.kernels import GRAD_SCALE
-from fused_siglip.kernels.hopper import HopperConfig
+from fused_siglip.kernels.hopper import HOPPER, HopperConfig
 from fused_siglip.kernels.hopper_kernel import hopper_panel_kernel
 
 from .compiled import INSTRUCTION, basic_blocks
+from .harness import environment, write_results
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,6 @@ def compile_gluon(
         "WIDTH": config.width,
         "GRAD_SCALE": GRAD_SCALE.get(dtype, 1.0),
         "SCALAR_GRADS": scalar_grads,
-        "SHARED": config.shared,
-        "CONSUMERS": config.consumers,
         "STORE_BUFFERS": config.store_buffers,
         "REGISTERS": config.registers,
         "num_warps": config.num_warps,
@@ -83,7 +87,7 @@ def compile_gluon(
     kinds = {
         "x_desc": descriptor(config.tile[0], config.block_k),
         "y_desc": descriptor(config.tile[1], config.block_k),
-        "g_desc": descriptor(config.rows, config.width),
+        "g_desc": descriptor(config.tile[0], config.width),
         **dict.fromkeys(("partials_ptr", "scale_ptr", "bias_ptr"), "*fp32"),
     }
     signature, attributes = {}, {}
@@ -160,3 +164,24 @@ def _costs(sass: str) -> dict[str, float]:
         form = "joined" if joined else "plain" if selects <= pairs else "masked"
         found.setdefault(form, []).append(len(block) / pairs)
     return {form: statistics.median(costs) for form, costs in found.items()}
+
+
+def rows() -> Iterator[dict]:
+    """A row for each kind of operands of the kernel as it is shipped."""
+    for dtype in (torch.bfloat16, torch.float16):
+        row = {"kind": "gluon", "target": "sm_90", "dtype": str(dtype).split(".")[1], "dim": 768}
+        yield row | {"config": asdict(HOPPER)} | asdict(compile_gluon(HOPPER, dtype))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.compiled_gluon", description=__doc__)
+    parser.add_argument("--output", type=Path, help="results file; by default under results/")
+    args = parser.parse_args()
+    found = list(rows())
+    for row in found:
+        print(*(f"{key}={value}" for key, value in row.items()))
+    print(f"written to {write_results('gluon', environment(), found, args.output)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,13 @@ class Results(NamedTuple):
 
     def source(self, up: str = "") -> str:
         where = self.environment
+        on_gpu = where.get("capability", "")[:1].isdigit()
+        triton = f", triton {where['triton']}" if on_gpu else ""
+        changed = " with changes" if where.get("dirty") else ""
         return (
-            f"{where['device']}, torch {where['torch']}, {where['date'][:10]}, commit "
-            f"{(where['commit'] or 'unknown')[:8]}: [{self.path.name}]({up}{self.path.as_posix()})."
+            f"{where['device']}, torch {where['torch']}{triton}, {where['date'][:10]}, commit "
+            f"{(where['commit'] or 'unknown')[:8]}{changed}: "
+            f"[{self.path.name}]({up}{self.path.as_posix()})."
         )
 
 
@@ -27,6 +32,10 @@ def table(header: Iterable[str], lines: Iterable[Iterable[str]], left: int = 1) 
     header = list(header)
     rule = ["---"] * left + ["--:"] * (len(header) - left)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def bullet(text: str) -> str:
+    return textwrap.fill(f"- {text}", 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def number(value: float | None, spec: str = ".2f", factor: float = 1.0) -> str:

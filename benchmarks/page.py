@@ -18,28 +18,30 @@ from .harness import RESULTS
 from .leads import compiled_section
 from .markdown import Results
 from .memory import ROOT
-from .plots import main_shape, plot_costs, plot_negatives
+from .plots import plot_costs, plot_negatives
 from .ranks import ranks_block
 from .sections import (
-    cost_table,
     cpu_section,
+    cpu_sentence,
     demo_section,
     gpu_sections,
     negatives_table,
-    savings,
+    readme_table,
     stacks_table,
+    tested,
 )
 from .targets import select
 
 BLOCK = re.compile(r"(<!-- results:begin -->\n).*(<!-- results:end -->)", re.DOTALL)
-README_SIZES = {"cpu": (1024, 4096, 8192), "gpu": (1024, 32768, 65536)}
+README_SIZES = {"cpu": (1024, 4096, 8192), "gpu": (4096, 32768, 65536)}
 INTRODUCTION = """\
 # Performance
 
 `python -m benchmarks.page` writes this page from the newest files in
 [benchmarks/results](../benchmarks/results); [benchmarks/README.md](../benchmarks/README.md) says
-how each number is measured. r is a loss's time over that of the plain matrix products which no
-exact method can do without, in the same run; MiB is peak memory beyond inputs and gradients."""
+how each number is measured. x floor (x GEMM floor) is a loss's time over that of the plain matrix
+products that no exact method can avoid, in the same run: 1.00 would be free. MiB is peak memory
+beyond inputs and gradients. The logit scale is t, and t = 10 where a table does not say."""
 
 
 def load(folder: Path = RESULTS) -> dict[str, list[Results]]:
@@ -74,6 +76,8 @@ class Pages:
         self.cpu = first(on("loss", gpu=False))
         self.demo = first(found.get("demo", []))
         self.compiled = first(found.get("compiled", []))
+        self.gluon = first(found.get("gluon", []))
+        self.tuned = found.get("tune", [])
         self.stacks = first(found.get("integrations", []))
         self.negatives = first(found.get("negatives", []))
         self.ranks = first(found.get("distributed", []))
@@ -91,10 +95,10 @@ class Pages:
     def performance(self) -> str:
         parts = [
             INTRODUCTION,
-            gpu_sections(self.gpu, _plot_name),
+            gpu_sections(self.gpu, _plot_name, self.tuned),
             cpu_section(self.cpu, "performance_cpu.png"),
             demo_section(self.demo),
-            compiled_section(self.compiled),
+            compiled_section(self.compiled, self.gluon),
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -118,20 +122,15 @@ class Pages:
         return [] if self.ranks is None else ranks_block(self.ranks)
 
     def readme_parts(self) -> list[str]:
+        """A table for each GPU and a line on the CPU, or else the CPU's table."""
+        shown = [results for results in self.gpu if select(results.rows, kind="cost")]
         parts = []
-        shown = [("gpu", results) for results in self.gpu]
-        shown += [("cpu", self.cpu)] if self.cpu is not None else []
-        for kind, results in shown:
-            cost = select(results.rows, kind="cost")
-            if not cost:
-                continue
-            shape = main_shape(cost)
-            parts += [
-                f"Loss and all four gradients, {shape['dtype']}, D = {shape['dim']}. "
-                + results.source(),
-                cost_table(cost, README_SIZES[kind], ("r", "MiB")),
-                savings(results.rows),
-            ]
+        for results in shown:
+            parts += [readme_table(results, README_SIZES["gpu"]), tested(results)]
+        if self.cpu is not None and shown:
+            parts.append(cpu_sentence(self.cpu))
+        elif self.cpu is not None:
+            parts.append(readme_table(self.cpu, README_SIZES["cpu"]))
         return parts
 
 

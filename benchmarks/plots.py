@@ -22,7 +22,7 @@ RATIOS = (1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
 
 def main_shape(rows: list[dict]) -> dict:
     """The dim and dtype that plots and tables of several contestants show: the first measured."""
-    keys = ("dim", "dtype", "matmul_precision")
+    keys = ("dim", "dtype", "matmul_precision", "logit_scale")
     return {key: rows[0][key] for key in keys if key in rows[0]}
 
 
@@ -37,7 +37,7 @@ def plot_costs(rows: list[dict], environment: dict, path: Path) -> None:
     for dim in sorted({row["dim"] for row in fused}):
         _line(left, select(fused, **{**shape, "dim": dim}), f"D = {dim}")
     left.axhline(TARGET, color="#777777", linestyle="--", linewidth=1)
-    left.set_title("time over that of the three plain products (r): fused")
+    left.set_title("x GEMM floor: fused_siglip")
 
     at_shape = select(cost, **shape)
     for name in dict.fromkeys(row["loss"] for row in at_shape):
@@ -46,7 +46,7 @@ def plot_costs(rows: list[dict], environment: dict, path: Path) -> None:
     left.set_ylim(bottom=1.0)
     low, high = right.get_ylim()
     right.set_yticks([r for r in RATIOS if low <= r <= high])
-    right.set_title(f"r of every contestant, D = {shape['dim']}, {shape['dtype']}")
+    right.set_title(f"x GEMM floor, D = {shape['dim']}, {shape['dtype']}")
 
     for axis in (left, right):
         sizes = sorted({row["batch_size"] for row in cost if row["ratio_to_floor"]})

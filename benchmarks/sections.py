@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from .markdown import Results, number, table
+from .markdown import Results, bullet, number, table
 from .plots import main_shape
 from .targets import MIB, fused_name, select, targets
 
 NAMES = {
     "fused_torch": "**fused_siglip**, torch backend",
     "fused_triton": "**fused_siglip**, Triton backend",
-    "eager": "eager",
-    "compiled": "torch.compile of eager",
-    "row_chunked": "rows in chunks of 512, under autograd",
-    "open_clip": "open_clip's SigLipLoss",
     "siglip_kernel": "siglip-kernel",
+    "compiled": "torch.compile of eager",
+    "eager": "eager",
+    "open_clip": "open_clip's SigLipLoss",
+    "row_chunked": "rows in chunks of 512, under autograd",
     "one_rounding": "the exact gradient, rounded once",
     "library_fp32": "library product, elementwise kernel",
     "library_in_place": "the same in place, rounded similarities",
@@ -27,8 +27,14 @@ def label(name: str) -> str:
     return NAMES.get(name, name)
 
 
+def ordered(names: Iterable[str]) -> list[str]:
+    """Contestants: ours first, then the fastest peers."""
+    known = list(NAMES)
+    return sorted(set(names), key=lambda n: known.index(n) if n in known else len(known))
+
+
 COLUMNS = {  # title: (field of a row, format, factor)
-    "r": ("ratio_to_floor", ".2f", 1.0),
+    "x floor": ("ratio_to_floor", ".2f", 1.0),
     "ms": ("seconds", ".2f", 1e3),
     "MiB": ("peak_extra_bytes", ".0f", 1 / MIB),
 }
@@ -49,21 +55,48 @@ def cost_table(
 
     first = next(iter(columns))
     header = [f"{c}, B = {size}" if c == first else c for size, c in shown]
-    names = dict.fromkeys(row["loss"] for row in cost)
+    names = ordered(row["loss"] for row in cost)
     return table(["", *header], ([label(n), *(cell(n, *at) for at in shown)] for n in names))
+
+
+def _operands(row: dict) -> str:
+    return "tf32" if row["matmul_precision"] == "high" else row["dtype"]
+
+
+def shapes_table(rows: list[dict], shown: Iterable[tuple[str, str]]) -> str:
+    """A line for each operands, shape and t that was timed; the ``shown`` (loss, column) of it."""
+    full = select(rows, mode="full")
+    keys = ("dtype", "matmul_precision", "dim", "logit_scale", "batch_size")
+    main = [row[key] for row in full[:1] for key in keys[:2]]
+    shapes = sorted(
+        {tuple(row[key] for key in keys) for row in full},
+        key=lambda shape: (list(shape[:2]) != main, *shape),
+    )
+    shown = list(shown)
+
+    def cells(shape: tuple) -> list[str]:
+        here = select(full, **dict(zip(keys, shape, strict=True)))
+        found = [_operands(here[0]), *(format(n, "g") for n in shape[2:4]), str(shape[4])]
+        for loss, column in shown:
+            field, spec, factor = COLUMNS[column]
+            (row,) = select(here, loss=loss) or [{}]
+            found.append(number(row.get(field), spec, factor))
+        return found
+
+    header = [column if loss == "" else f"{label(loss)}, {column}" for loss, column in shown]
+    return table(["operands", "D", "t", "B", *header], map(cells, shapes))
 
 
 def accuracy_table(rows: list[dict], **fields: object) -> str:
     """Root mean square errors of the feature gradients, relative to those gradients'."""
     chosen = select(rows, kind="accuracy", **fields)
-    names = list(dict.fromkeys(row["loss"] for row in chosen))
+    names = ordered(row["loss"] for row in chosen)
     keys = ("dtype", "matmul_precision", "logit_scale", "batch_size", "dim")
     shapes = list(dict.fromkeys(tuple(row.get(key) for key in keys) for row in chosen))
 
     def cells(shape: tuple) -> list[str]:
         at = dict(zip(keys, shape, strict=True))
-        dtype = "tf32" if at["matmul_precision"] == "high" else at["dtype"]
-        found = [dtype, f"{at['logit_scale']:g}", str(at["batch_size"]), str(at["dim"])]
+        found = [_operands(at), f"{at['logit_scale']:g}", str(at["batch_size"]), str(at["dim"])]
         for name in names:
             here = [row for row in chosen if row["loss"] == name]
             here = [row for row in here if all(row.get(key) == at[key] for key in keys)]
@@ -82,12 +115,55 @@ def savings(rows: list[dict]) -> str:
     frozen = max(select(timed, mode="frozen"), key=lambda row: row["batch_size"], default=None)
     if frozen is None:
         return ""
-    at = {key: frozen[key] for key in ("batch_size", "dim", "dtype")}
+    at = {k: frozen[k] for k in ("batch_size", "dim", "dtype", "logit_scale") if k in frozen}
     (full,), (forward,) = (select(timed, mode=mode, **at) for mode in ("full", "no_grad"))
     return (
-        f"At B = {at['batch_size']}, D = {at['dim']} a frozen image tower takes "
-        f"{frozen['seconds'] / full['seconds']:.2f} of the full time, and `no_grad` "
-        f"{forward['ratio_to_floor']:.2f} of one product."
+        f"At B = {at['batch_size']}, D = {at['dim']} a step with a frozen image tower takes "
+        f"{frozen['seconds'] / full['seconds']:.2f} of the full time, and one under `no_grad` "
+        f"{forward['ratio_to_floor']:.2f} times the one product that it needs."
+    )
+
+
+def readme_table(found: Results, sizes: Iterable[int]) -> str:
+    """Time over the floor and memory of every contestant, at a few sizes."""
+    cost = select(found.rows, kind="cost")
+    shape = main_shape(cost)
+    parts = [
+        f"Loss and all four gradients, {shape['dtype']}, D = {shape['dim']}. {found.source()}",
+        cost_table(cost, sizes, ("x floor", "MiB")),
+        savings(found.rows),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def tested(found: Results) -> str:
+    """What the device run says of correctness, in one sentence."""
+    repeated = select(found.rows, kind="determinism")
+    said = []
+    for row in select(found.rows, kind="tests")[-1:]:
+        since = SINCE.get(found.path.name, "")
+        said.append(f"{row['passed']} tests passed and {row['failed']} failed{since}")
+    if repeated and not any(row["different"] for row in repeated):
+        said.append(f"{repeated[0]['runs']} repeated runs gave the same bits")
+    return f"On this device {'; '.join(said)}." if said else ""
+
+
+def cpu_sentence(found: Results) -> str:
+    """The largest size on a CPU, fused beside eager."""
+    cost = select(found.rows, kind="cost", mode="full")
+    cost = [row for row in select(cost, **main_shape(cost)) if row["seconds"]]
+    size = max(row["batch_size"] for row in cost)
+    (fused,), (eager,) = (
+        select(cost, loss=name, batch_size=size) for name in (fused_name(cost), "eager")
+    )
+    ratios, sizes = (
+        [number(row[field], spec, factor) for row in (fused, eager)]
+        for field, spec, factor in (COLUMNS["x floor"], COLUMNS["MiB"])
+    )
+    return (
+        f"On a CPU ({found.environment['threads']} threads, {fused['dtype']}, B = {size}, "
+        f"D = {fused['dim']}) it takes {ratios[0]} times the floor and {sizes[0]} MiB, eager "
+        f"{ratios[1]} times and {sizes[1]} MiB. {found.source()}"
     )
 
 
@@ -103,7 +179,7 @@ def cpu_section(found: Results | None, plot: str) -> str:
             title,
             f"Loss and all four gradients, {shape['dtype']}, D = {shape['dim']}, "
             f"{found.environment['threads']} threads. {found.source('../')}",
-            f"![Time over that of the plain products]({plot})",
+            f"![x GEMM floor against the batch size]({plot})",
             cost_table(cost),
             savings(rows),
             "Gradients' error against float64 (root mean square, relative; the worse of both "
@@ -140,39 +216,149 @@ def demo_section(found: Results | None) -> str:
     return "\n\n".join(parts)
 
 
-def gpu_sections(found: list[Results], plot: Callable[[Results], str]) -> str:
+def gpu_sections(
+    found: list[Results], plot: Callable[[Results], str], tuned: list[Results] = ()
+) -> str:
     if not found:
         return (
             "## On a GPU\n\nNo GPU result exists yet: nothing below says how fast any of this is "
             "on one. `python -m benchmarks.device` measures it."
         )
-    return "\n\n".join(_gpu_section(results, plot(results)) for results in found)
+    kernels = {results.environment["device"]: results for results in tuned}
+    return "\n\n".join(
+        _gpu_section(results, plot(results), kernels.get(results.environment["device"]))
+        for results in found
+    )
 
 
-def _gpu_section(found: Results, plot: str) -> str:
+def _gpu_section(found: Results, plot: str, tuned: Results | None) -> str:
     rows = found.rows
     lines = [(t.what, t.measured, t.target, t.verdict) for t in targets(rows)]
     parts = [
         f"## On one {found.environment['device']}",
-        f"{found.source('../')} Its targets:",
+        f"{found.source('../')} What the run had to show, and what it showed (- was not measured):",
         table(["", "measured", "target", "met"], lines),
+        notes(found),
     ]
     for row in select(rows, kind="part", status="failed"):
         parts.append(f"The part `{row['part']}` failed.")
     cost = select(rows, kind="cost")
     if cost:
-        shape = main_shape(cost)
+        names = ordered(row["loss"] for row in select(cost, mode="full"))
+        fused = fused_name(cost)
+        times = [(fused, "ms"), *((name, "x floor") for name in names)]
         parts += [
-            f"![Time over that of the plain products]({plot})",
-            f"Loss and gradients, {shape['dtype']}, D = {shape['dim']}:",
-            cost_table(cost, (1024, 4096, 32768, 65536)),
+            f"![x GEMM floor against the batch size]({plot})",
+            "### Time\n\nLoss and all four gradients. Every call is queued behind other work, so "
+            "that these are times of the device: what a launch costs the host is not in them.",
+            shapes_table(cost, times),
             savings(rows),
+            "### Memory\n\nMiB beyond the inputs and the gradients that are returned. With half "
+            "operands the fused loss's figure holds float32 accumulators of both gradients, less "
+            "the half gradients that they turn into.",
+            shapes_table(
+                [row for row in cost if row["logit_scale"] == cost[0]["logit_scale"]],
+                [(name, "MiB") for name in names],
+            ),
         ]
     for kind, title, make in GPU_TABLES:
         chosen = select(rows, kind=kind)
         if chosen:
             parts += [title, make(chosen)]
+    if tuned is not None:
+        parts.append(kernels_section(tuned, cost))
     return "\n\n".join(filter(None, parts))
+
+
+# What a results file cannot say of itself, by its name. A newer file has none of it.
+NOTES = {
+    "2026-11-26-nvidia-h100-80gb-hbm3-device.json": (
+        "The tree was the commit's but for the line `HOPPER` of kernels/hopper.py: that was the "
+        "configuration which `python -m benchmarks.tune` had just chosen, and is the one since.",
+        "The test that failed is `test_nan_and_inf_propagate_as_in_torch[nan]` of "
+        "tests/test_hopper.py: a NaN in the features spread to the gradients of the row eight "
+        "below it. The kernel has been mended since; no device has run it again.",
+        'The gradient error over eager\'s is that of float32 with `matmul_precision` "high" at '
+        "t = 100. Tensor cores cut float32 operands off to tf32 where the library rounds them. "
+        "In every other dtype the error is at most 1.02 times eager's.",
+        "Two accuracy targets cannot be met: at B = 32768, t = 100 siglip-kernel's image gradients "
+        "err by 1.96 roundings to bf16 and eager's by 2.74. 0.45 of the one and a third of the "
+        "other are less than the one rounding that every bf16 gradient takes.",
+        "torch.compile was timed in a round of its own, beside a floor of its own.",
+        "This run ended before B = 1,048,576, latency as called and from a CUDA graph, the "
+        "breakdown of a step, panel sizes, other panels, compute-sanitizer and the hardware "
+        "counters.",
+    ),
+}
+
+
+SINCE = {
+    "2026-11-26-nvidia-h100-80gb-hbm3-device.json": (
+        " (a NaN reached a row too many: mended since, not run on a device again)"
+    ),
+}
+
+
+def notes(found: Results) -> str:
+    return "\n".join(bullet(note) for note in NOTES.get(found.path.name, ()))
+
+
+def kernels_section(found: Results, cost: list[dict]) -> str:
+    """The panel kernel alone, as the newest run of tune.py timed its configurations."""
+    timed = select(found.rows, kind="panel", commit=found.environment["commit"])
+    timed = timed or select(found.rows, kind="panel")
+    if not timed:
+        return ""
+    scales = sorted({row["logit_scale"] for row in timed})
+    dim = timed[0]["dim"]
+    names = dict.fromkeys(row["candidate"] for row in timed)
+
+    def at(name: str, t: float, field: str) -> float | None:
+        found = select(timed, candidate=name, logit_scale=t, dim=dim)
+        return found[0].get(field) if found else None
+
+    lines = (
+        [
+            f"`{name}`",
+            *(number(at(name, t, "seconds"), ".0f", 1e6) for t in scales),
+            *(number(at(name, t, "over_plain"), ".2f") for t in scales),
+        ]
+        for name in names
+    )
+    size = timed[0]["size"]
+    header = [*(f"us, t = {t:g}" for t in scales), *(f"x product, t = {t:g}" for t in scales)]
+    parts = [
+        "### The panel kernel alone",
+        f"A panel of {size} x {size} pairs, D = {dim}, bf16, from a CUDA graph, beside the plain "
+        f"product by the library with half output. {found.source('../')} The configurations are "
+        "those of benchmarks/candidates.py at that commit; [performance-log.md]"
+        "(performance-log.md) has what was tried before.",
+        table(["configuration", *header], lines),
+        _bound(timed, cost),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _bound(timed: list[dict], cost: list[dict]) -> str:
+    """How much of a step's excess over the floor is the panel kernel's."""
+    best = min(timed, key=lambda row: row["seconds"])
+    at = {"dim": best["dim"], "dtype": "bfloat16", "mode": "full", "loss": "fused_triton"}
+    steps = select(cost, logit_scale=best["logit_scale"], **at)
+    if not steps:
+        return ""
+    step = max(steps, key=lambda row: row["batch_size"])
+    panels = (step["batch_size"] / best["size"]) ** 2
+    excess = panels * (best["seconds"] - best["plain_seconds"])
+    whole = step["seconds"] - step["floor_seconds"]
+    return (
+        f"What bounds a step: at B = {step['batch_size']}, D = {step['dim']}, "
+        f"t = {step['logit_scale']:g} it takes {1e3 * whole:.1f} ms more than the floor. The panel "
+        f"kernel's excess over the plain product, for that many pairs, is {1e3 * excess:.1f} ms of "
+        "them. The rest is what the two products of the gradients cost more with float32 "
+        "accumulators, panel by panel, and the pass that multiplies by the upstream gradient; no "
+        "run has told these apart yet. What bounds the panel kernel itself is not known either: "
+        "no hardware counters have been read."
+    )
 
 
 def _breakdown(rows: list[dict]) -> str:
@@ -198,7 +384,7 @@ def _panels(rows: list[dict]) -> str:
         ]
         for r in rows
     )
-    return table(["workspace, MiB", "panel", "ms", "r"], lines)
+    return table(["workspace, MiB", "panel", "ms", "x floor"], lines)
 
 
 def _latency(rows: list[dict]) -> str:
@@ -225,7 +411,8 @@ GPU_TABLES = (
     ("latency", "Small batches:", _latency),
     (
         "accuracy",
-        "Gradients' error against float64 (root mean square, relative; the worse of both towers):",
+        "### Accuracy\n\nGradients' error against float64 (root mean square, relative; the worse "
+        "of both towers). At the two largest B it is that of 64 sampled rows.",
         accuracy_table,
     ),
     ("counter", "Hardware counters of the panel kernel:", _counters),
@@ -274,7 +461,7 @@ def negatives_table(found: Results) -> str:
                 number(row["peak_extra_bytes"], ".0f", 1 / MIB),
             ]
         )
-    header = ["loss", "negatives", "kept", "ms", "of the time with all", "r", "MiB"]
+    header = ["loss", "negatives", "kept", "ms", "of the time with all", "x floor", "MiB"]
     shape = f"B = {rows[0]['batch_size']}, D = {rows[0]['dim']}, {rows[0]['dtype']}"
     return "\n\n".join(
         [

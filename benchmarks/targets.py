@@ -89,7 +89,7 @@ def _speed(rows: list[dict]) -> Iterator[Target]:
     for dim, size, t in product((768, 1152), (32768, 65536), (10.0, 100.0)):
         at = REFERENCE | {"batch_size": size, "dim": dim, "logit_scale": t}
         r = _cost(rows, fused, "ratio_to_floor", **at)
-        yield _at_most(f"r, B = {size}, D = {dim}, t = {t:g}", r, 1.10)
+        yield _at_most(f"x floor, B = {size}, D = {dim}, t = {t:g}", r, 1.10)
     full = _cost(rows, fused, "seconds", **REFERENCE)
     frozen = _cost(rows, fused, "seconds", mode="frozen", **REFERENCE)
     yield _at_most("frozen tower / full, B = 32768", _over(frozen, full), 0.72)
@@ -148,12 +148,13 @@ def _memory(rows: list[dict]) -> Iterator[Target]:
 
 
 def beyond_accumulators(row: dict) -> int:
-    """Peak memory beyond inputs, gradients and the fp32 accumulators of half gradients."""
-    accumulators = 0
-    if getattr(torch, row["dtype"]).itemsize < 4:
-        gradients = {"full": 2, "frozen": 1, "no_grad": 0}[row["mode"]]
-        accumulators = 4 * gradients * row["batch_size"] * row["dim"]
-    return row["peak_extra_bytes"] - accumulators
+    """Peak memory beyond inputs and the fp32 accumulators, which become the gradients.
+
+    The row has taken the gradients off already: of half gradients, half of the accumulators.
+    """
+    gradients = {"full": 2, "frozen": 1, "no_grad": 0}[row["mode"]]
+    rest = max(4 - getattr(torch, row["dtype"]).itemsize, 0)
+    return row["peak_extra_bytes"] - rest * gradients * row["batch_size"] * row["dim"]
 
 
 def _small_batches(rows: list[dict]) -> Iterator[Target]:
