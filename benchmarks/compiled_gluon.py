@@ -72,8 +72,6 @@ def compile_gluon(
         "WIDTH": config.width,
         "GRAD_SCALE": GRAD_SCALE.get(dtype, 1.0),
         "SCALAR_GRADS": scalar_grads,
-        "SHARED": config.shared,
-        "CONSUMERS": config.consumers,
         "STORE_BUFFERS": config.store_buffers,
         "REGISTERS": config.registers,
         "num_warps": config.num_warps,
@@ -83,7 +81,7 @@ def compile_gluon(
     kinds = {
         "x_desc": descriptor(config.tile[0], config.block_k),
         "y_desc": descriptor(config.tile[1], config.block_k),
-        "g_desc": descriptor(config.rows, config.width),
+        "g_desc": descriptor(config.tile[0], config.width),
         **dict.fromkeys(("partials_ptr", "scale_ptr", "bias_ptr"), "*fp32"),
     }
     signature, attributes = {}, {}
