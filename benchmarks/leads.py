@@ -89,7 +89,8 @@ def _hopper(gluon: Results | None) -> list[str]:
         f"{costs['masked']:.1f} otherwise and where a round meets the diagonal or the edge.",
         f"**Registers**: {config['registers']} a thread of a consumer, {min(row['pools'])} of the "
         f"producer. {row['spills']} instructions load or store the stack, of them "
-        f"{row['spills_in_loops']} in a loop: values that a tile needs once wait there while its rounds run.",
+        f"{row['spills_in_loops']} in a loop: values that a tile needs once wait there while its "
+        "rounds run.",
         f"**Shared memory**: {row['shared_bytes'] / 1024:.0f} KiB, stages and the rounds of g on "
         "their way to memory.",
         f"**Traffic**: a tile of {tile} does {reuse:.0f} FLOP for each byte that it loads. Blocks "

@@ -80,7 +80,7 @@ BREAKS = (
     Break("tiles left of the diagonal's corner are plain", "shipped", "meets_diagonal_or_edge", "col0 < row0 + diagonal + ROWS", "col0 + COLS < row0 + diagonal + ROWS"),
     Break("tiles at the lower edge are plain", "shipped", "meets_diagonal_or_edge", "row0 + ROWS > M", "row0 > M"),
     Break("tiles at the right edge are plain", "shipped", "meets_diagonal_or_edge", "col0 + COLS > N", "col0 > N"),
-    Break("the short path where t is negative", "shipped", "epilogue", "(scale >= 0) & (most <= MODERATE_LOGIT)", "most <= MODERATE_LOGIT"),
+    Break("the short path where t is negative", "shipped", "epilogue", "(scale > 0) & (most <= MODERATE_LOGIT)", "most <= MODERATE_LOGIT"),
     Break("products of exponentials that overflow", "shipped", "epilogue", "most <= MODERATE_LOGIT", "most <= 60.0"),
     Break("the maximum ignores NaN", "shipped", "epilogue", "gl.reduce(gl.reduce(tile, 1, larger), 0, larger)", "gl.max(gl.max(tile, 1), 0)"),
     Break("the maximum of the first columns alone", "shipped", "epilogue", "gl.reduce(tile, 1, larger)", "gl.reduce(column_parts(tile, 2)[0], 1, larger)"),
