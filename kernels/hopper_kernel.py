@@ -209,7 +209,7 @@ def epilogue(
     """g of the index-th of all tiles, and its three sums."""
     # NaN is the largest: four_sigmoids would spread it to pairs that do not have it
     most = gl.reduce(gl.reduce(tile, 1, larger), 0, larger) * scale + bias
-    moderate = (scale >= 0) & (most <= MODERATE_LOGIT)
+    moderate = (scale > 0) & (most <= MODERATE_LOGIT)  # 0 times -inf is NaN, too
     first = column_parts(tile, tile.shape[1] // WIDTH)[0]
     zero = quarters(gl.full_like(first, 0.0))[0]
     loss, gs_sum, g_sum = rounds(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from conftest import INTERPRETED
@@ -22,26 +24,32 @@ from benchmarks.compiled import SHARED  # noqa: E402
 from benchmarks.compiled_gluon import compile_gluon  # noqa: E402
 from fused_siglip.kernels.hopper import HOPPER  # noqa: E402
 
+
+class Most(NamedTuple):
+    """What was counted, and is no longer to grow."""
+
+    spills: int  # of both consumers. What a tile needs once waits on the stack during its rounds
+    spills_in_loops: int
+    joined: float  # instructions a pair of a round, in each form of the epilogue
+    masked: float
+
+
 VARIANTS = {
-    "bf16": {},
-    "fp16": {"dtype": torch.float16},
-    "forward": {"write_g": False, "scalar_grads": False},
-    "frozen scalars": {"scalar_grads": False},
-    "D=720": {"d": 720},  # the last step of D is not whole
+    "bf16": ({}, Most(37, 1, 12.25, 30.25)),
+    "fp16": ({"dtype": torch.float16}, Most(37, 1, 12.25, 30.25)),
+    "forward": ({"write_g": False, "scalar_grads": False}, Most(0, 0, 7.5, 22.0)),
+    "frozen scalars": ({"scalar_grads": False}, Most(20, 0, 12.25, 30.5)),
+    # the last step of D is not whole
+    "D=720": ({"d": 720}, Most(37, 1, 12.25, 30.25)),
 }
-# Loads and stores of the stack, of both consumers. A thread has 112 registers: what a tile needs
-# once waits on the stack while its rounds run.
-MOST_SPILLS = 40
-MOST_SPILLS_IN_LOOPS = 2
-# of a round, by the form of the epilogue
-MOST_INSTRUCTIONS_A_PAIR = {"joined": 14.0, "masked": 34.0}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiles_as_meant(variant):
-    compiled = compile_gluon(HOPPER, **VARIANTS[variant])
+    options, most = VARIANTS[variant]
+    compiled = compile_gluon(HOPPER, **options)
     print(compiled)
-    assert compiled.spills <= MOST_SPILLS and compiled.spills_in_loops <= MOST_SPILLS_IN_LOOPS
+    assert compiled.spills <= most.spills and compiled.spills_in_loops <= most.spills_in_loops
     assert compiled.shared_bytes <= SHARED["sm_90"][1]
     assert compiled.product == f"64x{HOPPER.tile[1]}x16"
     assert compiled.copies_in == 2
@@ -50,7 +58,7 @@ def test_compiles_as_meant(variant):
     # what the kernel starts with is shared out anew: consumers, and 4 warps with the producer
     pool = compiled.registers * compiled.threads
     assert pool <= 65536 and {24, HOPPER.registers} <= set(compiled.pools)
-    assert pool >= HOPPER.consumers * 32 * HOPPER.num_warps * HOPPER.registers + 128 * 24
+    assert pool >= 2 * 32 * HOPPER.num_warps * HOPPER.registers + 128 * 24
     costs = compiled.instructions_a_pair
-    assert costs.keys() == MOST_INSTRUCTIONS_A_PAIR.keys()
-    assert all(cost <= MOST_INSTRUCTIONS_A_PAIR[form] for form, cost in costs.items())
+    assert costs.keys() == {"joined", "masked"}
+    assert costs["joined"] <= most.joined and costs["masked"] <= most.masked

@@ -148,6 +148,21 @@ def test_halves_are_rounded_to_even():
     assert np.isnan(arrays.rounded(np.float32([np.nan]), bfloat16)).all()
 
 
+def test_maxima_ignore_nan_unless_told():
+    tl = language.stubs()["triton.language"]
+    numbers = np.float32([[1, np.nan, 5, -np.inf], [np.nan] * 4])
+    x = arrays.Tensor(numbers)
+    larger = lambda a, b: tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)  # noqa: E731
+    for most in (tl.max(x, 1), tl.reduce(x, 1, tl.maximum), tl.reduce(x, 1, tl.maximum, True)):
+        np.testing.assert_array_equal(most.a.flatten(), np.float32([5, np.nan]))
+    np.testing.assert_array_equal(tl.reduce(x, 1, larger).a, np.float32([np.nan, np.nan]))
+    np.testing.assert_array_equal(tl.reduce(x, 0, larger, True).a, numbers[1:] * numbers[:1])
+    assert tl.reduce(x, 1, tl.maximum, keep_dims=True).shape == (2, 1)
+    np.testing.assert_array_equal(tl.minimum(x, 2.0).a, np.fmin(numbers, 2))
+    with pytest.raises(Fault, match="power of two"):
+        tl.reduce(arrays.Tensor(np.zeros(6, np.float32)), 0, tl.maximum)
+
+
 @pytest.mark.parametrize(
     "name", [language.GLUON + ".language", language.HOPPER], ids=["language", "hopper"]
 )

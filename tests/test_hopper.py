@@ -75,12 +75,13 @@ def test_tiles_at_the_threshold(above):
     check(x, y, t=10.0, b=bias, positives=Positives())
 
 
+@pytest.mark.parametrize("t", [10.0, 0.0])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_inf_propagate_as_in_torch(value):
+def test_nan_and_inf_propagate_as_in_torch(value, t):
     x, y = features(130, 256, 48, torch.bfloat16)
     x[3, 5] = value
-    sums, g = run(x, y, positives=Positives(diagonal=0))
-    softplus, _, exact_g = formula(x, y, 10.0, -10.0, Positives(diagonal=0), torch.float64)
+    sums, g = run(x, y, t=t, positives=Positives(diagonal=0))
+    softplus, _, exact_g = formula(x, y, t, -10.0, Positives(diagonal=0), torch.float64)
     assert torch.equal(sums[0].isnan(), softplus.sum().isnan())
     assert torch.equal(g.isnan(), exact_g.isnan())
 

@@ -48,8 +48,10 @@ def test_with_results_of_a_gpu(quick, tmp_path):  # noqa: F811
     pages = Pages(load(tmp_path))
     write(pages, tmp_path)
     text = (tmp_path / "docs/performance.md").read_text()
-    for expected in ("## On one Some GPU", "2026-01-02-some-gpu-device.json", "Small batches:",
-                     "Time against the workspace:", "panel kernel", "| x floor, B = 32768"):  # fmt: skip
+    for expected in (
+        "## On one Some GPU", "2026-01-02-some-gpu-device.json", "Small batches:",
+        "Time against the workspace:", "panel kernel", "| x floor, B = 32768",
+    ):  # fmt: skip
         assert expected in text
     assert "2000-01-01" not in text and "No GPU result" not in text
     assert (tmp_path / "docs/performance_some_gpu.png").read_bytes().startswith(b"\x89PNG")

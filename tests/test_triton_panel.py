@@ -26,8 +26,14 @@ from fused_siglip import siglip_loss  # noqa: E402
 from fused_siglip.kernels import panel_triton  # noqa: E402
 from fused_siglip.kernels.math import (  # noqa: E402
     EASY_LOGIT,
+    MODERATE_LOGIT,
     easy_softplus_sigmoid,
+    four_sigmoids,
+    join_exps,
+    larger,
     log1p_unit,
+    log1p_wide,
+    moderate_exp,
     softplus_sigmoid,
 )
 from fused_siglip.kernels.panel_triton import TritonPanel  # noqa: E402
@@ -389,6 +395,79 @@ def test_softplus_and_sigmoid(easy):
     deviation = (actual - exact).abs() - 2.0**-125
     assert (deviation <= allowed(u.clamp(-128, 0)) * exact).all()
     assert softplus_and_sigmoid(torch.full((16,), torch.nan, device=DEVICE), easy).isnan().all()
+
+
+@triton.jit
+def _moderate_kernel(u_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    e0 = moderate_exp(tl.load(u_ptr + i))
+    e1 = moderate_exp(tl.load(u_ptr + N + i))
+    e2 = moderate_exp(tl.load(u_ptr + 2 * N + i))
+    e3 = moderate_exp(tl.load(u_ptr + 3 * N + i))
+    g0, g1, g2, g3 = four_sigmoids(e0, e1, e2, e3)
+    four = join_exps(join_exps(e0, e1), join_exps(e2, e3))
+    tl.store(out_ptr + i, e0)
+    tl.store(out_ptr + N + i, e1)
+    tl.store(out_ptr + 2 * N + i, e2)
+    tl.store(out_ptr + 3 * N + i, e3)
+    tl.store(out_ptr + 4 * N + i, g0)
+    tl.store(out_ptr + 5 * N + i, g1)
+    tl.store(out_ptr + 6 * N + i, g2)
+    tl.store(out_ptr + 7 * N + i, g3)
+    tl.store(out_ptr + 8 * N + i, join_exps(four, four))
+
+
+def test_functions_of_moderate_logits():
+    """Exponentials, each sigmoid of four, and eight joined, up to where eight would overflow."""
+    top, n = MODERATE_LOGIT.value, 4096
+    u = torch.linspace(-80, top, n)
+    u = torch.stack([u, u.flip(0), u.roll(n // 3), u[:: n // 64].repeat_interleave(n // 64)])
+    u[:, 0], u[:, 1] = top, torch.tensor([top, -torch.inf, top, -80.0])
+    u = u.to(DEVICE)
+    out = torch.empty(9, n, device=DEVICE)
+    _moderate_kernel[(1,)](u, out, N=n)
+    e, sigmoids, eight = out[:4].double(), out[4:8], out[8]
+    assert ((e - u.double().exp()).abs() - 2.0**-125 <= allowed(u.clamp(min=-128)) * e).all()
+    eps = UNIT_ROUNDOFF[torch.float32]
+    exact = e / (1 + e)
+    # 10 roundings, and rsqrt^2 on a device
+    after = 10 if INTERPRETED else 18
+    assert ((sigmoids - exact).abs() - 2.0**-125 <= after * eps * exact).all()
+    exact = torch.expm1(2 * e.log1p().sum(0))
+    assert eight.isfinite().all() and ((eight - exact).abs() <= 9 * eps * exact).all()
+
+
+@triton.jit
+def _log1p_wide_kernel(e_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, log1p_wide(tl.load(e_ptr + i)))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no libdevice there: see test_gluon_panel.py")
+def test_log1p_wide():
+    e = torch.cat([torch.linspace(0, 2, 2048), torch.logspace(-37, 34.7, 2048)]).to(DEVICE)
+    out = torch.empty_like(e)
+    _log1p_wide_kernel[(1,)](e, out, N=len(e))
+    exact = torch.log1p(e.double())
+    # beyond 1: two units of the logarithm, and the roundings of its argument and of the product
+    slack = torch.where(e <= 1, 2.8, 8.0) * UNIT_ROUNDOFF[torch.float32] * exact
+    assert ((out - exact).abs() <= slack).all()
+
+
+@triton.jit
+def _largest_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    tl.store(out_ptr, tl.reduce(tl.load(x_ptr + tl.arange(0, N)), 0, larger))
+
+
+@pytest.mark.parametrize("at", [0, 1, 77, 127, None])
+def test_nan_is_the_largest(at):
+    x = torch.linspace(-3, 90, 128)
+    x[-1] = torch.inf
+    if at is not None:
+        x[at] = torch.nan
+    largest = torch.empty(1, device=DEVICE)
+    _largest_kernel[(1,)](x.to(DEVICE), largest, N=128)
+    assert largest.isnan() == (at is not None) and (at is not None or largest.isinf())
 
 
 def one_feature(logits, n):

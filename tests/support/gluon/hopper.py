@@ -221,7 +221,8 @@ class Product:
         self.partition.in_flight.remove(self)
         if _poisoned(self.x) or _poisoned(self.y):
             raise Race("product read a buffer whose copy had not landed")
-        product = self.x @ self.y
+        with np.errstate(invalid="ignore"):
+            product = self.x @ self.y
         self.accumulator[...] = self.accumulator + product if self.add else product
 
 

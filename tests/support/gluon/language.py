@@ -6,6 +6,7 @@ A kernel that uses a name which is not here fails with an AttributeError that sa
 from __future__ import annotations
 
 import builtins
+import enum
 import importlib
 import importlib.util
 import math
@@ -64,11 +65,15 @@ def _where(condition, x, y):
     )
 
 
-def _extremum(function: Callable, of_numbers: Callable) -> Callable:
-    def apply(x, y):
+class _PropagateNan(enum.Enum):
+    NONE, ALL = 0, 0xFFFF
+
+
+def _extremum(of_numbers: Callable, other_than_nan: Callable, nan_first: Callable) -> Callable:
+    def apply(x, y, propagate_nan=_PropagateNan.NONE):
         if isinstance(x, int) and isinstance(y, int):
             return Int(of_numbers(x, y))
-        return binary(function, x, y)
+        return binary(nan_first if propagate_nan is _PropagateNan.ALL else other_than_nan, x, y)
 
     return apply
 
@@ -78,6 +83,17 @@ def _fold(function: Callable) -> Callable:
         return x.like(function(x.a, axis=axis, keepdims=keep_dims), ("slice", axis, x.layout))
 
     return apply
+
+
+def _reduce(x, axis, combine_fn, keep_dims=False):
+    """By halves: Triton says as little about the order."""
+    array = np.moveaxis(x.a, axis, 0)
+    while len(array) > 1:
+        if len(array) % 2:
+            raise Fault(f"reduce of {x.shape[axis]} numbers: not a power of two")
+        array = combine_fn(*(x.like(half, "any") for half in np.split(array, 2))).a
+    array = np.moveaxis(array, 0, axis) if keep_dims else array[0]
+    return x.like(array, ("slice", axis, x.layout))
 
 
 def _arange(start, end, layout=None):
@@ -111,17 +127,18 @@ _LANGUAGE = {
     "program_id": lambda axis: Int(program().pid),
     "num_programs": lambda axis: Int(program().grid),
     "cdiv": lambda x, div: (x + div - 1) // div,
-    "minimum": _extremum(np.minimum, min),
-    "maximum": _extremum(np.maximum, max),
+    "minimum": _extremum(min, np.fmin, np.minimum),
+    "maximum": _extremum(max, np.fmax, np.maximum),
     "where": _where,
     "abs": _unary(np.abs),
     "exp2": _unary(np.exp2),
     "log2": _unary(np.log2),
     "rsqrt": _unary(lambda a: 1 / np.sqrt(a)),
     "fma": _fma,
-    "max": _fold(np.max),
-    "min": _fold(np.min),
+    "max": _fold(np.fmax.reduce),
+    "min": _fold(np.fmin.reduce),
     "sum": _fold(np.sum),
+    "reduce": _reduce,
     "zeros": lambda shape, dtype, layout=None: _full(shape, 0, dtype, layout),
     "full": _full,
     "zeros_like": lambda x: x.like(np.zeros(x.shape)),
@@ -181,7 +198,7 @@ class Stub(ModuleType):
 def stubs() -> dict[str, Stub]:
     contents = {
         "triton": {"jit": _jit, "cdiv": _LANGUAGE["cdiv"]},
-        "triton.language": _LANGUAGE,
+        "triton.language": _LANGUAGE | {"PropagateNan": _PropagateNan},
         "triton.language.extra": {"libdevice": SimpleNamespace(fast_log2f=_unary(np.log2))},
         "triton.experimental": {},
         GLUON: {"jit": _jit, "constexpr_function": _jit},
