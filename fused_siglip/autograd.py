@@ -1,11 +1,14 @@
-"""The autograd Function around the sweep, and the sweep as a torch operator."""
+"""The sweep as a torch operator, and its derivative."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.fx.node import has_side_effect
 
-from . import distributed
+from . import distributed, transforms
 from .engine import Needs, find_thresholds, sweep
 from .kernels import RandomPairs, default_backend
 from .negatives import hash_bound, image_keys, text_keys
@@ -14,20 +17,21 @@ from .negatives import hash_bound, image_keys, text_keys
 # saved memory (donated buffers). Should torch drop it, gradients are copied instead.
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
-# An operator, so that torch.compile takes the sweep as one node instead of breaking its graph.
-# Besides the sums and the two gradients of sweep() it returns, with a group, this rank's divisor of
-# the sum. What is not needed has no elements.
-torch.library.define(
-    "fused_siglip::sweep",
+# Operators, so that torch.compile and torch.export take the loss as one node. Both compute the
+# same. The second exchanges tensors with other ranks, which is a side effect: it is not removed
+# where nobody uses its value.
+# They take the inputs as the caller has them; ``dtype`` is that of the products' operands (None:
+# x's). They return the sum of the loss over all pairs, with a group this rank's divisor of it, and
+# what backward multiplies: dX / t, dY / t and (dt, db). What is not needed has no elements.
+_SCHEMA = (
     "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, "
     "Tensor? text_ids, bool negative_only, bool need_image_grad, bool need_text_grad, "
     "bool need_scalar_grads, int? workspace_bytes, str? backend, str? group_name, str? dist_impl, "
-    "str reduction, str? negatives, float keep, SymInt seed) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "str reduction, str? negatives, float keep, SymInt seed, ScalarType? dtype=None) "
+    "-> (Tensor loss, Tensor divisor, Tensor grad_x, Tensor grad_y, Tensor scalar_grads)"
 )
 
 
-@torch.library.impl("fused_siglip::sweep", "default")
 def _sweep(
     x,
     y,
@@ -47,15 +51,20 @@ def _sweep(
     negatives,
     keep,
     seed,
+    dtype=None,
 ):
     needs = Needs(need_image_grad, need_text_grad, need_scalar_grads)
-    backend = backend or default_backend(x.device, x.dtype)
+    dtype = dtype or x.dtype
+    acc = torch.promote_types(dtype, torch.float32)
+    backend = backend or default_backend(x.device, dtype)
     options = {"workspace_bytes": workspace_bytes, "backend": backend}
-    inputs = (x, y, logit_scale, logit_bias, image_ids, text_ids)
     # the dtypes are settled: autocast must not round the products inside once more
     with torch.autocast(x.device.type, enabled=False):
+        x, y = x.to(dtype), y.to(dtype)
+        logit_scale, logit_bias = logit_scale.to(acc).reshape(()), logit_bias.to(acc).reshape(())
+        inputs = (x, y, logit_scale, logit_bias, image_ids, text_ids)
         if group_name is not None:
-            return distributed.global_sweep(
+            sums, grad_x, grad_y, divisor = distributed.global_sweep(
                 *inputs,
                 negative_only,
                 needs,
@@ -65,7 +74,7 @@ def _sweep(
                 (negatives, keep, seed),
                 **options,
             )
-        acc = logit_scale.dtype
+            return _outputs(sums, divisor, grad_x, grad_y, needs)
         grad_x = x.new_empty(x.shape, dtype=acc) if needs.image else None
         grad_y = y.new_empty(y.shape, dtype=acc) if needs.text else None
         diagonal = None if negative_only or image_ids is not None else 0
@@ -83,17 +92,25 @@ def _sweep(
         sums = sweep(
             *inputs, diagonal, grad_x, grad_y, scalar_grads=needs.scalars, kept=kept, **options
         )
-        nothing = [x.new_empty(0, dtype=acc) for _ in range(3)]
-        return (
-            sums,
-            nothing[0] if grad_x is None else grad_x,
-            nothing[1] if grad_y is None else grad_y,
-            nothing[2],
-        )
+        return _outputs(sums, None, grad_x, grad_y, needs)
 
 
-@torch.library.register_fake("fused_siglip::sweep")
-def _(
+def _outputs(
+    sums: Tensor,  # (3,)
+    divisor: Tensor | None,
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the operators return: no output shares memory with another."""
+    grads = (grad_x, grad_y, sums[1:].clone() if needs.scalars else None)
+    return (
+        sums[0].clone(),
+        *(sums.new_empty(0) if output is None else output for output in (divisor, *grads)),
+    )
+
+
+def _fake(
     x,
     y,
     logit_scale,
@@ -107,117 +124,140 @@ def _(
     workspace_bytes,
     backend,
     group_name,
-    dist_impl,
-    reduction,
-    negatives,
-    keep,
-    seed,
+    *options,
+    dtype=None,
 ):
-    acc = logit_scale.dtype
+    dtype = options[5] if len(options) > 5 else dtype
+    acc = torch.promote_types(dtype or x.dtype, torch.float32)
     return (
-        x.new_empty(3, dtype=acc),
+        x.new_empty((), dtype=acc),
+        x.new_empty(0 if group_name is None else (), dtype=acc),
         x.new_empty(x.shape if need_image_grad else 0, dtype=acc),
         y.new_empty(y.shape if need_text_grad else 0, dtype=acc),
-        x.new_empty(0 if group_name is None else (), dtype=acc),
+        x.new_empty(2 if need_scalar_grads else 0, dtype=acc),
     )
 
 
 class SigLipFunction(torch.autograd.Function):
-    """Sum of the loss over all pairs, and with a group its divisor on this rank (else empty).
+    """The derivative of an operator, at torch's autograd key.
 
-    The gradients are computed with it, in the forward pass; backward multiplies them by the
-    upstream scalar.
+    The gradients are computed in the forward pass, as further outputs; backward multiplies them by
+    the upstream scalar. Whoever differentiates a gradient comes back here with a gradient of such
+    an output, whatever path led to it, and is refused.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,  # (M, D)
-        y: Tensor,  # (N, D)
-        logit_scale: Tensor,  # one element
-        logit_bias: Tensor,  # one element
-        image_ids: Tensor | None,  # (M,)
-        text_ids: Tensor | None,  # (N,)
-        negative_only: bool,
-        dtype: torch.dtype,  # of the products' operands: x's and y's own, or autocast's
-        needs: Needs,
-        workspace_bytes: int | None,
-        backend: str | None,
-        group_name: str | None,
-        dist_impl: str | None,
-        reduction: str,
-        negatives: str | None,
-        keep: float,
-        seed: int,
-    ) -> tuple[Tensor, Tensor]:  # (), () or (0,)
-        acc = torch.promote_types(dtype, torch.float32)
-        sums, grad_x, grad_y, divisor = torch.ops.fused_siglip.sweep(
-            x.to(dtype),
-            y.to(dtype),
-            logit_scale.to(acc).reshape(()),
-            logit_bias.to(acc).reshape(()),
-            image_ids,
-            text_ids,
-            negative_only,
-            needs.image,
-            needs.text,
-            needs.scalars,
-            workspace_bytes,
-            backend,
-            group_name,
-            dist_impl,
-            reduction,
-            negatives,
-            keep,
-            seed,
-        )
-        ctx.save_for_backward(sums, grad_x, grad_y, logit_scale)
-        ctx.needs = needs
-        ctx.like = [(t.shape, t.dtype) for t in (x, y, logit_scale, logit_bias)]
+    def forward(x, y, logit_scale, logit_bias, operator, options):
+        # With gradients enabled: an outer torch.func transform differentiates this call, and turns
+        # them off where its caller has.
+        with (
+            torch._C._AutoDispatchBelowAutograd(),
+            torch.enable_grad(),
+            _set_fwd_grad_enabled(True),
+        ):
+            return operator(x, y, logit_scale, logit_bias, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, _, options = inputs
+        _, divisor, grad_x, grad_y, scalar_grads = output
+        ctx.save_for_backward(grad_x, grad_y, scalar_grads, inputs[2])
+        ctx.needs = Needs(*options[3:6])
+        ctx.like = [(t.shape, t.dtype) for t in tensors]
         ctx.mark_non_differentiable(divisor)
-        return sums[0], divisor
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, upstream: Tensor, _):  # ()
-        sums, grad_x, grad_y, logit_scale = ctx.saved_tensors
-        factor = upstream * logit_scale.to(sums.dtype).reshape(())
+    def backward(ctx, upstream, _, *of_gradients):  # (), then of the other outputs
+        if any(g is not None for g in of_gradients):
+            raise RuntimeError(transforms.NO_SECOND_DERIVATIVE)
+        if upstream is None:
+            return (None,) * 6
+        grad_x, grad_y, scalar_grads, logit_scale = ctx.saved_tensors
+        factor = upstream * logit_scale.to(upstream.dtype).reshape(())
         (_, x_dtype), (_, y_dtype), *scalars_like = ctx.like
-        grads = [
-            _multiply(grad_x, factor, x_dtype) if ctx.needs.image else None,
-            _multiply(grad_y, factor, y_dtype) if ctx.needs.text else None,
-        ]
-        for total, (shape, dtype) in zip(sums[1:].unbind(), scalars_like, strict=True):
-            grads.append((upstream * total).reshape(shape).to(dtype) if ctx.needs.scalars else None)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            trap = torch.empty(0, requires_grad=True)
-            grads = [g if g is None else _NoDoubleBackward.apply(g, trap) for g in grads]
-        return (*grads, *[None] * 13)
+        grads = [None] * 4
+        if ctx.needs.image:
+            grads[0] = _multiply(ctx, 0, grad_x, factor, x_dtype)
+        if ctx.needs.text:
+            grads[1] = _multiply(ctx, 1, grad_y, factor, y_dtype)
+        if ctx.needs.scalars:
+            totals = scalar_grads.unbind()
+            for k, (total, (shape, dtype)) in enumerate(zip(totals, scalars_like, strict=True)):
+                grads[2 + k] = (upstream * total).reshape(shape).to(dtype)
+        return (*grads, None, None)
 
 
-class _NoDoubleBackward(torch.autograd.Function):
-    """A gradient that raises when it is differentiated, instead of passing for a constant."""
-
-    @staticmethod
-    def forward(ctx, grad: Tensor, trap: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError(
-            "siglip_loss does not support double backward: its gradients are computed with the "
-            "loss and cannot be differentiated again"
-        )
-
-
-def _multiply(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _multiply(ctx, index: int, saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """saved * factor in ``dtype``, in the saved tensor's own memory when nothing can read it again.
 
-    That is so when this very backward frees the graph. With retain_graph or create_graph, and in
-    torch.compile (which plans memory itself), the saved tensor stays as it is.
+    That is so when this very backward frees the graph. With retain_graph or create_graph, where a
+    hook packed the saved tensor, and where torch traces or batches (and plans memory itself), the
+    saved tensor stays as it is.
     """
-    if dtype == saved.dtype and not torch.compiler.is_compiling() and not _graph_is_kept():
-        return saved.mul_(factor)
-    if dtype == saved.dtype or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or not _is_eager(saved, factor):
         return saved.mul(factor).to(dtype)
-    # straight into half precision: on a GPU without a temporary as large as the gradient in fp32
-    return torch.mul(saved, factor, out=saved.new_empty(saved.shape, dtype=dtype))
+    if dtype != saved.dtype:
+        # straight into half precision: on a GPU without a temporary as large as the fp32 gradient
+        return torch.mul(saved, factor, out=saved.new_empty(saved.shape, dtype=dtype))
+    if _graph_is_kept() or _is_hooked(ctx, index):
+        return saved.mul(factor)
+    return saved.detach().mul_(factor)
+
+
+def _is_eager(saved: Tensor, factor: Tensor) -> bool:
+    """Whether torch runs what it is told, and neither traces, batches nor counts it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.is_functorch_wrapped_tensor(saved)
+        # is_grads_batched=True comes by torch's older vmap, which shows in a tensor's keys alone
+        or torch._C._dispatch_keys(saved).raw_repr() != torch._C._dispatch_keys(factor).raw_repr()
+    )
+
+
+def _is_hooked(ctx, index: int) -> bool:
+    """Whether a hook packed a saved tensor, and may hold it: then torch takes no second hook."""
+    try:
+        ctx._raw_saved_tensors[index].register_hooks(_same, _same)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _differentiable(operator: torch._ops.OpOverload):
+    """The operator's kernel at torch's autograd key, which every path to it passes."""
+
+    def kernel(x, y, logit_scale, logit_bias, *options):
+        tensors = (x, y, logit_scale, logit_bias)
+        transforms.refuse_tangents(tensors)
+        transforms.register_flops()
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+            image, text, *scalars = (t.requires_grad for t in tensors)
+            # beside those that an inner torch.func transform has asked for
+            needs = (a or b for a, b in zip(options[3:6], (image, text, any(scalars)), strict=True))
+            options = (*options[:3], *needs, *options[6:])
+            with enable_single_level_autograd_function():
+                # without what Function adds for torch.func, which is dealt with by now
+                return super(torch.autograd.Function, SigLipFunction).apply(
+                    *tensors, operator, options
+                )
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*tensors, *options)
+
+    return kernel
+
+
+_LIBRARY = torch.library.Library("fused_siglip", "FRAGMENT")  # which owns what is registered
+for _name in ("sweep", "global_sweep"):
+    torch.library.define(f"fused_siglip::{_name}", _SCHEMA)
+    torch.library.impl(f"fused_siglip::{_name}", "default", _sweep)
+    torch.library.register_fake(f"fused_siglip::{_name}", _fake)
+    _operator = getattr(torch.ops.fused_siglip, _name).default
+    _LIBRARY.impl(_name, _differentiable(_operator), "Autograd")
+    transforms.register(_operator)
+has_side_effect(torch.ops.fused_siglip.global_sweep.default)

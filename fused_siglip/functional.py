@@ -6,9 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks, distributed
-from .autograd import SigLipFunction
-from .engine import Needs
+from . import _checks, autograd, distributed  # noqa: F401 (autograd registers the operators)
 from .negatives import Negatives, kind_of
 
 
@@ -99,19 +97,14 @@ def siglip_loss(
 
     scale = _as_tensor(logit_scale, dtype, device)
     bias = _as_tensor(logit_bias, dtype, device)
-    grad = torch.is_grad_enabled()
-    needs = Needs(
-        image=grad and image_features.requires_grad,
-        text=grad and text_features.requires_grad,
-        scalars=grad and (scale.requires_grad or bias.requires_grad),
-    )
     if image_ids is not None:
         image_ids, text_ids = image_ids.long(), text_ids.long()
         if negative_only:
             image_ids, text_ids = _never_equal(image_ids, text_ids)
     if negatives is not None and negatives.keep == 1:
         negatives = None
-    total, divisor = SigLipFunction.apply(
+    name = "sweep" if group is None else "global_sweep"
+    total, divisor, *_ = getattr(torch.ops.fused_siglip, name)(
         image_features,
         text_features,
         scale,
@@ -119,8 +112,7 @@ def siglip_loss(
         image_ids,
         text_ids,
         negative_only,
-        dtype,
-        needs,
+        *(False,) * 3,  # which gradients: their derivative decides
         workspace_bytes,
         backend,
         None if group is None else group.group_name,
@@ -129,11 +121,12 @@ def siglip_loss(
         kind_of(negatives),
         1.0 if negatives is None else float(negatives.keep),
         getattr(negatives, "seed", 0),
+        dtype,
     )
     if group is not None:
         return total / divisor
     if reduction == "sum":
-        return total.clone()  # which callers may add to in place
+        return total
     if image_ids is None:
         return total / max(image_features.shape[0], 1)
     return total / (image_ids >= 0).sum().clamp(min=1)
