@@ -67,8 +67,8 @@ def siglip_loss(
 
     Returns:
         The loss: a float32 scalar (float64 for float64 features), 0 for an empty batch. Logits and
-        sums are float32 (float64) throughout; float32 products follow
-        ``torch.get_float32_matmul_precision()``. Gradients arrive in the dtype and shape of their
+        sums are float32 (float64) throughout; float32 products are computed as torch's own
+        (``torch.set_float32_matmul_precision``, ``torch.backends``). Gradients arrive in the dtype and shape of their
         inputs, accumulated in float32 (float64). NaN and Inf pass through as in torch.
 
     Raises:
