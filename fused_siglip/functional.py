@@ -68,16 +68,20 @@ def siglip_loss(
     Returns:
         The loss: a float32 scalar (float64 for float64 features), 0 for an empty batch. Logits and
         sums are float32 (float64) throughout; float32 products are computed as torch's own
-        (``torch.set_float32_matmul_precision``, ``torch.backends``). Gradients arrive in the dtype and shape of their
-        inputs, accumulated in float32 (float64). NaN and Inf pass through as in torch.
+        (``torch.set_float32_matmul_precision``, ``torch.backends``). Gradients arrive in the dtype
+        and shape of their inputs, accumulated in float32 (float64). NaN and Inf pass through as in
+        torch. First derivatives are exact under torch.func.grad, vjp, jacrev and vmap, in
+        torch.compile and after torch.export (docs/transforms.md).
 
     Raises:
-        TypeError: an argument of the wrong type or dtype, or features of two dtypes outside
-            autocast.
+        TypeError: an argument of the wrong type or dtype, a DTensor, or features of two dtypes
+            outside autocast.
         ValueError: shapes, devices or sizes that do not fit each other, an unknown option, a
             workspace too small for one tile, or a backend that cannot run here.
             On every rank, also when the arguments of another rank are refused or do not agree.
-        RuntimeError: on double backward, which is not supported; when a rank of the group is lost.
+        RuntimeError: on second derivatives, forward-mode differentiation (torch.func.jvp, jacfwd,
+            hessian, dual tensors) and torch.vmap with ``group``, which are not supported; when a
+            rank of the group is lost.
     """
     group = _checks.check_group(group, dist_impl, distributed.DIST_IMPLS)
     try:
