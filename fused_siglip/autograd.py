@@ -148,14 +148,14 @@ class SigLipFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x, y, logit_scale, logit_bias, operator, options):
-        # With gradients enabled: an outer torch.func transform differentiates this call, and turns
-        # them off where its caller has.
-        with (
-            torch._C._AutoDispatchBelowAutograd(),
-            torch.enable_grad(),
-            _set_fwd_grad_enabled(True),
-        ):
-            return operator(x, y, logit_scale, logit_bias, *options)
+        inputs = (x, y, logit_scale, logit_bias, *options)
+        with torch._C._AutoDispatchBelowAutograd():
+            if not torch._C._are_functorch_transforms_active():
+                return operator(*inputs)
+            # With gradients enabled: an outer torch.func transform differentiates this call, and
+            # turns them off where its caller has.
+            with torch.enable_grad(), _set_fwd_grad_enabled(True):
+                return operator(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

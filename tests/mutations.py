@@ -100,10 +100,10 @@ MUTATIONS = (
     # what is added to what
     Mutation("only the last panel's dX is kept", "torch", ENGINE, "fresh = cols.start == 0 and not add_to_grad_x", "fresh = True"),
     Mutation("dY starts from what memory held", "torch", ENGINE, "fresh = rows.start == 0", "fresh = False"),
-    Mutation("scale missing from the gradients", "torch", AUTOGRAD, "factor = upstream * logit_scale.to(sums.dtype).reshape(())", "factor = upstream"),
+    Mutation("scale missing from the gradients", "torch", AUTOGRAD, "factor = upstream * logit_scale.to(upstream.dtype).reshape(())", "factor = upstream"),
     Mutation("upstream missing from dt and db", "torch", AUTOGRAD, "(upstream * total).reshape", "total.reshape"),
-    Mutation("dt and db exchanged", "torch", AUTOGRAD, "zip(sums[1:].unbind(),", "zip(sums[1:].flip(0).unbind(),"),
-    Mutation("saved gradients reused where the graph is kept", "torch", AUTOGRAD, "not torch.compiler.is_compiling() and not _graph_is_kept()", "not torch.compiler.is_compiling()"),
+    Mutation("dt and db exchanged", "torch", AUTOGRAD, "scalar_grads.unbind()", "scalar_grads.flip(0).unbind()"),
+    Mutation("saved gradients reused where the graph is kept", "torch", AUTOGRAD, "_graph_is_kept() or _is_hooked(ctx, index)", "_is_hooked(ctx, index)"),
     Mutation("g*s sums logits instead of similarities", "torch", TORCH, "torch.mul(s, g, out=terms)", "torch.mul(s * logit_scale, g, out=terms)"),
     Mutation("mean over texts", "torch", FUNCTIONAL, "total / max(image_features.shape[0], 1)", "total / max(text_features.shape[0], 1)"),
     Mutation("mean counts padding", "torch", FUNCTIONAL, "total / (image_ids >= 0).sum().clamp(min=1)", "total / max(len(image_ids), 1)"),
