@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import distributed
+
 _INSTEAD = "use fused_siglip.reference.eager_siglip_loss there, which autograd differentiates"
 
 NO_SECOND_DERIVATIVE = (
@@ -22,6 +24,11 @@ NO_FORWARD_MODE = (
 NO_VMAP_OF_A_GROUP = (
     "siglip_loss does not support torch.vmap in a process group, where every call is an exchange "
     "between the ranks: call it in a loop, or without group and dist_impl"
+)
+
+NO_EMPTY_VMAP = (
+    "siglip_loss does not support torch.vmap over a dimension of size 0: expected one element or "
+    "more (a batch of features without rows is fine)"
 )
 
 
@@ -40,6 +47,8 @@ def register(operator: torch._ops.OpOverload) -> None:
         group_name = args[12]
         if group_name is not None:
             raise RuntimeError(NO_VMAP_OF_A_GROUP)
+        if info.batch_size == 0:
+            raise RuntimeError(NO_EMPTY_VMAP)
         calls = [
             operator(*(_element(a, d, k) for a, d in zip(args, in_dims, strict=True)))
             for k in range(info.batch_size)
@@ -78,7 +87,7 @@ def _flops(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     (need_image_grad, need_text_grad), group_name, negatives = args[5:7], args[10], args[13]
     texts = y_shape[0]
     if group_name is not None:
-        texts *= torch.distributed.distributed_c10d._resolve_process_group(group_name).size()
+        texts *= distributed.resolve_group(group_name).size()
     products = 1 + need_image_grad + need_text_grad
     if negatives in ("hardest", "easiest"):
         products += 2

@@ -372,6 +372,17 @@ def jvp(name: str) -> Form:
     return form
 
 
+def jvp_of_grad(loss, wrap):
+    return wrap(lambda v: func.jvp(func.grad(of(loss, "x")), (v,), (Y,)))(X)
+
+
+def vjp_of_jvp(loss, wrap):
+    def tangent(v):
+        return func.jvp(of(loss, "x"), (v,), (Y,))[1]
+
+    return wrap(lambda v: func.vjp(tangent, v)[1](UPSTREAM[1]))(X)
+
+
 def forward_transform(transform: Callable) -> Callable[[str], Form]:
     return lambda name: lambda loss, wrap: wrap(transform(of(loss, name)))(ARGUMENTS[name])
 
@@ -437,6 +448,8 @@ REFUSED: dict[str, tuple[str, dict[str, Form]]] = {
             **each(jvp, "jvp"),
             **each(forward_transform(func.jacfwd), "jacfwd"),
             **each(forward_transform(func.hessian), "hessian"),
+            "jvp of grad": jvp_of_grad,
+            "vjp of jvp": vjp_of_jvp,
         },
     ),
     "`torch.func.linearize`, `torch.autograd.forward_ad`": (

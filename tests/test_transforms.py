@@ -135,6 +135,11 @@ def test_vmap_with_ids_and_chosen_negatives():
         assert torch.equal(actual, torch.stack(expected))
 
 
+def test_vmap_over_nothing_is_refused():
+    with pytest.raises(RuntimeError, match="siglip_loss does not support torch.vmap over a dimens"):
+        torch.func.vmap(lambda x: siglip_loss(x, Y, T, B))(X[None][:0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_dtypes_under_torch_func(dtype):
     """The bits of backward, in the dtypes of the inputs."""

@@ -146,3 +146,15 @@ def test_dtensors_are_named():
     for messages in returned(launch(distributed_tensors, 2)):
         for name, message in messages.items():
             assert ("full_tensor" if "logit" in name else "to_local()") in message
+
+
+def flops(rank: int, world_size: int) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        siglip_loss(*local_leaves(rank), group=dist.group.WORLD).backward()
+    return counter.get_total_flops()
+
+
+def test_flop_counter_in_a_group():
+    assert returned(launch(flops, 2)) == [6 * ROWS * (2 * ROWS) * 8] * 2
