@@ -83,7 +83,7 @@ def tests(run: Run) -> Iterator[dict]:
 
 
 def pytest_summary(output: str) -> dict:
-    """How many tests passed, failed, ... line by line of pytest -v, and what it says of failures."""
+    """How many tests passed, failed, ... by the lines of pytest -v, and what it says of failures."""
     found: dict = {}
     for word in ("passed", "failed", "error", "skipped"):
         found[word] = len(re.findall(rf"^(?:\S+::.* |\[gw.* ){word.upper()}\b", output, re.M))
