@@ -21,6 +21,7 @@ from .kernels import (
     BACKENDS,
     default_backend,
     default_obstacle,
+    float32_products,
     multiplies_half_into_fp32,
     panel_class,
     triton_obstacle,
@@ -68,8 +69,7 @@ def describe(device: str) -> str:
         f"fused_siglip {__version__}, torch {torch.__version__}, triton {_version('triton')}, "
         f"Python {platform.python_version()}, {platform.system()}",
         f"device: {device} ({_device(device)})",
-        f"float32 products: {torch.get_float32_matmul_precision()} "
-        "(torch.get_float32_matmul_precision)",
+        f"float32 products: {float32_products(device)} (fp32_precision of torch.backends)",
         f"\npanels of {rows} x {rows} pairs, D = {d}:",
     ]
     multiprocessors = None

@@ -18,6 +18,20 @@ FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum")
 
 
+# By whether the argument is logit_scale or logit_bias.
+_NO_DTENSOR = {
+    False: (
+        "this rank's rows as a plain tensor (its to_local()), and group= for the loss of all ranks"
+    ),
+    True: (
+        "a plain tensor, as the forward of the module that holds the parameter sees it: compute "
+        "the loss, or what is passed here, in there; or pass its "
+        "full_tensor(grad_placements=[Partial('avg')]), since full_tensor() alone gets a wrong "
+        "gradient"
+    ),
+}
+
+
 def _kind(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
@@ -38,6 +52,8 @@ def _check_choice(name: str, value: object, choices: Collection[str], or_none: s
 def _check_tensor(name: str, value: object, expected: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {_kind(value)}: expected {expected}")
+    if hasattr(value, "full_tensor"):  # whose module is not imported for this
+        raise TypeError(f"{name} is a DTensor: expected {_NO_DTENSOR[name.startswith('logit_')]}")
     if value.is_nested:
         raise TypeError(f"{name} is a nested tensor: expected a dense (strided) tensor")
     if value.layout is not torch.strided:

@@ -1,13 +1,19 @@
-"""The autograd Function around the sweep, and the sweep as a torch operator."""
+"""The sweep as a torch operator, and its derivative."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.fx.node import has_side_effect
 
-from . import distributed
+from . import distributed, transforms
 from .engine import Needs, find_thresholds, sweep
 from .kernels import RandomPairs, default_backend, panel_class
 from .negatives import hash_bound, image_keys, text_keys
@@ -16,16 +22,18 @@ from .negatives import hash_bound, image_keys, text_keys
 # saved memory (donated buffers). Should torch drop it, gradients are copied instead.
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
-# An operator, so that torch.compile takes the sweep as one node instead of breaking its graph.
-# Returns the loss and its factors, both as Panel.finish() makes them, and the two gradients of
-# sweep(). What is not needed has no elements.
-torch.library.define(
-    "fused_siglip::sweep",
+# Operators, so that torch.compile and torch.export take the loss as one node. Both compute the
+# same. The second exchanges tensors with other ranks, which is a side effect: it is not removed
+# where nobody uses its value.
+# They take the inputs as the caller has them; ``dtype`` is that of the products' operands (None:
+# x's). They return the loss, and what backward multiplies by the upstream scalar: the factors of
+# Panel.finish(), and the two gradients of sweep(). A gradient that is not needed has no elements.
+_SCHEMA = (
     "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, "
     "Tensor? text_ids, bool negative_only, bool need_image_grad, bool need_text_grad, "
     "bool need_scalar_grads, int? workspace_bytes, str? backend, str? group_name, str? dist_impl, "
-    "str reduction, str? negatives, float keep, SymInt seed) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "str reduction, str? negatives, float keep, SymInt seed, ScalarType? dtype=None) "
+    "-> (Tensor loss, Tensor factors, Tensor grad_x, Tensor grad_y)"
 )
 
 
@@ -48,17 +56,23 @@ def _sweep(
     negatives,
     keep,
     seed,
+    dtype=None,
 ):
     needs = Needs(need_image_grad, need_text_grad, need_scalar_grads)
-    acc = logit_scale.dtype
-    backend = backend or default_backend(x.device, x.dtype)
-    inputs = (x, y, logit_scale, logit_bias, image_ids, text_ids)
+    dtype = dtype or x.dtype
+    acc = torch.promote_types(dtype, torch.float32)
+    backend = backend or default_backend(x.device, dtype)
     # the dtypes are settled: autocast must not round the products inside once more
     settled = contextlib.nullcontext()
     if torch.is_autocast_enabled(x.device.type):
         settled = torch.autocast(x.device.type, enabled=False)
     factor = 1.0
     with settled:
+        # every torch call less counts where the batch is small
+        x = x if x.dtype == dtype else x.to(dtype)
+        y = y if y.dtype == dtype else y.to(dtype)
+        logit_scale, logit_bias = _scalar(logit_scale, acc), _scalar(logit_bias, acc)
+        inputs = (x, y, logit_scale, logit_bias, image_ids, text_ids)
         if group_name is not None:
             sums, grad_x, grad_y, divisor = distributed.global_sweep(
                 *inputs,
@@ -98,7 +112,10 @@ def _sweep(
     )
 
 
-torch.library.impl("fused_siglip::sweep", "default", _sweep)
+def _scalar(value: Tensor, dtype: torch.dtype) -> Tensor:  # ()
+    if value.dim() == 0 and value.dtype == dtype:
+        return value
+    return value.to(dtype).reshape(())
 
 
 def _local_sweep(
@@ -147,8 +164,7 @@ def _known_factor(logit_scale: Tensor, divisor: float | Tensor) -> float:
     return factor if 1e-9 < abs(factor) < 1e9 else 1.0
 
 
-@torch.library.register_fake("fused_siglip::sweep")
-def _(
+def _fake(
     x,
     y,
     logit_scale,
@@ -159,16 +175,11 @@ def _(
     need_image_grad,
     need_text_grad,
     need_scalar_grads,
-    workspace_bytes,
-    backend,
-    group_name,
-    dist_impl,
-    reduction,
-    negatives,
-    keep,
-    seed,
+    *options,
+    dtype=None,
 ):
-    acc = logit_scale.dtype
+    dtype = options[8] if len(options) > 8 else dtype
+    acc = torch.promote_types(dtype or x.dtype, torch.float32)
     return (
         x.new_empty((), dtype=acc),
         x.new_empty(3, dtype=acc),
@@ -178,114 +189,162 @@ def _(
 
 
 class SigLipFunction(torch.autograd.Function):
-    """The loss. Its gradients are computed with it, in the forward pass; backward multiplies them
-    by the upstream scalar.
+    """The derivative of an operator, at torch's autograd key.
+
+    The gradients are computed in the forward pass, as further outputs; backward multiplies them by
+    the upstream scalar. Whoever differentiates a gradient comes back here with a gradient of such
+    an output, whatever path led to it, and is refused.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,  # (M, D)
-        y: Tensor,  # (N, D)
-        logit_scale: Tensor,  # one element
-        logit_bias: Tensor,  # one element
-        image_ids: Tensor | None,  # (M,)
-        text_ids: Tensor | None,  # (N,)
-        negative_only: bool,
-        dtype: torch.dtype,  # of the products' operands: x's and y's own, or autocast's
-        needs: Needs,
-        workspace_bytes: int | None,
-        backend: str | None,
-        group_name: str | None,
-        dist_impl: str | None,
-        reduction: str,
-        negatives: str | None,
-        keep: float,
-        seed: int,
-    ) -> Tensor:  # ()
-        acc = torch.promote_types(dtype, torch.float32)
-        loss, factors, grad_x, grad_y = torch.ops.fused_siglip.sweep.default(
-            x if x.dtype == dtype else x.to(dtype),
-            y if y.dtype == dtype else y.to(dtype),
-            _scalar(logit_scale, acc),
-            _scalar(logit_bias, acc),
-            image_ids,
-            text_ids,
-            negative_only,
-            needs.image,
-            needs.text,
-            needs.scalars,
-            workspace_bytes,
-            backend,
-            group_name,
-            dist_impl,
-            reduction,
-            negatives,
-            keep,
-            seed,
-        )
-        ctx.save_for_backward(factors, grad_x, grad_y, logit_scale)
-        ctx.needs = needs
-        ctx.like = [(t.shape, t.dtype) for t in (x, y, logit_scale, logit_bias)]
-        return loss
+    def forward(ctx, x, y, logit_scale, logit_bias, function, options):
+        tensors = (x, y, logit_scale, logit_bias)
+        if torch._C._are_functorch_transforms_active():
+            # With gradients enabled: an outer torch.func transform differentiates this call, and
+            # turns them off where its caller has.
+            with torch.enable_grad(), _set_fwd_grad_enabled(True):
+                outputs = _below_autograd(function, (*tensors, *options))
+        else:
+            outputs = _below_autograd(function, (*tensors, *options))
+        # logit_scale only so that a change of it since is noticed
+        ctx.save_for_backward(*outputs[1:], logit_scale)
+        ctx.needs = Needs(*options[3:6])
+        # where _sweep may know the factor, and have it in the products already
+        ctx.factor_may_be_one = x.is_cpu and options[7] != "triton" and options[8] is None
+        ctx.like = [(t.shape, t.dtype) for t in tensors]
+        ctx.set_materialize_grads(False)
+        return outputs
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):  # ()
-        # logit_scale only so that a change of it since is noticed
+    def backward(ctx, upstream, *of_gradients):  # (), then of the other outputs
+        if any(g is not None for g in of_gradients):
+            raise RuntimeError(transforms.NO_SECOND_DERIVATIVE)
+        if upstream is None:
+            return (None,) * 6
         factors, grad_x, grad_y, _ = ctx.saved_tensors
         *scalar_grads, factor = (upstream * factors).unbind()
         (_, x_dtype), (_, y_dtype), *scalars_like = ctx.like
-        compiling = torch.compiler.is_compiling()
-        # Memory of a saved gradient is taken for the result where nothing can read it again: when
-        # this very backward frees the graph. With retain_graph or create_graph, and in
-        # torch.compile (which plans memory itself), it stays as it is.
-        last = not compiling and not _graph_is_kept()
-        if last and factor.is_cpu and factor.item() == 1:
-            factor = None
-        grads = [
-            _multiply(grad_x, factor, x_dtype, last) if ctx.needs.image else None,
-            _multiply(grad_y, factor, y_dtype, last) if ctx.needs.text else None,
-        ]
-        for grad, (shape, dtype) in zip(scalar_grads, scalars_like, strict=True):
-            if not ctx.needs.scalars:
-                grad = None
-            elif grad.shape != shape or grad.dtype != dtype:
-                grad = grad.reshape(shape).to(dtype)
-            grads.append(grad)
-        if torch.is_grad_enabled() and not compiling:  # create_graph=True
-            trap = torch.empty(0, requires_grad=True)
-            grads = [g if g is None else _NoDoubleBackward.apply(g, trap) for g in grads]
-        return (*grads, *[None] * 13)
+        slots = (None,) * 4
+        if not torch.is_grad_enabled() and _is_eager(upstream, factors):
+            slots = ctx._raw_saved_tensors
+            if ctx.factor_may_be_one and factor.item() == 1:
+                factor = None
+        grads = [None] * 4
+        if ctx.needs.image:
+            grads[0] = _multiply(grad_x, factor, x_dtype, slots[1])
+        if ctx.needs.text:
+            grads[1] = _multiply(grad_y, factor, y_dtype, slots[2])
+        if ctx.needs.scalars:
+            grads[2:] = [
+                g if g.shape == shape and g.dtype == dtype else g.reshape(shape).to(dtype)
+                for g, (shape, dtype) in zip(scalar_grads, scalars_like, strict=True)
+            ]
+        return (*grads, None, None)
 
 
-def _scalar(value: Tensor, dtype: torch.dtype) -> Tensor:  # ()
-    if value.dim() == 0 and value.dtype == dtype:
-        return value  # every torch call less counts where the batch is small
-    return value.to(dtype).reshape(())
+def _multiply(saved: Tensor, factor: Tensor | None, dtype: torch.dtype, slot) -> Tensor:
+    """saved * factor in ``dtype``, in the saved tensor's own memory when nothing can read it again.
 
-
-class _NoDoubleBackward(torch.autograd.Function):
-    """A gradient that raises when it is differentiated, instead of passing for a constant."""
-
-    @staticmethod
-    def forward(ctx, grad: Tensor, trap: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError(
-            "siglip_loss does not support double backward: its gradients are computed with the "
-            "loss and cannot be differentiated again"
-        )
-
-
-def _multiply(saved: Tensor, factor: Tensor | None, dtype: torch.dtype, last: bool) -> Tensor:
-    """saved * factor in ``dtype``; None: a factor of 1. ``last``: saved may be changed."""
-    if factor is None:
-        return saved.to(dtype)
-    if dtype == saved.dtype and last:
-        return saved.mul_(factor)
-    if dtype == saved.dtype or torch.compiler.is_compiling():
+    None stands for a factor of 1. ``slot`` is where the tensor was saved, None where torch traces
+    or batches (and plans memory itself): then it stays as it is. So it does with retain_graph or
+    create_graph, and where a hook packed it.
+    """
+    if slot is None:
         return saved.mul(factor).to(dtype)
-    # straight into half precision: on a GPU without a temporary as large as the gradient in fp32
-    return torch.mul(saved, factor, out=saved.new_empty(saved.shape, dtype=dtype))
+    if dtype != saved.dtype:
+        if factor is None:
+            return saved.to(dtype)
+        # straight into half precision: on a GPU without a temporary as large as the fp32 gradient
+        return torch.mul(saved, factor, out=saved.new_empty(saved.shape, dtype=dtype))
+    if _graph_is_kept() or _is_hooked(slot):
+        return saved.clone() if factor is None else saved.mul(factor)
+    saved = saved.detach()
+    return saved if factor is None else saved.mul_(factor)
+
+
+def _is_hooked(slot) -> bool:
+    """Whether a hook packed a saved tensor, and may hold it: then torch takes no second hook."""
+    try:
+        slot.register_hooks(_same, _same)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+# The dispatch keys of a plain tensor on a CPU or a GPU where no mode or transform is active.
+_PLAIN = functools.reduce(
+    operator.or_,
+    (
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr()
+        for name in (
+            *("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA"),
+            *("ADInplaceOrView", "BackendSelect"),
+        )
+    ),
+)
+
+
+def _is_eager(*tensors: Tensor) -> bool:
+    """Whether torch runs what it is told, and neither compiles, traces, batches nor counts it."""
+    if torch.compiler.is_compiling():
+        return False
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    for tensor in tensors:
+        keys |= torch._C._dispatch_keys(tensor).raw_repr()
+    return keys | _PLAIN == _PLAIN
+
+
+def _below_autograd(function: Callable, inputs: tuple):
+    """What the operator does below torch's autograd key."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*inputs)
+
+
+def _differentiable(function: Callable, *inputs):
+    """What the operator does at torch's autograd key; ``function`` is the rest of it."""
+    tensors, options = inputs[:4], inputs[4:]
+    transforms.refuse_tangents(tensors)
+    transforms.register_flops()
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
+        return _below_autograd(function, inputs)
+    image, text, scale, bias = (t.requires_grad for t in tensors)
+    for_image, for_text, for_scalars = options[3:6]  # an inner torch.func transform has asked
+    options = (
+        *options[:3],
+        image or for_image,
+        text or for_text,
+        scale or bias or for_scalars,
+        *options[6:],
+    )
+    with enable_single_level_autograd_function():
+        # without what Function adds for torch.func, which is dealt with by now
+        return super(torch.autograd.Function, SigLipFunction).apply(*tensors, function, options)
+
+
+def call_operator(op: torch._ops.OpOverload, *inputs):
+    """The operator's outputs. Where torch would go straight to its two kernels, they are called
+    here: its way there takes longer than a small batch."""
+    if _is_eager(*(t for t in inputs[:6] if t is not None)):
+        return _differentiable(_sweep, *inputs)
+    return op(*inputs)
+
+
+_LIBRARY = torch.library.Library("fused_siglip", "FRAGMENT")  # which owns what is registered
+
+
+def _register(name: str) -> torch._ops.OpOverload:
+    torch.library.define(f"fused_siglip::{name}", _SCHEMA)
+    torch.library.impl(f"fused_siglip::{name}", "default", _sweep)
+    torch.library.register_fake(f"fused_siglip::{name}", _fake)
+    op = getattr(torch.ops.fused_siglip, name).default
+    _LIBRARY.impl(name, functools.partial(_differentiable, op), "Autograd")
+    transforms.register(op)
+    return op
+
+
+SWEEP, GLOBAL_SWEEP = _register("sweep"), _register("global_sweep")
+has_side_effect(GLOBAL_SWEEP)

@@ -7,8 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _checks, distributed
-from .autograd import SigLipFunction
-from .engine import Needs
+from .autograd import GLOBAL_SWEEP, SWEEP, call_operator
 from .negatives import Negatives, kind_of
 
 
@@ -71,19 +70,22 @@ def siglip_loss(
 
     Returns:
         The loss: a float32 scalar (float64 for float64 features), 0 for an empty batch. Logits and
-        sums are float32 (float64) throughout; float32 products follow
-        ``torch.get_float32_matmul_precision()``. Gradients arrive in the dtype and shape of their
-        inputs, accumulated in float32 (float64). NaN and Inf pass through as in torch.
+        sums are float32 (float64) throughout; float32 products are computed as torch's own
+        (``torch.set_float32_matmul_precision``, ``torch.backends``). Gradients arrive in the dtype
+        and shape of their inputs, accumulated in float32 (float64). NaN and Inf pass through as in
+        torch. First derivatives are exact under torch.func.grad, vjp, jacrev and vmap, in
+        torch.compile and after torch.export (docs/transforms.md).
 
     Raises:
-        TypeError: an argument of the wrong type or dtype, or features of two dtypes outside
-            autocast.
+        TypeError: an argument of the wrong type or dtype, a DTensor, or features of two dtypes
+            outside autocast.
         ValueError: shapes, devices or sizes that do not fit each other, an unknown option, a
             workspace too small for one tile, or a backend that cannot run here.
             On every rank, also when the arguments of another rank are refused or do not agree.
-        RuntimeError: on double backward, which is not supported; when a rank of the group is lost
-            (gloo. With NCCL a wait returns at once and its watchdog ends the process at the
-            group's timeout: docs/distributed.md has what helps).
+        RuntimeError: on second derivatives, forward-mode differentiation (torch.func.jvp, jacfwd,
+            hessian, dual tensors) and torch.vmap with ``group``, which are not supported; when a
+            rank of the group is lost (gloo. With NCCL a wait returns at once and its watchdog ends
+            the process at the group's timeout: docs/distributed.md has what helps).
     """
     group = _checks.check_group(group, dist_impl, distributed.DIST_IMPLS)
     try:
@@ -104,19 +106,14 @@ def siglip_loss(
 
     scale = _as_tensor(logit_scale, dtype, device)
     bias = _as_tensor(logit_bias, dtype, device)
-    grad = torch.is_grad_enabled()
-    needs = Needs(
-        image=grad and image_features.requires_grad,
-        text=grad and text_features.requires_grad,
-        scalars=grad and (scale.requires_grad or bias.requires_grad),
-    )
     if image_ids is not None:
         image_ids, text_ids = image_ids.long(), text_ids.long()
         if negative_only:
             image_ids, text_ids = _never_equal(image_ids, text_ids)
     if negatives is not None and negatives.keep == 1:
         negatives = None
-    return SigLipFunction.apply(
+    loss, *_ = call_operator(
+        SWEEP if group is None else GLOBAL_SWEEP,
         image_features,
         text_features,
         scale,
@@ -124,8 +121,7 @@ def siglip_loss(
         image_ids,
         text_ids,
         negative_only,
-        dtype,
-        needs,
+        *(False,) * 3,  # which gradients: their derivative decides
         workspace_bytes,
         backend,
         None if group is None else group.group_name,
@@ -134,7 +130,9 @@ def siglip_loss(
         kind_of(negatives),
         1.0 if negatives is None else float(negatives.keep),
         getattr(negatives, "seed", 0),
+        dtype,
     )
+    return loss
 
 
 def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

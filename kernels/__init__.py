@@ -32,6 +32,17 @@ def multiplies_half_into_fp32(device_type: str) -> bool:
     return device_type == "cuda" and torch.version.hip is None
 
 
+def float32_products(device_type: str = "cuda") -> str:
+    """How torch multiplies float32 matrices there: "ieee", or rounded first, such as "tf32".
+
+    ``torch.set_float32_matmul_precision`` sets what is read here too;
+    ``torch.get_float32_matmul_precision`` raises once a user has set this attribute.
+    """
+    of_device = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    precision = of_device.matmul.fp32_precision
+    return "ieee" if precision == "none" else precision
+
+
 class Positives(NamedTuple):
     """Which pairs of one panel are positive. Without ids and without diagonal: none."""
 

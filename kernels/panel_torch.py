@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import GRAD_SCALE, AtLeast, Positives, RandomPairs
+from . import GRAD_SCALE, AtLeast, Positives, RandomPairs, float32_products
 from .places import FORMATS, HALF, PLACE_BITS, cut
 from .products import add_product
 from .totals import finish, numbers
@@ -90,10 +90,11 @@ class TorchPanel:
         self.strip_rows = _strip_rows(rows, cols)
         self.whole, self.strip = self._buffers(dtype, write_g, scalar_grads, selects)
         self.buffers: dict[str, Tensor] = {}  # made when they are first needed
-        # Products of float32 may be rounded further; their sum must not be.
-        exact = dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
         self.on_cpu = device.type == "cpu"
-        self.gs_from_products = write_g and dtype == self.acc and self.on_cpu and exact
+        self.gs_from_products = write_g and dtype == self.acc and self.on_cpu
+        if self.gs_from_products and dtype == torch.float32:
+            # products may be rounded further; their sum must not be
+            self.gs_from_products = float32_products("cpu") == "ieee"
 
     def _view(self, name: str, m: int, n: int) -> Tensor:  # (m, n)
         # flat buffers, so that the smaller panels at the edge are contiguous too

@@ -14,6 +14,7 @@ from . import (
     AtLeast,
     Positives,
     RandomPairs,
+    float32_products,
     hopper,
     multiplies_half_into_fp32,
 )
@@ -524,8 +525,9 @@ class TritonPanel:
         self.grad_scale = GRAD_SCALE.get(dtype, 1.0)
 
     def _precision(self) -> str:
-        tf32 = self.target != "hip" and torch.get_float32_matmul_precision() != "highest"
-        return "tf32" if tf32 else "ieee"
+        if self.dtype != torch.float32 or self.target == "hip":
+            return "ieee"
+        return "ieee" if float32_products() == "ieee" else "tf32"
 
     def config(self, dtype: torch.dtype, precision: str) -> PanelConfig:
         return panel_config(self.target, dtype, precision, self.g is not None)

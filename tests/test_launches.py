@@ -39,9 +39,6 @@ class Launches(TorchDispatchMode):
         monkeypatch.setattr(GridExecutor, "__call__", launch)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fused_siglip":  # look inside
-            with self:
-                return autograd._sweep(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         # backward asks a factor that is on a CPU whether it is 1, and only such a one
@@ -65,6 +62,8 @@ def count(monkeypatch, backend):
 
     def counted(inputs, **options):
         call = dict(**inputs.ids, backend="triton", **options)
+        # a step as it is without the mode that counts, for which backward would make copies
+        monkeypatch.setattr(autograd, "_is_eager", lambda *tensors: True)
         with Launches(monkeypatch) as launches:
             loss = siglip_loss(*inputs.tensors(), **call)
             if loss.requires_grad:
