@@ -52,7 +52,8 @@ def _check_choice(name: str, value: object, choices: Collection[str], or_none: s
 def _check_tensor(name: str, value: object, expected: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {_kind(value)}: expected {expected}")
-    if hasattr(value, "full_tensor"):  # whose module is not imported for this
+    # by its name: its module is not imported for this, and torch.compile sees no attribute of it
+    if any(kind.__name__ == "DTensor" for kind in type(value).__mro__):
         raise TypeError(f"{name} is a DTensor: expected {_NO_DTENSOR[name.startswith('logit_')]}")
     if value.is_nested:
         raise TypeError(f"{name} is a nested tensor: expected a dense (strided) tensor")
