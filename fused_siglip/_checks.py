@@ -53,7 +53,7 @@ def _check_tensor(name: str, value: object, expected: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {_kind(value)}: expected {expected}")
     # by its name: its module is not imported for this, and torch.compile sees no attribute of it
-    if any(kind.__name__ == "DTensor" for kind in type(value).__mro__):
+    if type(value).__name__ == "DTensor":
         raise TypeError(f"{name} is a DTensor: expected {_NO_DTENSOR[name.startswith('logit_')]}")
     if value.is_nested:
         raise TypeError(f"{name} is a nested tensor: expected a dense (strided) tensor")
