@@ -354,6 +354,7 @@ def count_kernel(
         selected = tl.load(selected_ptr + rows, mask=rows < M, other=-1)
     BINS: tl.constexpr = 2**BITS
     WIDTH: tl.constexpr = BLOCK_N // PARTS
+    tl.static_assert(BLOCK_N < 256, "a byte counts the pairs of a row")
     parts = column_parts(tile, PARTS)
     zero = tl.zeros((BLOCK_M,), tl.int32)
     tally = (zero, zero, zero, zero, zero, zero, zero, zero)
