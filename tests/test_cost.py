@@ -11,6 +11,7 @@ from launch import launch, returned
 
 from fused_siglip import cost, siglip_loss
 from fused_siglip.cost import DEVICES, bytes_sent, peak_bytes, predict, step_flops
+from fused_siglip.kernels.panel_torch import TorchPanel
 from fused_siglip.plan.__main__ import main
 from helpers import make_inputs
 
@@ -67,7 +68,11 @@ def test_memory_is_what_ranks_occupy(impl):
         expected = peak_bytes(impl, world_size, *sizes, torch.float32, "cpu", "torch")
         # a chunk that arrives late has no pages yet when the sweep is at its peak
         chunk = sizes[0] * sizes[1] * 4
-        assert all(0.97 * expected - chunk <= peak <= 1.03 * expected for peak in peaks), peaks
+        # and of a strip's buffers only those are made that this loss needs
+        chunk += TorchPanel.workspace_bytes(1024, 1024, torch.float32, True, True) - 4 * 1024**2
+        library = 4 << 20  # what large products take for their blocks, by kind of CPU
+        for peak in peaks:
+            assert 0.97 * expected - chunk <= peak <= 1.03 * expected + library, peaks
 
 
 # --- shape ---

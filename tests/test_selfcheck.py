@@ -22,7 +22,7 @@ def test_passes_as_a_command():
         [sys.executable, "-m", "fused_siglip"], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert torch.__version__ in done.stdout and "1024" in done.stdout
+    assert torch.__version__ in done.stdout and "2048" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("PASS")
     found = rows(done.stdout)
     assert len(found) >= CHECKED and all(0 <= v <= 1 for row in found for v in row)
