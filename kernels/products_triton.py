@@ -95,7 +95,10 @@ def product_kernel(
         written = tl.cdiv(K, 16) * 16  # a multiple of 16: the loads stay wide
         for step in range(0, _bound(steps)):
             start = step * BLOCK_K
-            g = tl.load(g_ptrs, mask=(k < written - start)[None, :], other=0.0)
+            # nor need there be a number past M
+            g = tl.load(
+                g_ptrs, mask=(rows < M)[:, None] & (k < written - start)[None, :], other=0.0
+            )
             inside = (k < K - start)[:, None] & (d < D)[None, :]
             y = tl.load(y_ptrs, mask=inside, other=0.0)
             product = tl.dot(g, y, product, input_precision=INPUT_PRECISION)
