@@ -25,14 +25,18 @@ def bounded_exp(log_scale: Tensor, bound: float) -> Tensor:
 
 
 class _BoundedExp(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(ctx, log_scale: Tensor, bound: float) -> Tensor:
+    def forward(log_scale: Tensor, bound: float) -> Tensor:
         # t' is bounded, not exp(t'), which overflows
         factor = log_scale.clamp(max=math.log(bound)).exp()
-        beyond = log_scale > math.log(bound)
-        factor = torch.where(beyond, bound, factor.clamp(max=bound))
-        ctx.save_for_backward(factor, beyond)
-        return factor
+        return torch.where(log_scale > math.log(bound), bound, factor.clamp(max=bound))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        log_scale, bound = inputs
+        ctx.save_for_backward(output, log_scale > math.log(bound))
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:

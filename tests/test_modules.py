@@ -65,6 +65,17 @@ def test_a_bound_holds_the_factor_and_lets_it_come_back():
     assert inside.factor().item() == pytest.approx(50.0) and inside.logit_scale.grad.item() != 0.0
 
 
+@pytest.mark.parametrize("bound", [None, 50.0, 5.0])
+def test_under_torch_func(bound):
+    x = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+    loss = LearnableSigLipLoss(max_logit_scale=bound)
+    loss(x, x).backward()
+    parameters = dict(loss.named_parameters())
+    grads = torch.func.grad(lambda p: torch.func.functional_call(loss, p, (x, x)))(parameters)
+    for name, parameter in parameters.items():
+        assert torch.equal(grads[name], parameter.grad)
+
+
 def test_a_bound_under_torch_compile():
     x, y = (torch.nn.functional.normalize(torch.randn(20, 8)) for _ in range(2))
     eager, compiled = (LearnableSigLipLoss(max_logit_scale=5) for _ in range(2))
