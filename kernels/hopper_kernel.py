@@ -88,9 +88,7 @@ def producer(
 
 
 @gluon.jit
-def multiply(
-    i, x_bufs, y_bufs, full, empty, D: gl.constexpr
-):  # fmt: skip
+def multiply(i, x_bufs, y_bufs, full, empty, D: gl.constexpr):
     """x y^T of the tile whose blocks follow the ring's i-th; and where the ring stands then."""
     STAGES: gl.constexpr = x_bufs.shape[0]
     BLOCK_M: gl.constexpr = x_bufs.shape[1]
