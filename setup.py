@@ -42,11 +42,14 @@ setup(
     python_requires=">=3.10",
     packages=[
         "fused_siglip",
+        "fused_siglip.distributed",
+        "fused_siglip.estimate",
         "fused_siglip.integrations",
-        "fused_siglip.kernels",
-        "fused_siglip.plan",
+        "fused_siglip.kernels",  # a link to kernels/
+        "fused_siglip.selection",
+        "fused_siglip.testing",
     ],
-    package_dir={"fused_siglip.kernels": "kernels"},
+    package_data={"fused_siglip": ["py.typed"]},
     install_requires=["torch>=2.10"],
     extras_require=EXTRAS | STACKS,
     classifiers=[

@@ -15,18 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_siglip import siglip_loss
-from fused_siglip.kernels import BACKENDS, GRAD_SCALE, Panel, Positives, multiplies_half_into_fp32
-from fused_siglip.kernels.configs import TILE
-from fused_siglip.kernels.math import EASY_LOGIT
-from fused_siglip.kernels.panel_triton import (
-    TritonPanel,
-    epilogue,
-    meets_diagonal_or_edge,
-    pair_masks,
-    stored_dtype,
-)
-from fused_siglip.kernels.products import add_product
-from fused_siglip.kernels.totals_triton import finish
+from fused_siglip.kernels import BACKENDS, GRAD_SCALE, Pairs, Panel, multiplies_half_into_fp32
+from fused_siglip.kernels.torch_products import add_product
+from fused_siglip.kernels.triton_configs import TILE
+from fused_siglip.kernels.triton_kernels import epilogue, meets_diagonal_or_edge, pair_masks
+from fused_siglip.kernels.triton_math import SATURATED_LOGIT
+from fused_siglip.kernels.triton_panel import TritonPanel, stored_dtype
+from fused_siglip.kernels.triton_totals import finish
 
 BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes
 
@@ -64,7 +59,7 @@ def elementwise_kernel(
     mixed = col0 < N
     if image_ids_ptr is None:
         mixed = meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, BLOCK_N)
-        easy = (scale >= 0) & (tl.max(s) * scale + bias <= EASY_LOGIT) & ~mixed
+        easy = (scale >= 0) & (tl.max(s) * scale + bias <= SATURATED_LOGIT) & ~mixed
     if easy:
         sums = epilogue(s, None, None, scale, bias, sums, g_ptrs, True, True, GRAD_SCALE, 1)
     elif mixed:
@@ -108,12 +103,12 @@ class LibraryPanel:
         rows: int,
         cols: int,
         dtype: torch.dtype,
-        write_g: bool,
+        store_dlogits: bool,
         scalar_grads: bool,
-        selects: bool = False,
+        filters_negatives: bool = False,
     ) -> int:
         elements = math.prod(cls._shape(rows, cols))
-        g = stored_dtype(dtype).itemsize if write_g and not cls.in_place else 0
+        g = stored_dtype(dtype).itemsize if store_dlogits and not cls.in_place else 0
         sums = 3 * torch.float32.itemsize * elements // math.prod(BLOCK)
         return elements * (cls._similarity(dtype).itemsize + g) + sums
 
@@ -123,18 +118,18 @@ class LibraryPanel:
         cols: int,
         dtype: torch.dtype,
         device: torch.device,
-        write_g: bool,
+        store_dlogits: bool,
         scalar_grads: bool,
-        selects: bool = False,
+        filters_negatives: bool = False,
     ):
-        if selects:
+        if filters_negatives:
             raise ValueError("benchmarks' panels take all negatives")
         shape = self._shape(rows, cols)
         empty = functools.partial(torch.empty, device=device)
         # zeros: what a smaller panel leaves beside it is read, though it takes no part
         self.s = torch.zeros(shape, dtype=self._similarity(dtype), device=device)
         self.g = None
-        if write_g:
+        if store_dlogits:
             self.g = self.s if self.in_place else empty(shape, dtype=stored_dtype(dtype))
         self.all_partials = empty(3 * math.prod(shape) // math.prod(BLOCK), dtype=torch.float32)
         self.sums = 3 if scalar_grads else 1
@@ -146,7 +141,7 @@ class LibraryPanel:
         y: Tensor,  # (n, D)
         logit_scale: Tensor,  # ()
         logit_bias: Tensor,  # ()
-        positives: Positives,
+        positives: Pairs,
         sums: Tensor | None,  # (3,)
         kept: None = None,
     ) -> Tensor | None:  # (m, n)

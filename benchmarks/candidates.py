@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fused_siglip.kernels.hopper import HOPPER
-from fused_siglip.kernels.panel_triton import TritonPanel
+from fused_siglip.kernels.triton_panel import TritonPanel
 
 CANDIDATES = {
     "shipped": HOPPER,

@@ -24,10 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_siglip.kernels import GRAD_SCALE
-from fused_siglip.kernels.configs import PanelConfig, count_config, panel_config
-from fused_siglip.kernels.math import EASY_LOGIT
-from fused_siglip.kernels.panel_triton import count_constants, count_kernel, panel_kernel
-from fused_siglip.kernels.products_triton import product_constants, product_kernel
+from fused_siglip.kernels.triton_configs import PanelConfig, count_config, panel_config
+from fused_siglip.kernels.triton_kernels import count_kernel, panel_kernel
+from fused_siglip.kernels.triton_math import SATURATED_LOGIT
+from fused_siglip.kernels.triton_panel import count_constants
+from fused_siglip.kernels.triton_products import product_constants, product_kernel
 
 from .harness import environment, write_results
 
@@ -73,7 +74,7 @@ def compile_panel(
     *,
     ids: bool = False,
     kept: str | None = None,
-    write_g: bool = True,
+    store_dlogits: bool = True,
     scalar_grads: bool = True,
     d: int = 768,
     config: PanelConfig | None = None,
@@ -83,7 +84,7 @@ def compile_panel(
     kept: how negatives are chosen, by "hash" or by "logit"; None: all are kept.
     """
     if config is None:
-        config = panel_config(_capability(target), dtype, precision, write_g)
+        config = panel_config(_capability(target), dtype, precision, store_dlogits)
     constants = {
         "stride_xd": 1,
         "stride_yd": 1,
@@ -96,10 +97,10 @@ def compile_panel(
     absent = [] if ids else ["image_ids_ptr", "text_ids_ptr"]
     absent += [] if kept == "hash" else ["image_keys_ptr", "text_keys_ptr", "below"]
     absent += [] if kept == "logit" else ["centres_ptr", "factors_ptr", "least_ptr"]
-    if not write_g:
+    if not store_dlogits:
         absent += ["g_ptr"]
         constants["stride_gm"] = 0
-    if not (kept and write_g):
+    if not (kept and store_dlogits):
         absent += ["flags_ptr"]
     compiled = _compile(panel_kernel, target, dtype, constants, absent, config)
     # every form of a choice selects: they cannot be told apart by that
@@ -137,7 +138,7 @@ def compile_product(
     d: int = 768,
 ) -> Compiled:
     """The product of g, or (transposed) of g^T, that skips tiles or takes them all."""
-    config = panel_config(_capability(target), dtype, precision, write_g=True)
+    config = panel_config(_capability(target), dtype, precision, store_dlogits=True)
     constants = {
         "stride_od": 1,
         "stride_gm" if transposed else "stride_gk": 1,
@@ -295,7 +296,7 @@ def shipped() -> list[tuple[str, torch.dtype, str]]:
 
 # The kernels beside the one that writes g of all pairs, and how they are compiled.
 OTHERS = {
-    "no g": partial(compile_panel, write_g=False),
+    "no g": partial(compile_panel, store_dlogits=False),
     "negatives by hash": partial(compile_panel, kept="hash"),
     "negatives by logit": partial(compile_panel, kept="logit"),
     "counting of logits": partial(compile_count, step=1),
@@ -337,7 +338,7 @@ def _row(
         "block_m": config["BLOCK_M"],
         "block_n": config["BLOCK_N"],
         "num_warps": config["num_warps"],
-        "easy_logit": EASY_LOGIT.value,
+        "easy_logit": SATURATED_LOGIT.value,
         **found,
     }
 

@@ -61,7 +61,7 @@ def compile_gluon(
     dtype: torch.dtype = torch.bfloat16,
     *,
     d: int = 768,
-    write_g: bool = True,
+    store_dlogits: bool = True,
     scalar_grads: bool = True,
 ) -> Compiled:
     """As a launch on contiguous (.., d) features does."""
@@ -82,7 +82,7 @@ def compile_gluon(
         "REGISTERS": config.registers,
         "num_warps": config.num_warps,
     }
-    if not write_g:
+    if not store_dlogits:
         constants["g_desc"] = None
     kinds = {
         "x_desc": descriptor(config.tile[0], config.block_k),
@@ -157,11 +157,11 @@ def _costs(sass: str) -> dict[str, float]:
     """
     found: dict[str, list[float]] = {}
     for block in basic_blocks(sass):
-        pairs, selects = block.count("MUFU.EX2"), block.count("FSEL")
+        pairs, filters_negatives = block.count("MUFU.EX2"), block.count("FSEL")
         if pairs < 4:
             continue
         joined = "MUFU.LG2" in block
-        form = "joined" if joined else "plain" if selects <= pairs else "masked"
+        form = "joined" if joined else "plain" if filters_negatives <= pairs else "masked"
         found.setdefault(form, []).append(len(block) / pairs)
     return {form: statistics.median(costs) for form, costs in found.items()}
 

@@ -19,11 +19,11 @@ REASONS = {
     "fused_siglip/__main__.py _device": "the self-check on a GPU",
     "fused_siglip/__main__.py describe": "the self-check on a GPU",
     "fused_siglip/__main__.py _version": "triton not installed: its version line",
-    "fused_siglip/distributed.py _exchange": "a group without gloo: the exchange goes by NCCL",
-    "kernels/products.py add_product": f"{ON_CUDA}: half operands with a float32 sum",
-    "fused_siglip/engine.py _multiprocessors": f"{ON_CUDA}: its multiprocessors",
-    "kernels/__init__.py default_obstacle": "Triton's interpreter: it could run, and is not chosen",
-    "kernels/panel_torch.py TorchPanel.__call__": f"{ON_CUDA}: half operands that stay half",
+    "fused_siglip/distributed/exchange.py _exchange": "a group without gloo: the exchange goes by NCCL",
+    "kernels/torch_products.py add_product": f"{ON_CUDA}: half operands with a float32 sum",
+    "fused_siglip/sweep.py _multiprocessors": f"{ON_CUDA}: its multiprocessors",
+    "kernels/__init__.py why_not_default": "Triton's interpreter: it could run, and is not chosen",
+    "kernels/torch_panel.py TorchPanel.__call__": f"{ON_CUDA}: half operands that stay half",
 }
 
 

@@ -33,7 +33,7 @@ def compiled_section(found: Results | None, gluon: Results | None = None) -> str
             TITLE,
             "On sm_90 panels of half operands whose positives are on the diagonal take the kernel "
             "for Hopper (kernels/hopper_kernel.py), from two tiles a multiprocessor on. Everything "
-            "else takes the portable kernel (kernels/panel_triton.py): other GPUs, float32, "
+            "else takes the portable kernel (kernels/triton_panel.py): other GPUs, float32, "
             "positives by id, chosen negatives, small panels.",
             *_hopper(gluon),
             "### The portable kernel",

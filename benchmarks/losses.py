@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_siglip import Hardest, Random, siglip_loss
-from fused_siglip.kernels import default_backend, triton_obstacle
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.kernels import default_backend, why_triton_unavailable
+from fused_siglip.testing import eager_siglip_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -105,7 +105,11 @@ def _no_compiler(device_type: str) -> str | None:
 
 def _no_triton(device_type: str) -> str | None:
     # its interpreter computes the right values, but a time of it means nothing
-    return triton_obstacle(device_type, torch.float32) if device_type == "cuda" else "needs a GPU"
+    return (
+        why_triton_unavailable(device_type, torch.float32)
+        if device_type == "cuda"
+        else "needs a GPU"
+    )
 
 
 def _not_installed(package: str, device_types: tuple[str, ...]) -> Callable[[str], str | None]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fused_siglip.rounding import UNIT_ROUNDOFF
+from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 
 from .markdown import Results, number, table
 from .memory import ROOT

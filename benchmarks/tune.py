@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from fused_siglip import siglip_loss
-from fused_siglip.kernels import BACKENDS, Positives, panel_class
-from fused_siglip.plan import plan_panels
+from fused_siglip.kernels import BACKENDS, Pairs, panel_class
+from fused_siglip.planner import plan_panels
 
 from .cases import Case, Inputs, make_inputs, step
 from .child import Child
@@ -83,7 +83,7 @@ def check(name: str, dims: Sequence[int], device: str) -> Iterator[dict]:
         panel = panel_class(name)(1111, 1111, x.dtype, x.device, True, True)
         panel.g.fill_(float("nan"))
         sums = torch.full((3,), float("nan"), device=x.device)
-        g = panel(x, y, inputs.t, inputs.b, Positives(diagonal=diagonal), sums)
+        g = panel(x, y, inputs.t, inputs.b, Pairs(diagonal=diagonal), sums)
         torch.cuda.synchronize()
         row = {"kind": "checked", "candidate": name, "dim": dim, "logit_scale": t}
         row |= {"diagonal": diagonal, "seconds": time.perf_counter() - start}
@@ -144,7 +144,7 @@ def _panel_call(name: str, inputs: Inputs) -> Callable[[], object]:
         x, y = x.float(), y.float()
     panel = panel_class(backend)(len(x), len(y), x.dtype, x.device, True, True)
     sums = torch.zeros(3, device=x.device)
-    return lambda: panel(x, y, inputs.t, inputs.b, Positives(diagonal=0), sums)
+    return lambda: panel(x, y, inputs.t, inputs.b, Pairs(diagonal=0), sums)
 
 
 def products(sizes: Sequence[int], dim: int, repeats: int, device: str) -> Iterator[dict]:

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from fused_siglip import LearnableSigLipLoss
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.testing import eager_siglip_loss
 
 from .captions import LANGUAGES, Split, Tokenizer, test_prompts, tokenize_captions
 

@@ -1,6 +1,6 @@
 """Sigmoid contrastive loss (SigLIP) with exact gradients and without the matrix of logits."""
 
-from .functional import siglip_loss
+from .loss import siglip_loss
 from .modules import LearnableSigLipLoss, SigLipLoss
 from .negatives import Easiest, Hardest, Random
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import _checks, _scalars
-from ._groups import OMITTED, GroupRef
-from .distributed import DIST_IMPLS
-from .functional import siglip_loss
+from . import scalars, validation
+from .distributed.exchange import DIST_IMPLS
+from .distributed.groups import OMITTED, GroupRef
+from .loss import siglip_loss
 from .negatives import Negatives
 
 
@@ -72,7 +72,7 @@ class SigLipLoss(_WithGroup):
         group: dist.ProcessGroup | str | None = OMITTED,
     ):
         super().__init__()
-        _checks.check_world(rank, world_size, dist_impl, DIST_IMPLS)
+        validation.check_world(rank, world_size, dist_impl, DIST_IMPLS)
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
@@ -94,7 +94,7 @@ class SigLipLoss(_WithGroup):
         """The loss, or with ``output_dict`` the dict ``{"contrastive_loss": loss}``."""
         group = self._group.get(none_is_world=self.world_size > 1)
         if self.world_size > 1 or group is not None:
-            group = _checks.check_membership(group, self.rank, self.world_size)
+            group = validation.check_membership(group, self.rank, self.world_size)
         inputs = (image_features, text_features, logit_scale, logit_bias)
         overridden = self._overridden()
         if overridden and group is not None and dist.get_world_size(group) > 1:
@@ -209,7 +209,7 @@ class LearnableSigLipLoss(_WithGroup):
         backend: str | None = None,
     ):
         super().__init__()
-        _checks.check_start(init_logit_scale, init_logit_bias, max_logit_scale)
+        validation.check_start(init_logit_scale, init_logit_bias, max_logit_scale)
         self.init_logit_scale = float(init_logit_scale)
         self.init_logit_bias = float(init_logit_bias)
         # (1,) since FSDP shards no tensor without dimensions; not by nn.init, which others patch
@@ -257,8 +257,8 @@ class LearnableSigLipLoss(_WithGroup):
                 stacklevel=2,
             )
         if self.max_logit_scale is None:
-            return _scalars.exp(self.logit_scale)
-        return _scalars.bounded_exp(self.logit_scale, float(self.max_logit_scale))
+            return scalars.exp(self.logit_scale)
+        return scalars.bounded_exp(self.logit_scale, float(self.max_logit_scale))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone (timm's convention)."""
@@ -274,7 +274,7 @@ class LearnableSigLipLoss(_WithGroup):
         return {"logit_scale": (self.init_logit_scale,), "logit_bias": (self.init_logit_bias,)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnableSigLipLoss:
-        return super()._apply(_scalars.keeping_scalars(self, fn, self._starts()), recurse)
+        return super()._apply(scalars.keeping_scalars(self, fn, self._starts()), recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
         for name in self._starts():
@@ -299,7 +299,7 @@ class LearnableSigLipLoss(_WithGroup):
             for name, values in self._starts().items():
                 parameter = getattr(self, name)
                 if not getattr(parameter, "_is_hf_initialized", False):
-                    _scalars.fill(parameter, values)
+                    scalars.fill(parameter, values)
             self._made_on_meta = False
         return vars(self).get("_hf_initialized", False)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels.places import PLACE_BITS, least_value
+from .kernels.float_keys import PLACE_BITS, key_to_float
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _keys(first: int, count: int, word: int, other: int, device: torch.device) -
 
 
 def image_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Of images ``first`` to ``first + count`` of the global batch, for RandomPairs."""
+    """Of images ``first`` to ``first + count`` of the global batch, for RandomMask."""
     return _keys(first, count, *_words(seed)[:2], device)
 
 
@@ -118,8 +118,8 @@ def text_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor
     return _keys(first, count, *_words(seed)[2:], device)
 
 
-def hash_bound(keep: float) -> int:
-    """What the hash of a kept pair is below: ``below`` of RandomPairs."""
+def hash_cutoff(keep: float) -> int:
+    """What the hash of a kept pair is below: ``below`` of RandomMask."""
     return min(max(round(keep * 2**32), 1), 2**32 - 1) - 2**31
 
 
@@ -130,7 +130,7 @@ _SHARE_BITS = 38  # times a number of texts below 2^25: no overflow
 ROWS_AT_ONCE = 4096
 
 
-def find_range(
+def text_center_radius(
     y: Tensor,  # (N, D)
     text_ids: Tensor | None,  # (N,)
     dtype: torch.dtype,
@@ -162,9 +162,9 @@ def find_range(
     return centre, radius
 
 
-def threshold_units(
+def score_normalizer(
     x: Tensor,  # (M, D)
-    text_range: tuple[Tensor, Tensor],  # (D,), () of find_range
+    text_range: tuple[Tensor, Tensor],  # (D,), () of text_center_radius
     logit_scale: Tensor,  # () accumulation dtype
     kind: str,
 ) -> tuple[Tensor, Tensor]:  # (M,), (M,) accumulation dtype
@@ -182,7 +182,7 @@ def threshold_units(
     return centres, sign / farthest.clamp(min=torch.finfo(acc).tiny)
 
 
-def least_kept(
+def search_thresholds(
     keep: float,
     dtype: torch.dtype,
     steps: Sequence[int],
@@ -203,15 +203,15 @@ def least_kept(
             share = int(keep * 2**_SHARE_BITS)
             wanted = -(-counts.sum(1) * share >> _SHARE_BITS)
             wanted.clamp_(min=1)
-        found, above = _last_bin(counts, wanted)
+        found, above = _bin_of_kth(counts, wanted)
         del counts  # before the next come
         known = found if known is None else (known << bits) + found
         wanted = wanted - above
     assert sum(steps) == PLACE_BITS
-    return least_value(known, dtype)
+    return key_to_float(known, dtype)
 
 
-def _last_bin(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) int64
+def _bin_of_kth(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) int64
     """The highest bin that with those above it holds ``wanted``; and what those above it hold."""
     last, above = torch.empty_like(wanted), torch.empty_like(wanted)
     for start in range(0, len(counts), ROWS_AT_ONCE):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import distributed
+from .distributed import exchange
 
-_INSTEAD = "use fused_siglip.reference.eager_siglip_loss there, which autograd differentiates"
+_INSTEAD = "use fused_siglip.testing.eager_siglip_loss there, which autograd differentiates"
 
 NO_SECOND_DERIVATIVE = (
     "siglip_loss does not support double backward: its gradients are computed with the loss and "
@@ -87,7 +87,7 @@ def _flops(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     (need_image_grad, need_text_grad), group_name, negatives = args[5:7], args[10], args[13]
     texts = y_shape[0]
     if group_name is not None:
-        texts *= distributed.resolve_group(group_name).size()
+        texts *= exchange.resolve_group(group_name).size()
     products = 1 + need_image_grad + need_text_grad
     if negatives in ("hardest", "easiest"):
         products += 2

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .math import (
+from .triton_math import (
     MODERATE_LOGIT,
     column_parts,
     four_sigmoids,

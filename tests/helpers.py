@@ -9,9 +9,9 @@ from kept import without_choice
 from torch import Tensor
 
 from fused_siglip.kernels import panel_class
-from fused_siglip.plan import plan_panels
-from fused_siglip.reference import eager_siglip_loss
-from fused_siglip.rounding import UNIT_ROUNDOFF, excess, rounding_errors
+from fused_siglip.planner import plan_panels
+from fused_siglip.testing import eager_siglip_loss
+from fused_siglip.testing.rounding import UNIT_ROUNDOFF, excess, rounding_errors
 
 NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
 
@@ -176,8 +176,10 @@ def operand_dtype(backend: str, dtype: torch.dtype, device: str) -> torch.dtype:
     return plan_panels(1, 1, 1, dtype, device, backend).operand_dtype
 
 
-def one_tile(backend: str, dtype: torch.dtype, device: str = "cpu", selects: bool = False) -> int:
+def one_tile(
+    backend: str, dtype: torch.dtype, device: str = "cpu", filters_negatives: bool = False
+) -> int:
     """workspace_bytes of a single tile: the smallest panels a sweep can run with."""
     panel = panel_class(backend)
     operand = operand_dtype(backend, dtype, device)
-    return panel.workspace_bytes(*panel.tile, operand, True, True, selects)
+    return panel.workspace_bytes(*panel.tile, operand, True, True, filters_negatives)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_siglip import Hardest, Random
-from fused_siglip.rounding import UNIT_ROUNDOFF
+from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 
 WORD = 2**32
 

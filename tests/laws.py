@@ -16,7 +16,7 @@ from kept import without_choice
 from torch import Tensor
 
 from fused_siglip import Easiest, Hardest, Random, siglip_loss
-from fused_siglip.rounding import excess, rounded, rounding_errors, smallest
+from fused_siglip.testing.rounding import excess, rounded, rounding_errors, smallest
 from helpers import NAMES, Inputs, loss_and_grads, one_tile, operand_dtype, shares
 
 OUTPUTS = ("loss", *NAMES)
@@ -39,7 +39,8 @@ class Call:
             lambda *tensors, **all_options: siglip_loss(*tensors, **all_options) * upstream,
             inputs,
             backend=case.backend,
-            workspace_bytes=tiles and tiles * one_tile(case.backend, dtype, DEVICE, selects=True),
+            workspace_bytes=tiles
+            and tiles * one_tile(case.backend, dtype, DEVICE, filters_negatives=True),
             **options,
         )
         self.g_dtype = operand_dtype(case.backend, dtype, DEVICE)

@@ -49,8 +49,8 @@ NEGATIVES = "fused_siglip/negatives.py"
 KERNELS = "kernels/__init__.py"
 TORCH, TRITON, MATH, PRODUCTS, PRODUCTS_TRITON, TOTALS, TOTALS_TRITON = (
     f"kernels/{name}.py"
-    for name in ("panel_torch", "panel_triton", "math", "products", "products_triton", "totals",
-                 "totals_triton")
+    for name in ("torch_panel", "triton_panel", "math", "products", "triton_products", "totals",
+                 "triton_totals")
 )  # fmt: skip
 
 MUTATIONS = (
@@ -88,7 +88,7 @@ MUTATIONS = (
     # precision
     Mutation("gradients accumulated in the features' dtype", "torch", AUTOGRAD, "torch.empty(x.shape, dtype=acc, device=x.device)", "torch.empty(x.shape, dtype=x.dtype, device=x.device)"),
     Mutation("logits rounded to bfloat16", "torch", TORCH, "alpha=scale, out=values)", "alpha=scale, out=values).copy_(values.bfloat16())"),
-    Mutation("short path for logits that are not easy", "torch", TORCH, "_EASY_LOGIT = -1.0", "_EASY_LOGIT = 5.0"),
+    Mutation("short path for logits that are not easy", "torch", TORCH, "_SATURATED_LOGIT = -1.0", "_SATURATED_LOGIT = 5.0"),
     Mutation("two of four pairs left out", "torch", TORCH, "torch.lerp(b, one, a, out=a)", "a"),
     Mutation("panel sums added up in bfloat16", "torch", TOTALS, "partials.tolist()", "partials.bfloat16().tolist()"),
     Mutation("default threshold of softplus", "torch", TORCH, "_SOFTPLUS_THRESHOLD = 40.0", "_SOFTPLUS_THRESHOLD = 20.0"),
@@ -96,7 +96,7 @@ MUTATIONS = (
     Mutation("product accumulated in bfloat16", "triton", TRITON, "s = tl.dot(x, y, s, input_precision=INPUT_PRECISION)", "s = tl.dot(x, y, s, input_precision=INPUT_PRECISION).to(tl.bfloat16).to(tl.float32)"),
     Mutation("fp16 g not scaled up when written", "triton", TRITON, "(g * GRAD_SCALE).to(", "g.to("),
     Mutation("fp16 g not scaled down in the products", "triton", ENGINE, "alpha = factor / GRAD_SCALE.get(plan.operand_dtype, 1.0)", "alpha = factor"),
-    Mutation("short path for logits that are not easy", "triton", TRITON, "(tl.max(tile) * scale + bias <= EASY_LOGIT)", "(tl.min(tile) * scale + bias <= EASY_LOGIT)"),
+    Mutation("short path for logits that are not easy", "triton", TRITON, "(tl.max(tile) * scale + bias <= SATURATED_LOGIT)", "(tl.min(tile) * scale + bias <= SATURATED_LOGIT)"),
     Mutation("short path where t is negative", "triton", TRITON, "easy = (scale >= 0) & (", "easy = ("),
     Mutation("short path on the diagonal and at the edge", "triton", TRITON, "        easy &= ~meets_diagonal_or_edge(row0, tile_n * BLOCK_N, M, N, diagonal, BLOCK_M, BLOCK_N)\n", ""),
     Mutation("a coefficient of the short path in its third digit", "triton", MATH, "0.9847315549850464", "0.9747315549850464"),

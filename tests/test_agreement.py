@@ -6,7 +6,8 @@ import torch.distributed as dist
 from launch import launch, returned
 from test_distributed import IMPLS, assert_global
 
-from fused_siglip import distributed, siglip_loss
+from fused_siglip import siglip_loss
+from fused_siglip.distributed import exchange as distributed
 from helpers import make_inputs
 
 

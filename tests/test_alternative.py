@@ -48,9 +48,9 @@ def test_variant_agrees_with_the_shipped_panel(name, ids, dtype):
 @pytest.mark.parametrize("panel", [LibraryPanel, InPlaceLibraryPanel], ids=lambda p: p.__name__)
 def test_triton_workspace_is_what_is_allocated(panel):
     for dtype in (torch.float32, torch.float16):
-        for write_g in (True, False):
-            made = panel(100, 300, dtype, torch.device(DEVICE), write_g, True)
+        for store_dlogits in (True, False):
+            made = panel(100, 300, dtype, torch.device(DEVICE), store_dlogits, True)
             tensors = {t.data_ptr(): t for t in vars(made).values() if torch.is_tensor(t)}
             allocated = sum(t.nbytes for t in tensors.values())
-            assert allocated == panel.workspace_bytes(100, 300, dtype, write_g, True)
+            assert allocated == panel.workspace_bytes(100, 300, dtype, store_dlogits, True)
     assert GRAD_SCALE[torch.float16] > 1

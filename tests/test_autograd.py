@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_siglip import siglip_loss
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.testing import eager_siglip_loss
 from helpers import assert_as_exact_as_eager, error, loss_and_grads, make_inputs, one_tile, oracle
 
 

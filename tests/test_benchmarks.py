@@ -16,7 +16,7 @@ from benchmarks.exact import LossAndGrads, float64_reference, relative_errors, r
 from benchmarks.harness import environment, floors, interleaved, measure, median, quantile
 from benchmarks.losses import LOSSES, obstacles
 from benchmarks.memory import peak_bytes, peak_extra_bytes
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.testing import eager_siglip_loss
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20

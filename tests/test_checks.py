@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from fused_siglip import SigLipLoss, siglip_loss
-from fused_siglip.kernels import check_backend, default_backend, default_obstacle
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.kernels import check_backend, default_backend, why_not_default
+from fused_siglip.testing import eager_siglip_loss
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(4)
@@ -252,7 +252,7 @@ def test_what_a_cuda_device_gets_by_default(monkeypatch, capability, dtype, expe
     found = SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: found)
     assert default_backend("cuda", dtype) == expected
-    obstacle = default_obstacle("cuda", dtype)
+    obstacle = why_not_default("cuda", dtype)
     assert (obstacle is None) == (expected == "triton")
     if capability < (8, 0):
         with pytest.raises(

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from launch import launch, returned
 
-from fused_siglip import cost, siglip_loss
-from fused_siglip.cost import DEVICES, bytes_sent, peak_bytes, predict, step_flops
-from fused_siglip.kernels.panel_torch import TorchPanel
-from fused_siglip.plan.__main__ import main
+from fused_siglip import siglip_loss
+from fused_siglip.estimate import cost
+from fused_siglip.estimate.__main__ import main
+from fused_siglip.estimate.cost import DEVICES, bytes_sent, peak_bytes, predict, step_flops
+from fused_siglip.kernels.torch_panel import TorchPanel
 from helpers import make_inputs
 
 pytest.importorskip("tqdm")  # the benchmarks' own need
@@ -134,7 +135,7 @@ EXAMPLE = ["--world-size", "1024", "--local-batch", "512", "--dim", "1152", "--d
 
 def test_command_prints_both_modes_and_its_assumptions():
     # a warning of runpy's would be an error of this
-    command = [sys.executable, "-W", "error", "-m", "fused_siglip.plan", *EXAMPLE]
+    command = [sys.executable, "-W", "error", "-m", "fused_siglip.planner", *EXAMPLE]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

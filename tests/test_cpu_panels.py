@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fused_siglip import siglip_loss
-from fused_siglip.engine import sweep
-from fused_siglip.kernels.panel_torch import _EASY_LOGIT, TorchPanel
+from fused_siglip.kernels.torch_panel import _SATURATED_LOGIT, TorchPanel
+from fused_siglip.sweep import sweep
 from helpers import loss_and_grads, make_inputs, shares
 
 
@@ -42,7 +42,7 @@ def test_within_the_rounding_bound(easy_strips, t, b, easy, d, dtype):
 def test_equal_terms_are_the_worst_of_sums(easy_strips, d, negative_only):
     """All pairs alike, at the limit: every rounding goes the same way."""
     x = torch.full((1000, d), d**-0.5)
-    inputs = make_inputs(1000, 1000, d, t=1.37, b=_EASY_LOGIT - 1.371)
+    inputs = make_inputs(1000, 1000, d, t=1.37, b=_SATURATED_LOGIT - 1.371)
     inputs.image_features, inputs.text_features = (x.clone().requires_grad_() for _ in range(2))
     actual = loss_and_grads(siglip_loss, inputs, negative_only=negative_only)
     found = shares(actual, inputs, negative_only=negative_only)

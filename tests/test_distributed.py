@@ -9,7 +9,7 @@ import torch.distributed as dist
 from launch import launch, returned
 
 from fused_siglip import SigLipLoss, siglip_loss
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.testing import eager_siglip_loss
 from helpers import NAMES, Inputs, error, loss_and_grads, make_inputs, oracle
 
 # rows on each rank: equal, uneven, with empty ranks
@@ -318,14 +318,14 @@ def test_a_workspace_too_small_on_one_rank_is_an_error_on_every_rank():
 
 
 def one_dies(rank: int, world_size: int, impl: str, moment: int) -> None:
-    from fused_siglip import distributed, engine
+    from fused_siglip.distributed import exchange as distributed
 
     calls = iter(range(100))
 
     def sweep_or_die(*args, **kwargs):
         if rank == 1 and next(calls) == moment:
             os._exit(7)
-        return engine.sweep(*args, **kwargs)
+        return sweep.sweep(*args, **kwargs)
 
     distributed.sweep = sweep_or_die
     inputs = shard(make_inputs(16, 16, 8), rank, [4] * 4, [4] * 4)

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases import Case
 from benchmarks.memory import peak_extra_bytes
 from fused_siglip import siglip_loss
-from fused_siglip.engine import Needs, sweep
 from fused_siglip.kernels import BACKENDS, aligned, panel_class
-from fused_siglip.plan import plan_panels, waves
+from fused_siglip.planner import plan_panels, waves
+from fused_siglip.sweep import Needs, sweep
 from helpers import loss_and_grads, make_inputs
 
 SIZES = [(1, 1), (64, 64), (65, 1), (1000, 1000), (2100, 2100), (8192, 8192), (32768, 100)]

@@ -37,7 +37,7 @@ class Most(NamedTuple):
 VARIANTS = {
     "bf16": ({}, Most(37, 1, 12.25, 30.25)),
     "fp16": ({"dtype": torch.float16}, Most(37, 1, 12.25, 30.25)),
-    "forward": ({"write_g": False, "scalar_grads": False}, Most(0, 0, 7.5, 22.0)),
+    "forward": ({"store_dlogits": False, "scalar_grads": False}, Most(0, 0, 7.5, 22.0)),
     "frozen scalars": ({"scalar_grads": False}, Most(20, 0, 12.25, 30.5)),
     # the last step of D is not whole
     "D=720": ({"d": 720}, Most(37, 1, 12.25, 30.25)),

@@ -11,8 +11,8 @@ from launch import launch, returned
 from test_distributed import shard
 
 from fused_siglip import LearnableSigLipLoss, SigLipLoss, siglip_loss
-from fused_siglip._groups import GroupRef
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.distributed.groups import GroupRef
+from fused_siglip.testing import eager_siglip_loss
 from helpers import make_inputs
 
 ROWS = [5, 3]

@@ -13,9 +13,9 @@ if not HAS_GPU or INTERPRETED or torch.cuda.get_device_capability() != (9, 0):
 from test_triton_panel import check, features, formula, run  # noqa: E402
 
 from fused_siglip import siglip_loss  # noqa: E402
-from fused_siglip.kernels import GRAD_SCALE, Positives, hopper  # noqa: E402
-from fused_siglip.kernels.math import MODERATE_LOGIT  # noqa: E402
-from fused_siglip.kernels.panel_triton import TritonPanel  # noqa: E402
+from fused_siglip.kernels import GRAD_SCALE, Pairs, hopper  # noqa: E402
+from fused_siglip.kernels.triton_math import MODERATE_LOGIT  # noqa: E402
+from fused_siglip.kernels.triton_panel import TritonPanel  # noqa: E402
 from helpers import error, loss_and_grads, make_inputs, oracle  # noqa: E402
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -47,13 +47,13 @@ def launches(monkeypatch):
     ],
 )
 def test_sizes(m, n, d, dtype):
-    check(*features(m, n, d, dtype), positives=Positives(diagonal=0))
+    check(*features(m, n, d, dtype), positives=Pairs(diagonal=0))
 
 
 @pytest.mark.parametrize("t", [10.0, 100.0, -10.0])
 @pytest.mark.parametrize("diagonal", [None, 0, 1, -1, 127, 128, -128, 140, -150, 299, -1000])
 def test_diagonals(diagonal, t):
-    check(*features(150, 300, 48, torch.bfloat16), t=t, positives=Positives(diagonal=diagonal))
+    check(*features(150, 300, 48, torch.bfloat16), t=t, positives=Pairs(diagonal=diagonal))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -62,7 +62,7 @@ def test_diagonals(diagonal, t):
 )
 def test_scales_and_biases(t, b, dtype):
     """On both sides of MODERATE_LOGIT."""
-    check(*features(700, 600, 48, dtype), t=t, b=b, positives=Positives(diagonal=0))
+    check(*features(700, 600, 48, dtype), t=t, b=b, positives=Pairs(diagonal=0))
 
 
 @pytest.mark.parametrize("above", [False, True])
@@ -72,7 +72,7 @@ def test_tiles_at_the_threshold(above):
     x = x[:1].expand(256, 48).contiguous()
     s = (x.double() @ y.double().T).max().item()
     bias = MODERATE_LOGIT.value - 10.0 * s + (1e-3 if above else -1e-3)
-    check(x, y, t=10.0, b=bias, positives=Positives())
+    check(x, y, t=10.0, b=bias, positives=Pairs())
 
 
 @pytest.mark.parametrize("t", [10.0, 0.0])
@@ -80,22 +80,22 @@ def test_tiles_at_the_threshold(above):
 def test_nan_and_inf_propagate_as_in_torch(value, t):
     x, y = features(130, 256, 48, torch.bfloat16)
     x[3, 5] = value
-    sums, g = run(x, y, t=t, positives=Positives(diagonal=0))
-    softplus, _, exact_g = formula(x, y, t, -10.0, Positives(diagonal=0), torch.float64)
+    sums, g = run(x, y, t=t, positives=Pairs(diagonal=0))
+    softplus, _, exact_g = formula(x, y, t, -10.0, Pairs(diagonal=0), torch.float64)
     assert torch.equal(sums[0].isnan(), softplus.sum().isnan())
     assert torch.equal(g.isnan(), exact_g.isnan())
 
 
 def test_variants_agree_and_repeat_to_the_bit():
     x, y = features(900, 700, 48, torch.bfloat16)
-    at = Positives(diagonal=-20)
+    at = Pairs(diagonal=-20)
     sums, g = run(x, y, positives=at)
     for _ in range(20):
         again = run(x, y, positives=at)
         assert torch.equal(again[0], sums) and torch.equal(again[1], g)
-    alone, none = run(x, y, positives=at, write_g=False)
+    alone, none = run(x, y, positives=at, store_dlogits=False)
     assert none is None and torch.equal(alone, sums)
-    loss, _ = run(x, y, positives=at, write_g=False, scalar_grads=False)
+    loss, _ = run(x, y, positives=at, store_dlogits=False, scalar_grads=False)
     torch.testing.assert_close(loss[0], sums[0], rtol=1e-6, atol=0)
     assert torch.equal(run(x, y, positives=at, scalar_grads=False)[1], g)
 
@@ -118,4 +118,4 @@ def test_the_sweep_over_several_panels(dtype, launches):
 def test_fp16_gradients_are_scaled():
     assert GRAD_SCALE[torch.float16] > 1
     x, y = features(300, 300, 48, torch.float16)
-    check(x, y, t=10.0, b=-20.0, positives=Positives(diagonal=0))
+    check(x, y, t=10.0, b=-20.0, positives=Pairs(diagonal=0))

@@ -11,7 +11,7 @@ from longrun import run
 from torch.utils.data import DataLoader, Dataset
 
 from fused_siglip import siglip_loss
-from fused_siglip.kernels.panel_torch import TorchPanel
+from fused_siglip.kernels.torch_panel import TorchPanel
 from helpers import loss_and_grads, make_inputs
 
 pytest.importorskip("tqdm")  # of benchmarks.harness

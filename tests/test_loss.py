@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fused_siglip import siglip_loss
-from fused_siglip.kernels.products import add_product
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.kernels.torch_products import add_product
+from fused_siglip.testing import eager_siglip_loss
 from helpers import (
     NAMES,
     assert_as_exact_as_eager,
@@ -72,7 +72,7 @@ def test_scales_and_biases_from_tame_to_extreme(backend, device, dtype, t, b):
 
 
 def test_well_fitted_pairs_keep_their_relative_precision(backend, device):
-    """Positives with a large logit have tiny losses: softplus(z) - z would lose them."""
+    """Pairs with a large logit have tiny losses: softplus(z) - z would lose them."""
     eye = torch.eye(32, device=device)
     inputs = make_inputs(32, 32, 32, t=40.0, b=-20.0, device=device)
     inputs.image_features = eye.clone().requires_grad_()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_siglip import LearnableSigLipLoss, siglip_loss
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.testing import eager_siglip_loss
 from helpers import assert_as_exact_as_eager, loss_and_grads, make_inputs
 
 

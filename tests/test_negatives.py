@@ -9,8 +9,8 @@ from launch import launch, returned
 
 from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random, engine, siglip_loss
 from fused_siglip.kernels import panel_class
-from fused_siglip.kernels.products import add_product
-from fused_siglip.negatives import ROWS_AT_ONCE, find_range
+from fused_siglip.kernels.torch_products import add_product
+from fused_siglip.negatives import ROWS_AT_ONCE, text_center_radius
 from helpers import (
     NAMES,
     Inputs,
@@ -36,7 +36,7 @@ def pairs_kept(choice, m: int, n: int, backend: str, device: str, tiles=None, **
     t is small and b = 0: no g is near 0 that is not 0.
     """
     x = torch.randn(m, n, generator=torch.Generator().manual_seed(5)).to(device).requires_grad_()
-    workspace = tiles and tiles * one_tile(backend, torch.float32, device, selects=True)
+    workspace = tiles and tiles * one_tile(backend, torch.float32, device, filters_negatives=True)
     siglip_loss(
         x, torch.eye(n, device=device), 0.1, 0.0, negatives=choice, negative_only=True,
         backend=backend, workspace_bytes=workspace, **options,
@@ -55,7 +55,7 @@ def test_loss_and_gradients_of_what_is_kept(backend, device, dtype, choice, ids)
     )
     operand = operand_dtype(backend, dtype, device)
     for tiles in TILES:
-        workspace = tiles and tiles * one_tile(backend, dtype, device, selects=True)
+        workspace = tiles and tiles * one_tile(backend, dtype, device, filters_negatives=True)
         actual = loss_and_grads(
             siglip_loss, inputs, negatives=choice, backend=backend, workspace_bytes=workspace
         )
@@ -137,7 +137,7 @@ def test_the_range_of_texts_leaves_out_padding_in_every_block():
     ids = torch.arange(len(y)) % 3 - 1
     real = y[ids >= 0]
     y[ids < 0] = torch.nan
-    centre, radius = find_range(y, ids, y.dtype)
+    centre, radius = text_center_radius(y, ids, y.dtype)
     torch.testing.assert_close(centre, real.mean(0))
     torch.testing.assert_close(radius, (real - real.mean(0)).norm(dim=1).max())
 
@@ -225,7 +225,7 @@ def test_nothing_kept_costs_no_product(monkeypatch):
     inputs = make_inputs(256, 256, 8)
     loss_and_grads(
         siglip_loss, inputs, negatives=Random(1e-9), backend="torch",
-        workspace_bytes=one_tile("torch", torch.float32, selects=True),
+        workspace_bytes=one_tile("torch", torch.float32, filters_negatives=True),
     )  # fmt: skip
     assert len(held) == 2 * 16  # dX and dY of 4 x 4 panels
     assert sorted(held) == [0] * 2 * 12 + [64] * 2 * 4  # the diagonal's panels hold positives

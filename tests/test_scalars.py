@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fused_siglip import LearnableSigLipLoss
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.testing import eager_siglip_loss
 from helpers import make_inputs
 
 NAMES = ("logit_scale", "logit_bias")

@@ -9,7 +9,7 @@ from forms import EXACT, REFUSED, B, T, X, Y, same
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_siglip import Hardest, Random, siglip_loss
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.testing import eager_siglip_loss
 from helpers import error, make_inputs
 
 pytestmark = [  # of torch itself

@@ -65,8 +65,8 @@ def test_no_spills(target, dtype, precision, ids):
 @pytest.mark.parametrize(
     "variant",
     [
-        {"write_g": False, "scalar_grads": False},
-        {"write_g": False},
+        {"store_dlogits": False, "scalar_grads": False},
+        {"store_dlogits": False},
         {"scalar_grads": False},
         {"d": 1152},
         {"d": 720},  # not a multiple of block_d: masked loads

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import HAS_GPU, INTERPRETED
 
-from fused_siglip.kernels import GRAD_SCALE, AtLeast, Positives, RandomPairs
-from fused_siglip.kernels.places import HALF, PLACE_BITS, least_value
-from fused_siglip.rounding import UNIT_ROUNDOFF
+from fused_siglip.kernels import GRAD_SCALE, Pairs, RandomMask, ScoreThreshold
+from fused_siglip.kernels.float_keys import HALF, PLACE_BITS, key_to_float
+from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 
 triton = pytest.importorskip("triton")
 if not (HAS_GPU or INTERPRETED):
@@ -23,20 +23,20 @@ if not (HAS_GPU or INTERPRETED):
 import triton.language as tl  # noqa: E402
 
 from fused_siglip import siglip_loss  # noqa: E402
-from fused_siglip.kernels import panel_triton  # noqa: E402
-from fused_siglip.kernels.math import (  # noqa: E402
-    EASY_LOGIT,
+from fused_siglip.kernels import triton_panel  # noqa: E402
+from fused_siglip.kernels.triton_math import (  # noqa: E402
     MODERATE_LOGIT,
-    easy_softplus_sigmoid,
+    SATURATED_LOGIT,
     four_sigmoids,
     join_exps,
     larger,
     log1p_unit,
     log1p_wide,
     moderate_exp,
+    saturated_softplus_sigmoid,
     softplus_sigmoid,
 )
-from fused_siglip.kernels.panel_triton import TritonPanel  # noqa: E402
+from fused_siglip.kernels.triton_panel import TritonPanel  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -59,10 +59,10 @@ def features(m, n, d, dtype, seed=0):
     return x.to(DEVICE, dtype), y.to(DEVICE, dtype)
 
 
-def run(x, y, t=T, b=B, positives=Positives(), write_g=True, scalar_grads=True, kept=None):  # noqa: B008
+def run(x, y, t=T, b=B, positives=Pairs(), store_dlogits=True, scalar_grads=True, kept=None):  # noqa: B008
     """The sums and g (unscaled, float64) of one panel."""
     m, n = x.shape[0], y.shape[0]
-    panel = TritonPanel(m, n, x.dtype, x.device, write_g, scalar_grads, kept is not None)
+    panel = TritonPanel(m, n, x.dtype, x.device, store_dlogits, scalar_grads, kept is not None)
     sums = torch.full((3,), 7.0, device=DEVICE)
     scale, bias = (torch.tensor(v, dtype=torch.float32, device=DEVICE) for v in (t, b))
     g = panel(x, y, scale, bias, positives, sums, kept)
@@ -83,7 +83,7 @@ def pair_masks(x, y, positives, kept=None):
         valid = (positives.image_ids >= 0)[:, None] & (positives.text_ids >= 0)
     elif positives.diagonal is not None:
         positive = j == i + positives.diagonal
-    if isinstance(kept, AtLeast):
+    if isinstance(kept, ScoreThreshold):
         value = placed(x, y, kept.centres.double(), kept.factors.double())
         valid = valid & (positive | ~(value < kept.least[:, None]))
     elif kept is not None:
@@ -111,7 +111,7 @@ def formula(x, y, t, b, positives, dtype, kept=None):
     return torch.where(valid, softplus, 0), torch.where(valid, g * s, 0), g
 
 
-def check(x, y, t=T, b=B, positives=Positives(), kept=None):  # noqa: B008
+def check(x, y, t=T, b=B, positives=Pairs(), kept=None):  # noqa: B008
     """Against float64. The logits are the source of error: eager fp32 has them rounded as we do.
 
     g and each term of the sums may deviate by 4 times what eager fp32 deviates at most, plus the
@@ -145,12 +145,12 @@ def check(x, y, t=T, b=B, positives=Positives(), kept=None):  # noqa: B008
     ],
 )
 def test_sizes(m, n, d, dtype):
-    check(*features(m, n, d, dtype), positives=Positives(diagonal=0))
+    check(*features(m, n, d, dtype), positives=Pairs(diagonal=0))
 
 
 @pytest.mark.parametrize("diagonal", [None, 0, 1, -1, 127, 128, -128, 140, -150, 299, 300, -1000])
 def test_diagonals(diagonal):
-    check(*features(150, 300, 16, torch.float32), positives=Positives(diagonal=diagonal))
+    check(*features(150, 300, 16, torch.float32), positives=Pairs(diagonal=diagonal))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -163,7 +163,7 @@ def test_strides(transposed, dtype):
         for f, flag in zip((x, y), transposed, strict=True)
     )
     assert x.stride() != (48, 1) and y.stride() != (48, 1)
-    check(x, y, positives=Positives(diagonal=3))
+    check(x, y, positives=Pairs(diagonal=3))
     check(x, y[:, :1].expand(140, 48))
 
 
@@ -174,28 +174,28 @@ def test_ids_with_repeats_and_padding(dtype):
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(-2, 20, (k,), generator=generator).to(DEVICE) for k in (m, n)]
     ids = [torch.where(i > 10, i + 2**40, i) for i in ids]  # int64 in earnest
-    check(x, y, positives=Positives(None, *ids))
-    clean = run(x, y, positives=Positives(None, *ids))
+    check(x, y, positives=Pairs(None, *ids))
+    clean = run(x, y, positives=Pairs(None, *ids))
     x[ids[0] < 0] = torch.nan
     y[ids[1] < 0] = torch.inf
-    padded = run(x, y, positives=Positives(None, *ids))
+    padded = run(x, y, positives=Pairs(None, *ids))
     assert torch.equal(clean[0], padded[0]) and torch.equal(clean[1], padded[1])
     nothing = torch.full((m,), -1, device=DEVICE)
-    sums, g = run(x, y, positives=Positives(None, nothing, ids[1]))
+    sums, g = run(x, y, positives=Pairs(None, nothing, ids[1]))
     assert not sums.any() and not g.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t, b", [(100.0, -10.0), (100.0, 0.0), (1.0, 0.0), (0.0, -40.0)])
 def test_scales_and_biases(t, b, dtype):
-    check(*features(60, 60, 48, dtype), t=t, b=b, positives=Positives(diagonal=0))
+    check(*features(60, 60, 48, dtype), t=t, b=b, positives=Pairs(diagonal=0))
 
 
 @pytest.mark.parametrize("t, b", [(1e4, 0.0), (-1e4, 1e4), (0.0, 1e30), (0.0, -1e30)])
 def test_extreme_logits_are_finite(t, b):
     x, y = features(20, 20, 16, torch.float32)
-    sums, g = run(x, y, t, b, Positives(diagonal=0))
-    exact = formula(x, y, t, b, Positives(diagonal=0), torch.float64)
+    sums, g = run(x, y, t, b, Pairs(diagonal=0))
+    exact = formula(x, y, t, b, Pairs(diagonal=0), torch.float64)
     torch.testing.assert_close(sums[0].double(), exact[0].sum(), rtol=1e-4, atol=0)
     assert g.abs().max() <= 1 and g.isfinite().all()
 
@@ -206,7 +206,7 @@ def test_nan_and_inf_propagate_as_in_torch(shape, value):
     x, y = features(*shape, 16, torch.float32)
     x[3, 5] = value
     y[7, 5] = 0  # inf * 0
-    positives = Positives(diagonal=0)
+    positives = Pairs(diagonal=0)
     sums, g = run(x, y, positives=positives)
     exact = formula(x, y, T, B, positives, torch.float64)
     for actual, terms in zip(sums.double(), exact, strict=True):
@@ -222,19 +222,19 @@ def agree(a, b, unit=UNIT_ROUNDOFF[torch.float32]):
     return torch.allclose(a, b, rtol=16 * unit, atol=0)
 
 
-@pytest.mark.parametrize("positives", [Positives(diagonal=-20), "ids"])
+@pytest.mark.parametrize("positives", [Pairs(diagonal=-20), "ids"])
 def test_variants_agree_and_repeat_to_the_bit(positives):
     x, y = features(150, 260, 48, torch.bfloat16)
     if positives == "ids":
-        positives = Positives(
+        positives = Pairs(
             None, torch.arange(150, device=DEVICE) % 50, torch.arange(260, device=DEVICE) % 70
         )
     sums, g = run(x, y, positives=positives)
     again = run(x, y, positives=positives)
     assert torch.equal(sums, again[0]) and torch.equal(g, again[1])
-    forward, none = run(x, y, positives=positives, write_g=False, scalar_grads=False)
+    forward, none = run(x, y, positives=positives, store_dlogits=False, scalar_grads=False)
     assert none is None and agree(forward[:1], sums[:1]) and forward[1:].tolist() == [7.0, 7.0]
-    scalars, none = run(x, y, positives=positives, write_g=False)
+    scalars, none = run(x, y, positives=positives, store_dlogits=False)
     assert none is None and agree(scalars, sums)
     loss, only_g = run(x, y, positives=positives, scalar_grads=False)
     assert agree(loss, forward) and agree(only_g, g, UNIT_ROUNDOFF[x.dtype])
@@ -280,8 +280,8 @@ def test_the_sweep_launches_nothing_at_an_odd_address(monkeypatch, ids, dtype):
         loss = siglip_loss(*leaves, *scalars, **labels, **options)
         return [loss, *torch.autograd.grad(loss, leaves)]
 
-    spy = Spy(panel_triton.panel_kernel)
-    monkeypatch.setattr(panel_triton, "panel_kernel", spy)
+    spy = Spy(triton_panel.panel_kernel)
+    monkeypatch.setattr(triton_panel, "panel_kernel", spy)
     expected = gradients(x, y, labels)
     if ids == "off by one":
         labels = {name: off_by_one(values) for name, values in labels.items()}
@@ -302,18 +302,20 @@ def test_smaller_panels_reuse_the_workspace():
     scale, bias = (torch.tensor(v, device=DEVICE) for v in (T, B))
     for m, n in [(256, 384), (100, 384), (256, 130), (1, 1)]:
         sums = torch.empty(3, device=DEVICE)
-        g = panel(x[:m], y[:n], scale, bias, Positives(diagonal=0), sums)
-        fresh = run(x[:m], y[:n], positives=Positives(diagonal=0))
+        g = panel(x[:m], y[:n], scale, bias, Pairs(diagonal=0), sums)
+        fresh = run(x[:m], y[:n], positives=Pairs(diagonal=0))
         assert torch.equal(sums, fresh[0]) and torch.equal(g.double(), fresh[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("write_g, scalar_grads", list(product([False, True], repeat=2)))
-def test_workspace_bytes(write_g, scalar_grads, dtype):
-    for (rows, cols), selects in product([(128, 256), (100, 300), (1, 1)], [False, True]):
-        panel = TritonPanel(rows, cols, dtype, torch.device(DEVICE), write_g, scalar_grads, selects)
+@pytest.mark.parametrize("store_dlogits, scalar_grads", list(product([False, True], repeat=2)))
+def test_workspace_bytes(store_dlogits, scalar_grads, dtype):
+    for (rows, cols), filters_negatives in product([(128, 256), (100, 300), (1, 1)], [False, True]):
+        panel = TritonPanel(
+            rows, cols, dtype, torch.device(DEVICE), store_dlogits, scalar_grads, filters_negatives
+        )
         allocated = sum(t.nbytes for t in vars(panel).values() if isinstance(t, torch.Tensor))
-        args = (rows, cols, dtype, write_g, scalar_grads, selects)
+        args = (rows, cols, dtype, store_dlogits, scalar_grads, filters_negatives)
         assert allocated == TritonPanel.workspace_bytes(*args)
 
 
@@ -321,16 +323,16 @@ def test_tf32_operands_are_rounded_not_cut():
     """To the nearest of 10 bits: half a unit in the last of them at most, in no direction."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1000, 100, generator=generator) * 2.0 ** torch.arange(-50, 50)
-    rounded = panel_triton.round_to_tf32(x)
+    rounded = triton_panel.round_to_tf32(x)
     assert torch.equal(rounded.view(torch.int32) & 0x1FFF, torch.zeros_like(x, dtype=torch.int32))
     error = (rounded.double() - x.double()) / x.abs().double()
     assert error.abs().max() <= 2.0**-11
     assert (error * x.sign()).mean().abs() <= 2.0**-11 / x.numel() ** 0.5
     special = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1.0, -3.0])
-    same = panel_triton.round_to_tf32(special)
+    same = triton_panel.round_to_tf32(special)
     assert torch.equal(same.nan_to_num(7.0), special.nan_to_num(7.0)) and same[2].isnan()
     half = torch.ones(3, dtype=torch.float16)
-    assert panel_triton.round_to_tf32(half) is half
+    assert triton_panel.round_to_tf32(half) is half
 
 
 def test_float64_is_refused():
@@ -361,7 +363,7 @@ def _softplus_sigmoid_kernel(u_ptr, out_ptr, EASY: tl.constexpr, N: tl.constexpr
     i = tl.arange(0, N)
     u = tl.load(u_ptr + i)
     if EASY:
-        softplus, sigmoid = easy_softplus_sigmoid(u)
+        softplus, sigmoid = saturated_softplus_sigmoid(u)
     else:
         softplus, sigmoid = softplus_sigmoid(u)
     tl.store(out_ptr + i, softplus)
@@ -385,7 +387,7 @@ def allowed(u):
 
 @pytest.mark.parametrize("easy", [False, True])
 def test_softplus_and_sigmoid(easy):
-    top = EASY_LOGIT.value if easy else 80.0
+    top = SATURATED_LOGIT.value if easy else 80.0
     u = torch.cat([torch.linspace(-80, top, 4096 - 3), torch.tensor([-1e30, -torch.inf, top])])
     u = u.to(DEVICE)
     exact = torch.stack([torch.logaddexp(u.double(), u.double() * 0), torch.sigmoid(u.double())])
@@ -479,11 +481,11 @@ def one_feature(logits, n):
 
 @pytest.mark.parametrize("steps", [-1, 0, 1])
 def test_a_tile_at_the_threshold(steps):
-    """Easy up to and with EASY_LOGIT; either path is as exact as the other."""
-    largest = torch.tensor(EASY_LOGIT.value)
+    """Easy up to and with SATURATED_LOGIT; either path is as exact as the other."""
+    largest = torch.tensor(SATURATED_LOGIT.value)
     for _ in range(abs(steps)):
         largest = torch.nextafter(largest, largest + steps)
-    logits = torch.linspace(-80, EASY_LOGIT.value - 0.01, 128)
+    logits = torch.linspace(-80, SATURATED_LOGIT.value - 0.01, 128)
     logits[77] = largest
     sums, g = run(*one_feature(logits, 128), t=1.0, b=0.0)
     exact = logits.double().to(DEVICE)
@@ -523,7 +525,7 @@ def by_hash(m, n, keep=0.3, seed=0):
     keys = [torch.randint(-(2**31), 2**31, (k,), generator=generator).int() for k in (m, n)]
     for k in keys:
         k[:1] = -(2**31)
-    return RandomPairs(*(k.to(DEVICE) for k in keys), round(keep * 2**32) - 2**31)
+    return RandomMask(*(k.to(DEVICE) for k in keys), round(keep * 2**32) - 2**31)
 
 
 def by_logit(x, y, keep=0.3):
@@ -539,7 +541,7 @@ def by_logit(x, y, keep=0.3):
     widest, at = gaps[:, near].max(1, keepdim=True)
     assert widest.min() > 2**-17
     between = value.gather(1, at + near.start) - widest / 2
-    return AtLeast(centres, factors, between[:, 0].float())
+    return ScoreThreshold(centres, factors, between[:, 0].float())
 
 
 def placed(x, y, centres, factors):  # (m, n), (m,), (m,) -> (m, n)
@@ -550,12 +552,12 @@ def placed(x, y, centres, factors):  # (m, n), (m,), (m,) -> (m, n)
 def labels(m, n, low=-2):
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(low, 20, (k,), generator=generator).to(DEVICE) for k in (m, n)]
-    return Positives(None, *ids)
+    return Pairs(None, *ids)
 
 
 POSITIVES = {
-    "none": lambda m, n: Positives(),
-    "diagonal": lambda m, n: Positives(diagonal=-20),
+    "none": lambda m, n: Pairs(),
+    "diagonal": lambda m, n: Pairs(diagonal=-20),
     "ids": labels,
 }
 
@@ -578,14 +580,14 @@ def test_chosen_negatives(b, choice, positives, dtype):
 def test_sizes_of_chosen_negatives(m, n, d, keep):
     x, y = features(m, n, d, torch.float32)
     for kept in (by_hash(m, n, keep), by_logit(x, y, keep)):
-        check(x, y, positives=Positives(diagonal=0), kept=kept)
+        check(x, y, positives=Pairs(diagonal=0), kept=kept)
 
 
 @pytest.mark.parametrize("below", [1 - 2**31, 2**31 - 1])
 def test_the_least_and_the_most_that_a_hash_keeps(below):
     x, y = features(130, 130, 16, torch.float32)
     kept = by_hash(130, 130)._replace(below=below)
-    g = check(x, y, positives=Positives(diagonal=0), kept=kept)
+    g = check(x, y, positives=Pairs(diagonal=0), kept=kept)
     assert (g != 0).sum() == (130 if below < 0 else 130**2)
 
 
@@ -598,9 +600,9 @@ def test_variants_of_a_choice_agree_and_repeat_to_the_bit(positives, choice):
     sums, g = run(x, y, positives=positives, kept=kept)
     again = run(x, y, positives=positives, kept=kept)
     assert torch.equal(sums, again[0]) and torch.equal(g, again[1])
-    scalars, none = run(x, y, positives=positives, write_g=False, kept=kept)
+    scalars, none = run(x, y, positives=positives, store_dlogits=False, kept=kept)
     assert none is None and agree(scalars, sums)
-    forward, _ = run(x, y, positives=positives, write_g=False, scalar_grads=False, kept=kept)
+    forward, _ = run(x, y, positives=positives, store_dlogits=False, scalar_grads=False, kept=kept)
     assert agree(forward[:1], sums[:1]) and forward[1:].tolist() == [7.0, 7.0]
 
 
@@ -727,8 +729,8 @@ def test_products_of_smaller_panels_in_the_same_workspace(m, n, d, transposed):
 def test_a_tile_in_which_nothing_is_kept_is_not_read(transposed, dtype):
     x, y = features(*TILED, 48, dtype)
     kept = tiled_choice(x, y)
-    panel, g = panel_of(x, y, Positives(diagonal=0), kept)
-    flags = tiles_kept(x, y, Positives(diagonal=0), kept)
+    panel, g = panel_of(x, y, Pairs(diagonal=0), kept)
+    flags = tiles_kept(x, y, Pairs(diagonal=0), kept)
     assert flags.tolist() == [[True] * 4, [False, True, False, False], [True] * 4]
     other = x if transposed else y
     clean = check_product(panel, g, other, transposed)
@@ -751,7 +753,7 @@ def test_a_tile_in_which_nothing_is_kept_is_not_read(transposed, dtype):
 def test_no_tile_is_looked_for_among_many_random_pairs(transposed):
     """The product is then the library's, which does not take lists."""
     x, y = features(*TILED, 48, torch.float32)
-    panel, g = panel_of(x, y, Positives(diagonal=0), by_hash(*TILED, 2e-3), rows=384, cols=512)
+    panel, g = panel_of(x, y, Pairs(diagonal=0), by_hash(*TILED, 2e-3), rows=384, cols=512)
     assert not panel.skips and panel.flags.view(-1)[:12].all()
     check_product(panel, g, x if transposed else y, transposed)
     assert (panel.lists == -1).all()
@@ -760,7 +762,7 @@ def test_no_tile_is_looked_for_among_many_random_pairs(transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_product_of_nothing(transposed):
     x, y = features(*TILED, 48, torch.float32)
-    panel, g = panel_of(x, y, Positives(), by_hash(*TILED)._replace(below=-(2**31)))
+    panel, g = panel_of(x, y, Pairs(), by_hash(*TILED)._replace(below=-(2**31)))
     assert not panel.flags.any() and not g.any()
     out = torch.full((TILED[transposed], 48), 3.0, device=DEVICE)
     other = torch.full((TILED[not transposed], 48), torch.nan, device=DEVICE)
@@ -829,12 +831,14 @@ def test_a_threshold_keeps_what_was_counted(dtype):
     *units, least = by_logit(x, y)
     panel = TritonPanel(140, 200, dtype, torch.device(DEVICE), False, False, True)
     counts = torch.zeros(140, 32, dtype=torch.int32, device=DEVICE)
-    panel.count(x, y, Positives(diagonal=0), *units, None, 0, counts)
+    panel.count(x, y, Pairs(diagonal=0), *units, None, 0, counts)
     assert (counts.sum(1) == 199).all()
     for first in (0, 15, 16, 30):
         least = torch.full_like(least, first * 2**PLACE_BITS // 32, dtype=torch.int64)
-        least = least_value(least, torch.float32)
-        _, g = run(x, y, t=1.0, b=0.0, positives=Positives(diagonal=0), kept=AtLeast(*units, least))
+        least = key_to_float(least, torch.float32)
+        _, g = run(
+            x, y, t=1.0, b=0.0, positives=Pairs(diagonal=0), kept=ScoreThreshold(*units, least)
+        )
         assert torch.equal((g != 0).sum(1), 1 + counts[:, first:].sum(1))
 
 
@@ -844,7 +848,7 @@ def test_nan_counts_as_the_largest():
     x[3] = torch.nan
     panel = TritonPanel(10, 20, x.dtype, x.device, False, False, True)
     counts = torch.zeros(10, 32, dtype=torch.int32, device=DEVICE)
-    panel.count(x, y, Positives(), *units, None, 0, counts)
+    panel.count(x, y, Pairs(), *units, None, 0, counts)
     assert counts[3, -1] == 20 and (counts.sum(1) == 20).all()
 
 
@@ -854,5 +858,5 @@ def test_a_bin_may_hold_all_texts_of_a_tile():
     units = (torch.zeros(40, device=DEVICE), torch.ones(40, device=DEVICE))
     panel = TritonPanel(40, 256, x.dtype, x.device, False, False, True)
     counts = torch.zeros(40, 32, dtype=torch.int32, device=DEVICE)
-    panel.count(x, y, Positives(), *units, None, 0, counts)
+    panel.count(x, y, Pairs(), *units, None, 0, counts)
     assert counts.max(1).values.eq(256).all() and counts.count_nonzero(0)[[3, 31]].eq(0).sum() < 2

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fused_siglip.kernels import GRAD_SCALE, Positives, panel_class
-from fused_siglip.kernels.products import add_product
+from fused_siglip.kernels import GRAD_SCALE, Pairs, panel_class
+from fused_siglip.kernels.torch_products import add_product
 
 from ..cases import Case
 from ..harness import interleaved, median, summary
@@ -38,12 +38,12 @@ def breakdown(run: Run) -> Iterator[dict]:
         inputs.y[: plan.cols].to(plan.operand_dtype),
     )
     panel = panel_class(run.backend)(
-        plan.rows, plan.cols, plan.operand_dtype, x.device, write_g=True, scalar_grads=True
+        plan.rows, plan.cols, plan.operand_dtype, x.device, store_dlogits=True, scalar_grads=True
     )
     sums = torch.zeros(3, device=x.device)
 
     def kernel() -> torch.Tensor:
-        return panel(x, y, inputs.t, inputs.b, Positives(diagonal=0), sums)
+        return panel(x, y, inputs.t, inputs.b, Pairs(diagonal=0), sums)
 
     g = kernel()
     dx, dy = (torch.zeros(v.shape, device=x.device) for v in (x, y))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fused_siglip import siglip_loss
-from fused_siglip.plan import PanelPlan, plan_panels
+from fused_siglip.planner import PanelPlan, plan_panels
 
 from ..cases import MODES, Case, Inputs, make_inputs, step
 from ..harness import floors, interleaved, measure, median, summary

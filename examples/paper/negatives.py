@@ -185,7 +185,7 @@ def _claims(rows: list[dict]) -> list[str]:
 
 
 def _ratio(keep: float, rows: list[dict]) -> str:
-    """Positives to negatives, as in the paper's figure 6."""
+    """Pairs to negatives, as in the paper's figure 6."""
     negatives = keep * (rows[0]["batch_size"] - 1)
     return f"1 : {negatives:.0f}"
 

@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from .. import _scalars
+from .. import scalars
 
 SCALE_AND_BIAS_FILE = "siglip_loss.json"
 
@@ -67,10 +67,10 @@ class _WithScaleAndBias:
     def reset_parameters(self) -> None:
         """Set scale and bias to their starts (not the weights of the model's modules)."""
         for parameter, start in self._siglip_starts.items():
-            _scalars.fill(getattr(self, parameter), start)
+            scalars.fill(getattr(self, parameter), start)
 
     def _apply(self, fn, recurse: bool = True):
-        return super()._apply(_scalars.keeping_scalars(self, fn, self._siglip_starts), recurse)
+        return super()._apply(scalars.keeping_scalars(self, fn, self._siglip_starts), recurse)
 
     def forward(self, input: dict[str, Tensor], **kwargs) -> dict[str, Tensor]:
         request, which = input.pop(REQUEST, None), input.pop(WHICH, PARAMETER)
@@ -79,7 +79,7 @@ class _WithScaleAndBias:
             return output
         parameter = getattr(self, which)
         logit_bias = parameter[1].to(torch.promote_types(parameter.dtype, torch.float32))
-        values = torch.stack([_scalars.exp(parameter[0]), logit_bias])
+        values = torch.stack([scalars.exp(parameter[0]), logit_bias])
         if request == PACKED:
             output["sentence_embedding"] = _packed(output["sentence_embedding"], values)
         else:

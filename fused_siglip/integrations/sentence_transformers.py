@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import _checks
-from .._groups import WORLD, is_ready
-from ..distributed import report_bad_arguments
-from ..functional import siglip_loss
+from .. import validation
+from ..distributed.exchange import report_bad_arguments
+from ..distributed.groups import WORLD, is_ready
+from ..loss import siglip_loss
 from . import require
 
 require("sentence-transformers", ">=6.0,<7")
@@ -110,7 +110,7 @@ class SigLipLoss(nn.Module):
                 f"model is a {type(model).__name__}: expected a SentenceTransformer, before it is "
                 "wrapped"
             )
-        _checks.check_start(init_logit_scale, init_logit_bias, None)
+        validation.check_start(init_logit_scale, init_logit_bias, None)
         self.init_logit_scale = init_logit_scale
         self.init_logit_bias = init_logit_bias
         self.gather_across_devices = gather_across_devices

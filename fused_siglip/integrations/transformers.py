@@ -11,10 +11,10 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import nn
 
-from .. import _checks, _scalars
-from .._groups import OMITTED, WORLD, GroupRef
-from ..distributed import DIST_IMPLS
-from ..functional import siglip_loss
+from .. import scalars, validation
+from ..distributed.exchange import DIST_IMPLS
+from ..distributed.groups import OMITTED, WORLD, GroupRef
+from ..loss import siglip_loss
 from . import require
 
 require("transformers", ">=5.4,<6")
@@ -93,7 +93,7 @@ def patch_siglip(
             a ``forward`` of its own, or an instance whose ``forward`` was replaced.
         ValueError: an unknown dist_impl.
     """
-    _checks.check_dist_impl(dist_impl, DIST_IMPLS)
+    validation.check_dist_impl(dist_impl, DIST_IMPLS)
     if dist_impl is not None and (group is None or group is OMITTED):
         group = WORLD
     settings = _Settings(GroupRef(group), dist_impl)
@@ -238,7 +238,7 @@ def _forward_with_loss(self: nn.Module, settings: _Settings, /, return_loss: boo
     loss = siglip_loss(
         image_embeds.to(device),
         text_embeds,
-        _scalars.exp(self.logit_scale.to(device)),
+        scalars.exp(self.logit_scale.to(device)),
         self.logit_bias.to(device),
         **settings.loss_options(),
     )

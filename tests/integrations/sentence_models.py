@@ -39,7 +39,7 @@ from transformers import (
 
 from benchmarks.memory import peak_bytes
 from fused_siglip.integrations.sentence_transformers import CachedSigLipLoss, SigLipLoss
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.testing import eager_siglip_loss
 
 WORDS = 300
 HERE = Path(__file__).parent

@@ -25,7 +25,7 @@ from fused_siglip.integrations.sentence_transformers import (
     CachedSigLipLoss,
     SigLipLoss,
 )
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.testing import eager_siglip_loss
 from helpers import error
 
 KINDS: dict[str, Callable] = {

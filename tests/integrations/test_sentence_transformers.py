@@ -39,8 +39,8 @@ from fused_siglip.integrations.sentence_transformers import (
     CachedSigLipLoss,
     SigLipLoss,
 )
-from fused_siglip.reference import eager_siglip_loss
-from fused_siglip.rounding import UNIT_ROUNDOFF
+from fused_siglip.testing import eager_siglip_loss
+from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 from helpers import error
 
 KINDS = {"plain": SigLipLoss, "cached": lambda m, **o: CachedSigLipLoss(m, mini_batch_size=5, **o)}

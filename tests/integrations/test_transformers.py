@@ -19,7 +19,7 @@ from torch import nn
 from transformers_memory import peak_extra_bytes
 
 from fused_siglip.integrations.transformers import patch_siglip, unpatch_siglip
-from fused_siglip.reference import eager_siglip_loss
+from fused_siglip.testing import eager_siglip_loss
 
 SIZE = 8
 LOGITS = ("logits_per_image", "logits_per_text")

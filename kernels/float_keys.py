@@ -23,7 +23,7 @@ def cut(dtype: torch.dtype) -> tuple[int, int]:
     return mantissa - KEPT_BITS, ((bias + 1) << KEPT_BITS) - HALF
 
 
-def least_value(places: Tensor, dtype: torch.dtype) -> Tensor:  # (M,) int64 -> (M,)
+def key_to_float(places: Tensor, dtype: torch.dtype) -> Tensor:  # (M,) int64 -> (M,)
     """The smallest value with at least this place; -inf for the lowest one."""
     shift, lowest = cut(dtype)
     above = places - HALF  # of a value below 0: ~magnitude

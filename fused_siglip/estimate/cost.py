@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import PanelPlan, plan_panels
+from ..planner import PanelPlan, plan_panels
 
 
 class Link(NamedTuple):

@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks, distributed
-from .autograd import GLOBAL_SWEEP, SWEEP, call_operator
+from . import validation
+from .distributed import exchange
 from .negatives import Negatives, kind_of
+from .operator import GLOBAL_SWEEP, SWEEP, call_operator
 
 
 def siglip_loss(
@@ -87,21 +88,21 @@ def siglip_loss(
             rank of the group is lost (gloo. With NCCL a wait returns at once and its watchdog ends
             the process at the group's timeout: docs/distributed.md has what helps).
     """
-    group = _checks.check_group(group, dist_impl, distributed.DIST_IMPLS)
+    group = validation.check_group(group, dist_impl, exchange.DIST_IMPLS)
     try:
-        dtype = _checks.check_features(image_features, text_features)
+        dtype = validation.check_features(image_features, text_features)
         device = image_features.device
-        _checks.check_scalar("logit_scale", logit_scale, device, dtype)
+        validation.check_scalar("logit_scale", logit_scale, device, dtype)
         if logit_bias is None:
             logit_bias = 0.0
-        _checks.check_scalar("logit_bias", logit_bias, device, dtype)
-        _checks.check_pairing(image_features, text_features, image_ids, text_ids, negative_only)
-        _checks.check_negatives(negatives)
-        _checks.check_options(reduction, workspace_bytes, backend, device, dtype)
+        validation.check_scalar("logit_bias", logit_bias, device, dtype)
+        validation.check_pairing(image_features, text_features, image_ids, text_ids, negative_only)
+        validation.check_negatives(negatives)
+        validation.check_options(reduction, workspace_bytes, backend, device, dtype)
     except (TypeError, ValueError):
         if group is not None:
             device = image_features.device if isinstance(image_features, Tensor) else None
-            distributed.report_bad_arguments(group, device)
+            exchange.report_bad_arguments(group, device)
         raise
 
     scale = _as_tensor(logit_scale, dtype, device)

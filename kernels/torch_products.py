@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import multiplies_half_into_fp32
+from .registry import multiplies_half_into_fp32
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, fresh: bool) -> None:

@@ -13,10 +13,11 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.fx.node import has_side_effect
 
-from . import distributed, transforms
-from .engine import Needs, find_thresholds, sweep
-from .kernels import RandomPairs, default_backend, panel_class
-from .negatives import hash_bound, image_keys, text_keys
+from . import transforms
+from .distributed import exchange
+from .kernels import RandomMask, default_backend, panel_class
+from .negatives import hash_cutoff, image_keys, text_keys
+from .sweep import Needs, find_thresholds, sweep
 
 # Whether the running backward keeps its graph: what torch's compiled backward asks before it reuses
 # saved memory (donated buffers). Should torch drop it, gradients are copied instead.
@@ -74,7 +75,7 @@ def _sweep(
         logit_scale, logit_bias = _scalar(logit_scale, acc), _scalar(logit_bias, acc)
         inputs = (x, y, logit_scale, logit_bias, image_ids, text_ids)
         if group_name is not None:
-            sums, grad_x, grad_y, divisor = distributed.global_sweep(
+            sums, grad_x, grad_y, divisor = exchange.global_sweep(
                 *inputs,
                 negative_only,
                 needs,
@@ -132,7 +133,7 @@ def _local_sweep(
     backend: str,
     factor: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # (3 or 1, k), (M, D), (N, D)
-    """The sums and gradients of one process: see :func:`fused_siglip.engine.sweep`."""
+    """The sums and gradients of one process: see :func:`fused_siglip.sweep.sweep`."""
     acc = logit_scale.dtype
     grad_x = torch.empty(x.shape, dtype=acc, device=x.device) if needs.image else None
     grad_y = torch.empty(y.shape, dtype=acc, device=y.device) if needs.text else None
@@ -142,10 +143,10 @@ def _local_sweep(
     kind, keep, seed = negatives
     kept = None
     if kind == "random":
-        kept = RandomPairs(
+        kept = RandomMask(
             image_keys(seed, 0, len(x), x.device),
             text_keys(seed, 0, len(y), y.device),
-            hash_bound(keep),
+            hash_cutoff(keep),
         )
     elif kind is not None:
         kept = find_thresholds(

@@ -1,4 +1,4 @@
-"""``python -m fused_siglip.plan``: what a step costs on a cluster, before one has it."""
+"""``python -m fused_siglip.estimate``: what a step costs on a cluster, before one has it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import cost
-from ..distributed import choose_impl
+from ..distributed.exchange import choose_impl
 from ..kernels import default_backend
+from . import cost
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -75,7 +75,7 @@ def assumptions(name: str, dtype: torch.dtype, world_size: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fused_siglip.plan", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fused_siglip.estimate", description=__doc__)
     parser.add_argument("--world-size", type=int, required=True, help="ranks")
     parser.add_argument("--local-batch", type=int, required=True, help="images of one rank")
     parser.add_argument("--dim", type=int, required=True, help="D, features of an embedding")

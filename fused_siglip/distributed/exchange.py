@@ -17,19 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import FEATURE_DTYPES, REDUCTIONS
-from .engine import Needs, count_negatives, sweep
-from .kernels import BACKENDS, AtLeast, RandomPairs, panel_class
-from .negatives import (
+from ..kernels import BACKENDS, RandomMask, ScoreThreshold, panel_class
+from ..negatives import (
     KINDS,
-    find_range,
-    hash_bound,
+    hash_cutoff,
     image_keys,
-    least_kept,
+    score_normalizer,
+    search_thresholds,
+    text_center_radius,
     text_keys,
-    threshold_units,
 )
-from .plan import plan_panels
+from ..planner import plan_panels
+from ..sweep import Needs, count_negatives, sweep
+from ..validation import FEATURE_DTYPES, REDUCTIONS
 
 logger = logging.getLogger("fused_siglip")
 
@@ -234,7 +234,7 @@ def global_sweep(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, float | Tensor]:
     """This rank's sums and gradients in the global batch, and what its sum is divided by.
 
-    As :func:`fused_siglip.engine.sweep`, with the texts of all ranks as columns; the gradient of
+    As :func:`fused_siglip.sweep.sweep`, with the texts of all ranks as columns; the gradient of
     this rank's texts holds the contributions of all ranks. What is not needed is None.
     """
     group = resolve_group(group_name)
@@ -297,7 +297,7 @@ def global_sweep(
             with _contact(group, "search for the range of the texts"):
                 dist.all_reduce(tensor, getattr(dist.ReduceOp, op), group)
 
-        units = threshold_units(x, find_range(y, text_ids, acc, reduce), logit_scale, kind)
+        units = score_normalizer(x, text_center_radius(y, text_ids, acc, reduce), logit_scale, kind)
 
         def count(known: Tensor | None, step: int) -> Tensor:
             counts = x.new_zeros(len(x), 2 ** steps[step], dtype=torch.int32)
@@ -312,7 +312,7 @@ def global_sweep(
             visit(count_texts, y, text_ids, rows, acc, False, group)
             return counts
 
-        thresholds = AtLeast(*units, least_kept(keep, acc, steps, count))
+        thresholds = ScoreThreshold(*units, search_thresholds(keep, acc, steps, count))
 
     if kind == "random":
         first_image = sum(t.images for t in everyone[:rank])
@@ -322,7 +322,7 @@ def global_sweep(
         kept = thresholds
         if kind == "random":
             texts = text_keys(seed, chunk.first, chunk.texts.shape[0], x.device)
-            kept = RandomPairs(images, texts, hash_bound(keep))
+            kept = RandomMask(images, texts, hash_cutoff(keep))
         sums.add_(
             sweep(
                 x,
@@ -355,7 +355,7 @@ def global_sweep(
 def _check_workspace(
     x: Tensor,
     needs: Needs,
-    selects: bool,
+    filters_negatives: bool,
     workspace_bytes: int,
     backend: str,
     group: dist.ProcessGroup,
@@ -366,7 +366,7 @@ def _check_workspace(
         plan_panels(
             many, many, x.shape[1], x.dtype, x.device.type, backend,
             need_image_grad=needs.image, need_text_grad=needs.text,
-            need_scalar_grads=needs.scalars, selects=selects, workspace_bytes=workspace_bytes,
+            need_scalar_grads=needs.scalars, filters_negatives=filters_negatives, workspace_bytes=workspace_bytes,
         )  # fmt: skip
     except ValueError:
         report_bad_arguments(group, x.device)

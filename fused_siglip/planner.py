@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import Panel, multiplies_half_into_fp32, panel_class
+from .kernels import Panel, multiplies_half_into_fp32, panel_class
 
 # Without a caller's bound. On a CPU: fp32 panels of 2048 x 2048, which stay in the last-level
 # cache while products are near their best; a GPU panel wants to be large enough to fill the chip in
@@ -79,7 +79,7 @@ def plan_panels(
     need_image_grad: bool = True,
     need_text_grad: bool = True,
     need_scalar_grads: bool = True,
-    selects: bool = False,
+    filters_negatives: bool = False,
     copies_operands: bool = False,
     multiprocessors: int | None = None,
     workspace_bytes: int | None = None,
@@ -92,14 +92,14 @@ def plan_panels(
     elsewhere they are evened out, so that the last panel is not a sliver.
 
     ``copies_operands`` says that the sweep copies rows before use, whatever D: padding must be
-    blanked out, or the features' strides do not suit the backend. ``selects`` says that negatives
+    blanked out, or the features' strides do not suit the backend. ``filters_negatives`` says that negatives
     are chosen, or counted.
 
     Raises ValueError when ``workspace_bytes`` cannot hold one tile.
     """
     return _plan(
         panel_class(backend), multiplies_half_into_fp32(device_type), m, n, d, dtype, device_type,
-        backend, need_image_grad, need_text_grad, need_scalar_grads, selects, copies_operands,
+        backend, need_image_grad, need_text_grad, need_scalar_grads, filters_negatives, copies_operands,
         multiprocessors, workspace_bytes,
     )  # fmt: skip
 
@@ -117,7 +117,7 @@ def _plan(
     need_image_grad: bool,
     need_text_grad: bool,
     need_scalar_grads: bool,
-    selects: bool,
+    filters_negatives: bool,
     copies_operands: bool,
     multiprocessors: int | None,
     workspace_bytes: int | None,
@@ -127,10 +127,12 @@ def _plan(
     # can), a panel's rows and columns are converted when it is their turn.
     operand_dtype = dtype if backend == "triton" or half_products else accumulate_dtype
     operand_dim = _ceil_div(d, panel.align) * panel.align
-    write_g = need_image_grad or need_text_grad
+    store_dlogits = need_image_grad or need_text_grad
 
     def workspace(rows: int, cols: int) -> int:
-        return panel.workspace_bytes(rows, cols, operand_dtype, write_g, need_scalar_grads, selects)
+        return panel.workspace_bytes(
+            rows, cols, operand_dtype, store_dlogits, need_scalar_grads, filters_negatives
+        )
 
     budget = workspace_bytes
     if budget is None:

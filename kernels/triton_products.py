@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import PanelConfig
-from .math import column_parts
+from .triton_configs import PanelConfig
+from .triton_math import column_parts
 
 BLOCK_D = 128  # features a program of the product computes
 LISTED = 128  # tiles that a program of the list looks at together

@@ -7,10 +7,11 @@ import functools
 import torch
 from torch import Tensor
 
-from . import GRAD_SCALE, AtLeast, Positives, RandomPairs, float32_products
-from .places import FORMATS, HALF, PLACE_BITS, cut
-from .products import add_product
-from .totals import finish, numbers
+from .float_keys import FORMATS, HALF, PLACE_BITS, cut
+from .interface import GRAD_SCALE, Pairs, RandomMask, ScoreThreshold
+from .registry import float32_products
+from .torch_products import add_product
+from .torch_totals import finish, numbers
 
 # torch's softplus returns u itself beyond its threshold; at 40 that is exact in float64 too
 # (the default, 20, drops 2e-9).
@@ -21,7 +22,7 @@ _STRIP = 1 << 18
 
 # Up to this logit softplus is taken from four pairs at a time: see _easy_strip. Their product of
 # 1 - g is at least 0.28, and its logarithm errs little more than its argument.
-_EASY_LOGIT = -1.0
+_SATURATED_LOGIT = -1.0
 _FOLDED = 1 << 16  # pairs from which on that is the faster way
 
 # On a CPU, the share of kept pairs below which sparse products are the faster ones. Elsewhere the
@@ -44,17 +45,17 @@ class TorchPanel:
     @staticmethod
     @functools.cache
     def _buffers(
-        dtype: torch.dtype, write_g: bool, scalar_grads: bool, selects: bool
+        dtype: torch.dtype, store_dlogits: bool, scalar_grads: bool, filters_negatives: bool
     ) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
         """Of the whole panel, and of a strip."""
         acc = torch.promote_types(dtype, torch.float32)
         whole = {"s": acc}  # which becomes g where the dtypes agree
-        if write_g and dtype != acc:
+        if store_dlogits and dtype != acc:
             whole["g"] = dtype
         strip = {"terms": acc, "positive": torch.bool}
         if scalar_grads:
             strip["u"] = acc  # beside s, for the sum of g*s
-        if selects:
+        if filters_negatives:
             strip |= {"bits": torch.int32, "dropped": torch.bool}
         return whole, strip
 
@@ -63,13 +64,15 @@ class TorchPanel:
         rows: int,
         cols: int,
         dtype: torch.dtype,
-        write_g: bool,
+        store_dlogits: bool,
         scalar_grads: bool,
-        selects: bool = False,
+        filters_negatives: bool = False,
     ) -> int:
         whole, strip = (
             sum(d.itemsize for d in buffers.values())
-            for buffers in TorchPanel._buffers(dtype, write_g, scalar_grads, selects)
+            for buffers in TorchPanel._buffers(
+                dtype, store_dlogits, scalar_grads, filters_negatives
+            )
         )
         return cols * (rows * whole + _strip_rows(rows, cols) * strip)
 
@@ -79,19 +82,21 @@ class TorchPanel:
         cols: int,
         dtype: torch.dtype,
         device: torch.device,
-        write_g: bool,
+        store_dlogits: bool,
         scalar_grads: bool,
-        selects: bool = False,
+        filters_negatives: bool = False,
     ):
-        self.write_g, self.scalar_grads = write_g, scalar_grads
+        self.store_dlogits, self.scalar_grads = store_dlogits, scalar_grads
         self.device = device = torch.device(device)
         self.acc = torch.promote_types(dtype, torch.float32)
         self.shape = rows, cols
         self.strip_rows = _strip_rows(rows, cols)
-        self.whole, self.strip = self._buffers(dtype, write_g, scalar_grads, selects)
+        self.whole, self.strip = self._buffers(
+            dtype, store_dlogits, scalar_grads, filters_negatives
+        )
         self.buffers: dict[str, Tensor] = {}  # made when they are first needed
         self.on_cpu = device.type == "cpu"
-        self.gs_from_products = write_g and dtype == self.acc and self.on_cpu
+        self.gs_from_products = store_dlogits and dtype == self.acc and self.on_cpu
         if self.gs_from_products and dtype == torch.float32:
             # products may be rounded further; their sum must not be
             self.gs_from_products = float32_products("cpu") == "ieee"
@@ -116,9 +121,9 @@ class TorchPanel:
         y: Tensor,  # (n, D)
         logit_scale: Tensor,  # ()
         logit_bias: Tensor,  # ()
-        positives: Positives,
+        positives: Pairs,
         sums: Tensor | None,  # (3,)
-        kept: RandomPairs | AtLeast | None = None,
+        kept: RandomMask | ScoreThreshold | None = None,
     ) -> Tensor | None:  # (m, n)
         m, step = x.shape[0], self.strip_rows
         plain = positives.image_ids is None and kept is None
@@ -131,7 +136,7 @@ class TorchPanel:
             torch.addmm(logit_bias, x, y.t(), alpha=scale, out=values)
         else:
             values = self._similarities(x, y)
-        half = self.write_g and x.dtype != self.acc
+        half = self.store_dlogits and x.dtype != self.acc
         g = self._view("g", *values.shape) if half else values
         parts, dropped = [], 0
         for start in range(0, m, step):
@@ -161,7 +166,7 @@ class TorchPanel:
             elif u is not s:
                 s.copy_(u)
         self._add_up(parts, sums)
-        if not self.write_g:
+        if not self.store_dlogits:
             return None
         if kept is not None and self.on_cpu and not half:
             return g.to_sparse() if 1 - dropped / g.numel() < _SPARSE_SHARE else g
@@ -187,7 +192,7 @@ class TorchPanel:
         return numbers(self.totals, self.acc)[:, None]
 
     def _logits(
-        self, s: Tensor, logit_scale: Tensor, logit_bias: Tensor, positives: Positives
+        self, s: Tensor, logit_scale: Tensor, logit_bias: Tensor, positives: Pairs
     ) -> Tensor:  # (m, n)
         u = self._view("u", *s.shape) if self.scalar_grads else s
         if positives.image_ids is None and self.on_cpu:
@@ -203,14 +208,14 @@ class TorchPanel:
             torch.where(self._view("dropped", *u.shape), u.new_full((), -torch.inf), u, out=u)
         terms = self._view("terms", *u.shape)
         loss = torch.ops.aten.softplus.out(u, 1.0, _SOFTPLUS_THRESHOLD, out=terms).sum()
-        if self.write_g or self.scalar_grads:
+        if self.store_dlogits or self.scalar_grads:
             self._negate_positives(u.sigmoid_(), positive)
         return loss
 
     def _is_easy(self, z: Tensor) -> bool:
         if not self.on_cpu or z.numel() < _FOLDED or z.numel() % 4:
             return False
-        return z.amax().item() <= _EASY_LOGIT  # which NaN is not
+        return z.amax().item() <= _SATURATED_LOGIT  # which NaN is not
 
     def _easy_strip(self, z: Tensor, diagonal: int | None) -> Tensor:  # ()
         """What _strip does, with a logarithm for four pairs: no g is near 1.
@@ -242,7 +247,7 @@ class TorchPanel:
         self,
         x: Tensor,  # (m, D)
         y: Tensor,  # (n, D)
-        positives: Positives,
+        positives: Pairs,
         centres: Tensor,  # (m,)
         factors: Tensor,  # (m,)
         known: Tensor | None,  # (m,) int32
@@ -259,7 +264,7 @@ class TorchPanel:
     def _count_strip(
         self,
         s: Tensor,  # (m, n)
-        positives: Positives,
+        positives: Pairs,
         centres: Tensor,  # (m,)
         factors: Tensor,  # (m,)
         known: Tensor | None,  # (m,) int32
@@ -307,11 +312,13 @@ class TorchPanel:
     def _scratch(self, m: int, n: int) -> Tensor:  # (m, n) int32, until "terms" is written
         return self._view("terms", m, n).view(-1).view(torch.int32)[: m * n].view(m, n)
 
-    def _drop(self, s: Tensor, positive: Tensor | int | None, kept: RandomPairs | AtLeast) -> int:
+    def _drop(
+        self, s: Tensor, positive: Tensor | int | None, kept: RandomMask | ScoreThreshold
+    ) -> int:
         """Mark the pairs that are dropped; their number, where the host need not wait for it."""
         m, n = s.shape
         dropped = self._view("dropped", m, n)
-        if isinstance(kept, AtLeast):
+        if isinstance(kept, ScoreThreshold):
             value = self._placed(s, kept.centres, kept.factors, self._view("terms", m, n))
             torch.lt(value, kept.least[:, None], out=dropped)
         else:
@@ -325,7 +332,7 @@ class TorchPanel:
         _except_positives(dropped, positive)
         return torch.count_nonzero(dropped).item() if self.on_cpu else 0
 
-    def _positive(self, pairs: Tensor, positives: Positives) -> Tensor | int | None:
+    def _positive(self, pairs: Tensor, positives: Pairs) -> Tensor | int | None:
         """Which pairs are positive: (m, n) bool, the number of a diagonal, or None."""
         if positives.image_ids is None:
             return positives.diagonal
@@ -334,7 +341,7 @@ class TorchPanel:
         texts = torch.where(positives.text_ids < 0, -2, positives.text_ids)
         return torch.eq(images[:, None], texts, out=self._view("positive", *pairs.shape))
 
-    def _add_bias(self, u: Tensor, logit_bias: Tensor, positives: Positives) -> None:
+    def _add_bias(self, u: Tensor, logit_bias: Tensor, positives: Pairs) -> None:
         """u += b; -inf (loss 0, gradient 0) in padded rows and columns."""
         if positives.image_ids is None:
             u.add_(logit_bias)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._groups import check_group_type, is_ready, look_up
+from .distributed.groups import check_group_type, is_ready, look_up
 from .kernels import BACKENDS, check_backend
 from .negatives import Negatives
 

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from .kernels import (
     GRAD_SCALE,
-    AtLeast,
+    Pairs,
     Panel,
-    Positives,
-    RandomPairs,
+    RandomMask,
+    ScoreThreshold,
     aligned,
     aligned_ids,
     panel_class,
 )
-from .negatives import ROWS_AT_ONCE, find_range, least_kept, threshold_units
-from .plan import PanelPlan, plan_panels
+from .negatives import ROWS_AT_ONCE, score_normalizer, search_thresholds, text_center_radius
+from .planner import PanelPlan, plan_panels
 
 _PRODUCTS_AT_ONCE = 1 << 17  # in the cache of a core, with both operands
 
@@ -48,7 +48,7 @@ def sweep(
     backend: str,
     add_to_grad_x: bool = False,
     factor: float = 1.0,
-    kept: RandomPairs | AtLeast | None = None,
+    kept: RandomMask | ScoreThreshold | None = None,
 ) -> Tensor:  # (3 or 1, k)
     """Sum the loss over all pairs, and its derivatives in s = X Y^T, t and b.
 
@@ -120,7 +120,7 @@ def count_negatives(
     image_ids: Tensor | None,  # (M,) int64
     text_ids: Tensor | None,  # (N,) int64
     diagonal: int | None,
-    centres: Tensor,  # (M,) of AtLeast
+    centres: Tensor,  # (M,) of ScoreThreshold
     factors: Tensor,  # (M,) likewise
     known: Tensor | None,  # (M,) int32
     step: int,
@@ -158,10 +158,10 @@ def find_thresholds(
     *,
     workspace_bytes: int | None,
     backend: str,
-) -> AtLeast:
+) -> ScoreThreshold:
     """Each image's threshold for the hardest or easiest share of its negatives, in a few sweeps."""
-    text_range = find_range(y, text_ids, logit_scale.dtype)
-    centres, factors = threshold_units(x, text_range, logit_scale, kind)
+    text_range = text_center_radius(y, text_ids, logit_scale.dtype)
+    centres, factors = score_normalizer(x, text_range, logit_scale, kind)
     least = torch.empty_like(factors)
     steps = panel_class(backend).count_bits
     for start in range(0, x.shape[0], ROWS_AT_ONCE):
@@ -182,8 +182,8 @@ def find_thresholds(
                 backend=backend,
             )
 
-        least[rows] = least_kept(keep, least.dtype, steps, count)
-    return AtLeast(centres, factors, least)
+        least[rows] = search_thresholds(keep, least.dtype, steps, count)
+    return ScoreThreshold(centres, factors, least)
 
 
 class _Panels:
@@ -197,7 +197,7 @@ class _Panels:
         text_ids: Tensor | None,
         diagonal: int | None,
         needs: Needs,
-        selects: bool,
+        filters_negatives: bool,
         workspace_bytes: int | None,
         backend: str,
     ):
@@ -205,7 +205,7 @@ class _Panels:
         align = self.panel_class.align
         self.x, self.y = x, y
         self.image_ids, self.text_ids = aligned_ids(image_ids, align), aligned_ids(text_ids, align)
-        self.diagonal, self.needs, self.selects = diagonal, needs, selects
+        self.diagonal, self.needs, self.filters_negatives = diagonal, needs, filters_negatives
         self.copies = image_ids is not None or not (aligned(x, align) and aligned(y, align))
         self.plan = plan_panels(
             x.shape[0],
@@ -217,7 +217,7 @@ class _Panels:
             need_image_grad=needs.image,
             need_text_grad=needs.text,
             need_scalar_grads=needs.scalars,
-            selects=selects,
+            filters_negatives=filters_negatives,
             copies_operands=self.copies,
             multiprocessors=_multiprocessors(x.device),
             workspace_bytes=workspace_bytes,
@@ -232,7 +232,7 @@ class _Panels:
             self.x.device,
             needs.image or needs.text,
             needs.scalars,
-            self.selects,
+            self.filters_negatives,
         )
         if panel.gs_from_products and self.y.shape[0] <= self.x.shape[1]:
             panel.gs_from_products = False  # a pass over the pairs is the shorter one
@@ -242,7 +242,7 @@ class _Panels:
         m, n = self.x.shape[0], self.y.shape[0]
         return -(-m // self.plan.rows) * -(-n // self.plan.cols)
 
-    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Positives]]:
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Pairs]]:
         m, n, plan = self.x.shape[0], self.y.shape[0], self.plan
         for i in range(0, m, plan.rows):
             rows = slice(i, min(i + plan.rows, m))
@@ -251,7 +251,7 @@ class _Panels:
                 cols = slice(j, min(j + plan.cols, n))
                 y_cols, y_ids = _operand(self.y, self.text_ids, cols, plan, self.copies)
                 in_panel = None if self.diagonal is None else self.diagonal + i - j
-                yield rows, cols, x_rows, y_cols, Positives(in_panel, x_ids, y_ids)
+                yield rows, cols, x_rows, y_cols, Pairs(in_panel, x_ids, y_ids)
 
 
 def _block(tensor: Tensor, part: slice) -> Tensor:

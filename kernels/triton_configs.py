@@ -25,7 +25,7 @@ class PanelConfig:
     num_warps: int
     num_stages: int  # steps in flight from global to shared memory
     parts: int  # column parts of the epilogue
-    fold: tuple[int, int, int]  # shape of the running sums: OCTETS, PAIRED, COLS of _fold
+    fold: tuple[int, int, int]  # shape of the running sums: ROW_GROUPS, PAIR_ROWS, COLS of _fold
     maxnreg: int | None = None  # CUDA: registers a thread, at most
     group_m: int = 8  # tile rows that share a band of y in L2
     tile: tuple[int, int] = TILE
@@ -43,8 +43,8 @@ class PanelConfig:
     def constants(self) -> dict[str, int]:
         """The panel kernel's compile-time constants."""
         return self.tile_constants() | {
-            "OCTETS": self.fold[0],
-            "PAIRED": self.fold[1],
+            "ROW_GROUPS": self.fold[0],
+            "PAIR_ROWS": self.fold[1],
             "COLS": self.fold[2],
         }
 
@@ -85,12 +85,12 @@ _MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=(4, 1, 
 
 
 def panel_config(
-    target: tuple[int, int] | str, dtype: torch.dtype, precision: str, write_g: bool
+    target: tuple[int, int] | str, dtype: torch.dtype, precision: str, store_dlogits: bool
 ) -> PanelConfig:
     """The configuration for a device and operands.
 
     target: CUDA compute capability, or "hip". dtype: of the operands. precision: "ieee" or "tf32",
-    how fp32 operands are multiplied (no meaning for the other dtypes). write_g: whether the kernel
+    how fp32 operands are multiplied (no meaning for the other dtypes). store_dlogits: whether the kernel
     writes dL/dz, or only sums.
     """
     if dtype == torch.float32 and precision == "ieee":
@@ -102,7 +102,7 @@ def panel_config(
         return _WGMMA_TF32 if tf32 else _WGMMA
     if target[0] == 10:
         config = _TCGEN05_TF32 if tf32 else _TCGEN05
-        return config if write_g else replace(config, fold=_TCGEN05_SUMS)
+        return config if store_dlogits else replace(config, fold=_TCGEN05_SUMS)
     return _MMA_TF32 if tf32 else _MMA
 
 
@@ -110,6 +110,6 @@ def count_config(
     target: tuple[int, int] | str, dtype: torch.dtype, precision: str, tallied: bool
 ) -> PanelConfig:
     """The configuration of the kernel that counts logits, in registers (``tallied``) or memory."""
-    config = panel_config(target, dtype, precision, write_g=False)
+    config = panel_config(target, dtype, precision, store_dlogits=False)
     # With four warps a thread holds eight rows, and has no registers left for their tallies.
     return replace(config, num_warps=8) if tallied and config is _MMA else config

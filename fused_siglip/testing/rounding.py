@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels import GRAD_SCALE
+from ..kernels import GRAD_SCALE
 
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,

@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from . import places
+from . import float_keys
 
 _LOG2_E = tl.constexpr(1.4426950216293335)  # rounded to fp32
 _LOG2_E_REST = tl.constexpr(1.9259630e-8)  # what the rounding cut off
 
-_HALF = tl.constexpr(places.HALF)
-_SHIFT, _LOWEST = (tl.constexpr(number) for number in places.cut(torch.float32))
+_HALF = tl.constexpr(float_keys.HALF)
+_SHIFT, _LOWEST = (tl.constexpr(number) for number in float_keys.cut(torch.float32))
 
 
 @triton.jit
@@ -53,12 +53,12 @@ def softplus_sigmoid(u):
 
 
 # Below it softplus and sigmoid are short polynomials in exp(u).
-EASY_LOGIT = tl.constexpr(-4.5)
+SATURATED_LOGIT = tl.constexpr(-4.5)
 
 
 @triton.jit
-def easy_softplus_sigmoid(u):
-    """As softplus_sigmoid where every u is at most EASY_LOGIT: half the operations."""
+def saturated_softplus_sigmoid(u):
+    """As softplus_sigmoid where every u is at most SATURATED_LOGIT: half the operations."""
     # softplus = e (1 + e (a0 + a1 e)), sigmoid = e (1 + e (b0 + b1 e)), e in [0, exp(-4.5)]:
     # minimax on the relative error, 1.3e-8 and 5.2e-8, coefficients rounded to fp32 as above.
     e = _exp(u)
@@ -134,7 +134,7 @@ def placed(s, centres, factors):
 
 @triton.jit
 def place(value):
-    """fp32 to int32 in [0, 2^PLACE_BITS): see places.py."""
+    """fp32 to int32 in [0, 2^PLACE_BITS): see float_keys.py."""
     bits = tl.abs(value).to(tl.int32, bitcast=True)
     magnitude = tl.minimum(tl.maximum((bits >> _SHIFT) - _LOWEST, 0), _HALF - 1)
     return tl.where(value < 0, ~magnitude, magnitude) + _HALF

@@ -1,0 +1,1 @@
+"""What a step in the global batch costs: see cost.py, and ``python -m fused_siglip.estimate``."""

@@ -1,0 +1,1 @@
+"""Which negatives take part: hashes of pairs, and thresholds of scores."""
