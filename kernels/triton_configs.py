@@ -18,7 +18,7 @@ class PanelConfig:
     holds columns of each part, and what folds together belongs to one thread. Other values are
     correct too, but then threads exchange data in every part, and more sums stay in registers. What
     the compilers make of each config is printed by benchmarks/compiled.py and held by
-    tests/test_triton_compiled.py.
+    tests/triton_backend/test_triton_compiled.py.
     """
 
     block_d: int  # features a step of the product takes

@@ -1,11 +1,6 @@
-import os
-
 import pytest
-import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_GPU = torch.cuda.is_available()
-
+from support.devices import HAS_GPU, INTERPRETED
 
 # Beside the tests that take the fixture ``device``, those of these files run on a GPU.
 ON_THE_GPU = ("test_triton_panel.py", "test_alternative.py")

@@ -5,7 +5,8 @@ import torch
 
 from fused_siglip import siglip_loss
 from fused_siglip.testing import eager_siglip_loss
-from helpers import assert_as_exact_as_eager, error, loss_and_grads, make_inputs, one_tile, oracle
+from support.inputs import loss_and_grads, make_inputs, one_tile
+from support.tolerances import assert_as_exact_as_eager, error, oracle
 
 
 def features_of(model, images, texts):

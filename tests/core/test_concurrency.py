@@ -6,13 +6,13 @@ import threading
 
 import pytest
 import torch
-from conftest import HAS_GPU
-from longrun import run
 from torch.utils.data import DataLoader, Dataset
 
 from fused_siglip import siglip_loss
 from fused_siglip.kernels.torch_panel import TorchPanel
-from helpers import loss_and_grads, make_inputs
+from soak.longrun import run
+from support.devices import HAS_GPU
+from support.inputs import loss_and_grads, make_inputs
 
 pytest.importorskip("tqdm")  # of benchmarks.harness
 

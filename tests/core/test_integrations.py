@@ -23,7 +23,7 @@ def test_nothing_is_imported_before_it_is_used():
 
 
 def test_extras_ask_for_the_versions_that_the_integrations_take():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).resolve().parents[2]
     setup = (root / "setup.py").read_text()
     stacks = re.search(r"^STACKS = \{.*?^\}", setup, re.MULTILINE | re.DOTALL)[0]
     extras = dict(re.findall(r'\["([\w-]+)(?:\[\w+\])?([^"]+)"\]', stacks))

@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from draw import DEVICE, inputs_of, random_case
-from hypothesis import HealthCheck, given, settings, strategies
-from laws import LAWS, Call, hold
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.invariants import INVARIANTS, Call, check
+from support.strategies import DEVICE, inputs_of, random_case
 
 # Drawn from the source of the test, not at random: a failure here is a failure everywhere.
 SLICE = {
@@ -23,12 +25,12 @@ EXAMPLES = {"torch": 40, "triton": 3}
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", INVARIANTS)
 def test_law(backend, law):
     @settings(max_examples=EXAMPLES[backend], **SLICE)
-    @given(strategies.randoms(use_true_random=False).map(lambda r: random_case(r, (backend,))))
+    @given(st.randoms(use_true_random=False).map(lambda r: random_case(r, (backend,))))
     def holds(case):
-        for what, share in hold(case, law).items():
+        for what, share in check(case, law).items():
             assert share <= 1, f"{what}: {share:.2f} times what rounding may cause"
 
     holds()
@@ -39,7 +41,7 @@ def test_one_row_and_column_short_of_a_tile(backend):
     case = random_case(random.Random(0), (backend,))
     case = replace(case, m=255, n=255, d=3, dtype="float32", t=10.0, b=-5.0, features="matched")
     case = replace(case, ids=None, negative_only=False, tiles=4, requires_grad=(True,) * 4)
-    assert all(share <= 1 for share in hold(case, "upstream").values())
+    assert all(share <= 1 for share in check(case, "upstream").values())
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -48,7 +50,7 @@ def test_more_tile_rows_than_a_band(backend):
     case = random_case(random.Random(0), (backend,))
     case = replace(case, m=1100, n=5, d=3, dtype="float32", t=10.0, b=-5.0, features="matched")
     case = replace(case, ids="repeated", negative_only=False, tiles=100, requires_grad=(True,) * 4)
-    assert all(share <= 1 for share in hold(case, "repeated").values())
+    assert all(share <= 1 for share in check(case, "repeated").values())
 
 
 def test_ids_that_agree_in_their_lower_32_bits(backend):
@@ -66,4 +68,4 @@ def test_float64_where_softplus_is_nearly_its_argument():
     """softplus(25) - 25 is 1e-11: lost where torch's softplus returns its argument from 20 on."""
     case = random_case(random.Random(0), ("torch",))
     case = replace(case, dtype="float64", m=5, n=5, d=8, t=0.0, b=25.0, ids=None)
-    assert all(share <= 1 for share in hold(case, "repeated").values())
+    assert all(share <= 1 for share in check(case, "repeated").values())

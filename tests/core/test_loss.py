@@ -6,15 +6,8 @@ import torch
 from fused_siglip import siglip_loss
 from fused_siglip.kernels.torch_products import add_product
 from fused_siglip.testing import eager_siglip_loss
-from helpers import (
-    NAMES,
-    assert_as_exact_as_eager,
-    error,
-    loss_and_grads,
-    make_inputs,
-    one_tile,
-    oracle,
-)
+from support.inputs import NAMES, loss_and_grads, make_inputs, one_tile
+from support.tolerances import assert_as_exact_as_eager, error, oracle
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,7 +8,8 @@ import torch
 
 from fused_siglip import LearnableSigLipLoss, siglip_loss
 from fused_siglip.testing import eager_siglip_loss
-from helpers import assert_as_exact_as_eager, loss_and_grads, make_inputs
+from support.inputs import loss_and_grads, make_inputs
+from support.tolerances import assert_as_exact_as_eager
 
 
 def test_starts_as_in_the_paper_and_gives_the_loss():

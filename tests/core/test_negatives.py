@@ -4,24 +4,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from kept import kept_pairs, positives
-from launch import launch, returned
 
-from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random, engine, siglip_loss
+from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random, siglip_loss, sweep
 from fused_siglip.kernels import panel_class
 from fused_siglip.kernels.torch_products import add_product
 from fused_siglip.negatives import ROWS_AT_ONCE, text_center_radius
-from helpers import (
-    NAMES,
-    Inputs,
-    error,
-    loss_and_grads,
-    make_inputs,
-    one_tile,
-    operand_dtype,
-    oracle,
-    shares,
-)
+from support.expected_negatives import expected_selection, positives
+from support.inputs import NAMES, Inputs, loss_and_grads, make_inputs, one_tile, operand_dtype
+from support.processes import launch, returned
+from support.tolerances import error, error_ratios, oracle
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHOICES = (Random(0.4, seed=3), Hardest(0.1), Easiest(0.3))
@@ -59,7 +50,7 @@ def test_loss_and_gradients_of_what_is_kept(backend, device, dtype, choice, ids)
         actual = loss_and_grads(
             siglip_loss, inputs, negatives=choice, backend=backend, workspace_bytes=workspace
         )
-        found = shares(actual, inputs, g_dtype=operand, negatives=choice)
+        found = error_ratios(actual, inputs, g_dtype=operand, negatives=choice)
         assert max(found.values()) <= 1, found
 
 
@@ -77,7 +68,7 @@ def test_loss_and_gradients_of_what_is_kept(backend, device, dtype, choice, ids)
 def test_only_some_inputs_require_grad(backend, device, choice, requires_grad):
     inputs = make_inputs(140, 140, 16, requires_grad=requires_grad, device=device)
     actual = loss_and_grads(siglip_loss, inputs, negatives=choice, backend=backend)
-    assert max(shares(actual, inputs, negatives=choice).values()) <= 1
+    assert max(error_ratios(actual, inputs, negatives=choice).values()) <= 1
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**63 - 1])
@@ -88,7 +79,7 @@ def test_random_pairs_are_those_of_the_definition(backend, device, keep, seed):
         kept, x = pairs_kept(Random(keep, seed), 200, 160, backend, device, tiles)
         if expected is None:
             inputs = Inputs(x, torch.eye(160), torch.tensor(0.1), torch.tensor(0.0), {})
-            expected, _ = kept_pairs(inputs, Random(keep, seed), negative_only=True)
+            expected, _ = expected_selection(inputs, Random(keep, seed), negative_only=True)
         assert torch.equal(kept, expected)
 
 
@@ -120,7 +111,7 @@ def test_share_of_every_image_is_within_a_hundredth_of_what_was_asked(choice, ke
     if far:
         y[0] = -y[1]
     inputs = Inputs(x, y, torch.tensor(10.0), torch.tensor(-10.0), {})
-    thresholds = engine.find_thresholds(
+    thresholds = sweep.find_thresholds(
         x, y, inputs.logit_scale, None, None, None, choice.__name__.lower(), keep,
         workspace_bytes=None, backend="torch",
     )  # fmt: skip
@@ -325,7 +316,7 @@ def every_split(rank: int, world_size: int) -> None:
             with torch.no_grad():  # the longest texts are on one rank
                 inputs.text_features[-1] *= 3
             for choice in (*CHOICES, Random(0.5, 2**40)):
-                kept, unsure = kept_pairs(inputs, choice)
+                kept, unsure = expected_selection(inputs, choice)
                 assert unsure.sum() <= len(unsure)  # the last one kept, of each image
                 exact = oracle(inputs, kept=kept)
                 for impl in ("ring", "gather"):

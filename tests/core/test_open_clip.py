@@ -6,10 +6,11 @@ import inspect
 
 import pytest
 import torch
-from launch import launch, returned
 
 from fused_siglip import SigLipLoss
-from helpers import NAMES, error, make_inputs, oracle
+from support.inputs import NAMES, make_inputs
+from support.processes import launch, returned
+from support.tolerances import error, oracle
 
 
 @pytest.fixture(scope="module")

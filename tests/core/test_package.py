@@ -11,7 +11,7 @@ import pytest
 
 import fused_siglip
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(code: str) -> str:

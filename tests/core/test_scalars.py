@@ -10,7 +10,7 @@ from torch import nn
 
 from fused_siglip import LearnableSigLipLoss
 from fused_siglip.testing import eager_siglip_loss
-from helpers import make_inputs
+from support.inputs import make_inputs
 
 NAMES = ("logit_scale", "logit_bias")
 

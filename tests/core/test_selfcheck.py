@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from fused_siglip import __main__ as selfcheck
 from fused_siglip import siglip_loss
+from fused_siglip.testing import selfcheck
 
 CHECKED = 12  # lines of errors with one backend: 4 dtypes, 3 calls
 

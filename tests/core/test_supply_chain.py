@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / ".ci/constraints.txt"
 FOREIGN = {"pickle", "marshal", "shelve", "socket", "ssl", "urllib", "http", "requests", "ctypes"}
 SOURCES = [*(ROOT / "fused_siglip").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]

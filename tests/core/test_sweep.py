@@ -12,7 +12,7 @@ from fused_siglip import siglip_loss
 from fused_siglip.kernels import BACKENDS, aligned, panel_class
 from fused_siglip.planner import plan_panels, waves
 from fused_siglip.sweep import Needs, sweep
-from helpers import loss_and_grads, make_inputs
+from support.inputs import loss_and_grads, make_inputs
 
 SIZES = [(1, 1), (64, 64), (65, 1), (1000, 1000), (2100, 2100), (8192, 8192), (32768, 100)]
 BUDGETS = [None, 1 << 20, 100 << 20]
@@ -75,7 +75,7 @@ def test_plan_fills_waves(multiprocessors, d, b):
 
 def test_documented_decisions_are_the_planners():
     pytest.importorskip("triton")
-    text = (Path(__file__).parents[1] / "docs/planner.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs/planner.md").read_text()
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()
             if line.startswith(tuple(f"| {name} |" for name in GPUS))]  # fmt: skip
     assert len(rows) == 40

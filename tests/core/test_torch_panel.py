@@ -6,7 +6,8 @@ import torch
 from fused_siglip import siglip_loss
 from fused_siglip.kernels.torch_panel import _SATURATED_LOGIT, TorchPanel
 from fused_siglip.sweep import sweep
-from helpers import loss_and_grads, make_inputs, shares
+from support.inputs import loss_and_grads, make_inputs
+from support.tolerances import error_ratios
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_within_the_rounding_bound(easy_strips, t, b, easy, d, dtype):
     """1044 pairs square: strips of 251 rows. Logits up to the limit, from both sides."""
     inputs = make_inputs(1044, 1044, d, dtype, t=t, b=b)
     actual = loss_and_grads(siglip_loss, inputs)
-    found = shares(actual, inputs, g_dtype=torch.promote_types(dtype, torch.float32))
+    found = error_ratios(actual, inputs, g_dtype=torch.promote_types(dtype, torch.float32))
     assert max(found.values()) <= 1, found
     assert easy is None or (len(easy_strips) >= easy if easy else not easy_strips)
 
@@ -45,7 +46,7 @@ def test_equal_terms_are_the_worst_of_sums(easy_strips, d, negative_only):
     inputs = make_inputs(1000, 1000, d, t=1.37, b=_SATURATED_LOGIT - 1.371)
     inputs.image_features, inputs.text_features = (x.clone().requires_grad_() for _ in range(2))
     actual = loss_and_grads(siglip_loss, inputs, negative_only=negative_only)
-    found = shares(actual, inputs, negative_only=negative_only)
+    found = error_ratios(actual, inputs, negative_only=negative_only)
     assert max(found.values()) <= 1, found
     assert easy_strips
 

@@ -1,16 +1,17 @@
-"""Under torch's transforms the loss is right, or refused in our words: see tests/forms.py."""
+"""Under torch's transforms the loss is right, or refused in our words: see tests/support/transforms.py."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from forms import EXACT, REFUSED, B, T, X, Y, same
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_siglip import Hardest, Random, siglip_loss
 from fused_siglip.testing import eager_siglip_loss
-from helpers import error, make_inputs
+from support.inputs import make_inputs
+from support.tolerances import error
+from support.transforms import EXACT, REFUSED, B, T, X, Y, same
 
 pytestmark = [  # of torch itself
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
@@ -20,7 +21,7 @@ pytestmark = [  # of torch itself
     pytest.mark.filterwarnings("ignore:There is a performance drop .* for aten..fill_diagonal_"),
 ]
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "transforms.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "transforms.md"
 
 # In torch.compile: the rows that are exact, and by backend those that are refused. Behind
 # AOTAutograd second derivatives through a compiled function are torch's to refuse.

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from launch import launch, returned
 from test_distributed import IMPLS, assert_global
 
 from fused_siglip import siglip_loss
 from fused_siglip.distributed import exchange as distributed
-from helpers import make_inputs
+from support.inputs import make_inputs
+from support.processes import launch, returned
 
 
 def counted_on_the_device(rank: int, world_size: int) -> None:

@@ -6,11 +6,12 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from launch import launch, returned
 
 from fused_siglip import SigLipLoss, siglip_loss
 from fused_siglip.testing import eager_siglip_loss
-from helpers import NAMES, Inputs, error, loss_and_grads, make_inputs, oracle
+from support.inputs import NAMES, Inputs, loss_and_grads, make_inputs
+from support.processes import launch, returned
+from support.tolerances import error, oracle
 
 # rows on each rank: equal, uneven, with empty ranks
 SPLITS = {
@@ -325,9 +326,9 @@ def one_dies(rank: int, world_size: int, impl: str, moment: int) -> None:
     def sweep_or_die(*args, **kwargs):
         if rank == 1 and next(calls) == moment:
             os._exit(7)
-        return sweep.sweep(*args, **kwargs)
+        return right(*args, **kwargs)
 
-    distributed.sweep = sweep_or_die
+    right, distributed.sweep = distributed.sweep, sweep_or_die
     inputs = shard(make_inputs(16, 16, 8), rank, [4] * 4, [4] * 4)
     for _ in range(4):
         siglip_loss(*inputs.tensors(), dist_impl=impl).backward()

@@ -7,14 +7,14 @@ from itertools import pairwise, product
 import pytest
 import torch
 import torch.distributed as dist
-from launch import launch, returned
 
 from fused_siglip import siglip_loss
 from fused_siglip.estimate import cost
 from fused_siglip.estimate.__main__ import main
 from fused_siglip.estimate.cost import DEVICES, bytes_sent, peak_bytes, predict, step_flops
 from fused_siglip.kernels.torch_panel import TorchPanel
-from helpers import make_inputs
+from support.inputs import make_inputs
+from support.processes import launch, returned
 
 pytest.importorskip("tqdm")  # the benchmarks' own need
 

@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from launch import launch, returned
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import (
 )
 
 from fused_siglip import LearnableSigLipLoss
+from support.processes import launch, returned
 
 
 class Model(nn.Module):

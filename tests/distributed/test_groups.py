@@ -7,13 +7,13 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from launch import launch, returned
 from test_distributed import shard
 
 from fused_siglip import LearnableSigLipLoss, SigLipLoss, siglip_loss
 from fused_siglip.distributed.groups import GroupRef
 from fused_siglip.testing import eager_siglip_loss
-from helpers import make_inputs
+from support.inputs import make_inputs
+from support.processes import launch, returned
 
 ROWS = [5, 3]
 

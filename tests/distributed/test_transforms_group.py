@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from forms import same
-from launch import launch, returned
 
 from fused_siglip import siglip_loss
-from helpers import error, make_inputs, oracle
+from support.inputs import make_inputs
+from support.processes import launch, returned
+from support.tolerances import error, oracle
+from support.transforms import same
 
 ROWS = 6  # of each of two ranks
 

@@ -1,7 +1,7 @@
 """``make fuzz MINUTES=n``: the laws of the loss on random calls, until the first miss.
 
-A seed is a case: what missed is run again by ``PYTHONPATH=tests python -m fuzz --seed N``.
-Shares are errors over the largest that rounding can cause (tests/helpers.py); above 1 is a miss.
+A seed is a case: what missed is run again by ``PYTHONPATH=tests python -m soak.fuzz --seed N``.
+Error ratios are errors over the largest that rounding can cause; above 1 is a failure.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import HAS_GPU
-from draw import DTYPES, Case, random_case
-from laws import LAWS, hold
-
 from benchmarks.harness import environment, write_results
 from benchmarks.markdown import table
+from support.devices import HAS_GPU
+from support.invariants import INVARIANTS, check
+from support.strategies import DTYPES, Case, random_case
 
 
 def drawn(seed: int) -> tuple[Case, str]:
     """The case of a seed and the law it is held to."""
     draw = random.Random(seed)
     case = random_case(draw)
-    return case, draw.choice(tuple(LAWS))
+    return case, draw.choice(tuple(INVARIANTS))
 
 
 @dataclass
@@ -42,9 +41,9 @@ class Worst:
     what: str = "-"
     seed: int | None = None
 
-    def add(self, seed: int, shares: dict[str, float]) -> None:
+    def add(self, seed: int, ratios: dict[str, float]) -> None:
         self.cases += 1
-        for what, share in shares.items():
+        for what, share in ratios.items():
             if share > self.share:
                 self.share, self.what, self.seed = share, what, seed
 
@@ -56,10 +55,10 @@ class Tally:
     dtypes: dict[tuple[str, str], Worst] = field(default_factory=dict)
     laws: dict[str, Worst] = field(default_factory=dict)
 
-    def add(self, seed: int, case: Case, shares: dict[str, float]) -> None:
+    def add(self, seed: int, case: Case, ratios: dict[str, float]) -> None:
         self.cases += 1
-        exact = {k: v for k, v in shares.items() if k not in LAWS}
-        law = {k: v for k, v in shares.items() if k in LAWS}
+        exact = {k: v for k, v in ratios.items() if k not in INVARIANTS}
+        law = {k: v for k, v in ratios.items() if k in INVARIANTS}
         self.dtypes.setdefault((case.backend, case.dtype), Worst()).add(seed, exact)
         for name in law:
             self.laws.setdefault(name, Worst()).add(seed, law)
@@ -72,7 +71,7 @@ class Tally:
             )
         ] + [
             {"kind": "law", "law": name, **vars(self.laws[name])}
-            for name in LAWS
+            for name in INVARIANTS
             if name in self.laws
         ]
 
@@ -90,14 +89,14 @@ class Tally:
 
 
 def missed(seed: int) -> tuple[Case, dict[str, float], str | None]:
-    """Run the case of a seed: the case, its shares, and what missed (None: nothing)."""
+    """Run the case of a seed: the case, its ratios, and what missed (None: nothing)."""
     case, law = drawn(seed)
     try:
-        shares = hold(case, law)
+        ratios = check(case, law)
     except Exception:
         return case, {}, traceback.format_exc()
-    misses = [f"{k}: {v:.3g} times what rounding may cause" for k, v in shares.items() if v > 1]
-    return case, shares, "; ".join(misses) or None
+    misses = [f"{k}: {v:.3g} times what rounding may cause" for k, v in ratios.items() if v > 1]
+    return case, ratios, "; ".join(misses) or None
 
 
 def fuzz(tally: Tally, first: int, until: float, most: int | None) -> int | None:
@@ -110,8 +109,8 @@ def fuzz(tally: Tally, first: int, until: float, most: int | None) -> int | None
         if drawn(seed)[0].backend == "triton" and not triton:
             tally.skipped += 1
             continue
-        case, shares, miss = missed(seed)
-        tally.add(seed, case, shares)
+        case, ratios, miss = missed(seed)
+        tally.add(seed, case, ratios)
         if miss:
             return seed
         if time.monotonic() >= said + 60:
@@ -122,9 +121,9 @@ def fuzz(tally: Tally, first: int, until: float, most: int | None) -> int | None
 
 def report(seed: int) -> int:
     """Say how the case of one seed fares: the exit status."""
-    case, shares, miss = missed(seed)
+    case, ratios, miss = missed(seed)
     print(case)
-    for what, share in shares.items():
+    for what, share in ratios.items():
         print(f"{what}: {share:.3g}")
     print(f"MISS: {miss}" if miss else "no miss")
     return int(miss is not None)
@@ -162,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no miss")
         return 0
     report(miss)
-    print(f"\nPYTHONPATH=tests python -m fuzz --seed {miss}")
+    print(f"\nPYTHONPATH=tests python -m soak.fuzz --seed {miss}")
     return 1
 
 

@@ -38,9 +38,8 @@ def main(arguments: Sequence[str] | None = None, edit: Callable[[str], str] | No
     for done, seed in enumerate(seeds):
         miss = missed(kernel, seed)
         if miss:
-            print(
-                f"{random_case(seed)}\n{miss}\nPYTHONPATH=tests python -m gluon_soak --seed {seed}"
-            )
+            print(f"{random_case(seed)}\n{miss}")
+            print(f"PYTHONPATH=tests python -m soak.gluon_soak --seed {seed}")
             return 1
         if time.monotonic() >= said + 60:
             said = time.monotonic()

@@ -20,7 +20,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.harness import environment, write_results
 from fused_siglip import siglip_loss
-from helpers import Inputs, loss_and_grads, make_inputs, shares
+from support.inputs import Inputs, loss_and_grads, make_inputs
+from support.tolerances import error_ratios
 
 LARGEST = 512
 
@@ -70,7 +71,7 @@ def run(steps: int, checkpoints: int) -> Iterator[dict]:
             "graphs": counter.frame_count,
             "rss_bytes": rss(),
             "objects": len(gc.get_objects()),
-            "share": max(shares(values, inputs).values()),
+            "share": max(error_ratios(values, inputs).values()),
             "same_bits": all(torch.equal(a, e) for a, e in zip(again, expected, strict=True)),
         }
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # The tests that run for a mutation, the first to fail being the one that caught it.
 QUICK = {
     "torch": ["tests/test_properties.py", "tests/test_loss.py", "tests/test_autograd.py",

@@ -55,7 +55,7 @@ def positives(inputs, negative_only: bool = False) -> tuple[Tensor, Tensor]:  # 
     return positive, valid & ~positive
 
 
-def kept_pairs(
+def expected_selection(
     inputs, negatives, negative_only: bool = False
 ) -> tuple[Tensor, Tensor]:  # (M, N) bool each
     """Which pairs are kept, and about which rounding (or the threshold's step) may decide."""
@@ -88,13 +88,13 @@ def kept_pairs(
     return negative & (value >= threshold), unsure
 
 
-def without_choice(inputs, options: dict) -> tuple[dict, dict]:
+def masks_for_negatives(inputs, options: dict) -> tuple[dict, dict]:
     """Options of the eager loss and of its rounding errors: masks in place of ``negatives``."""
     options = dict(options)
     negatives = options.pop("negatives", None)
     if negatives is None:
         return options, options
-    kept, unsure = kept_pairs(inputs, negatives, options.get("negative_only", False))
+    kept, unsure = expected_selection(inputs, negatives, options.get("negative_only", False))
     device = inputs.image_features.device
     kept, unsure = kept.to(device), unsure.to(device)
     return options | {"kept": kept}, options | {"kept": kept, "unsure": unsure}

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from draw import DEVICE, Case, inputs_of
-from kept import without_choice
 from torch import Tensor
 
 from fused_siglip import Easiest, Hardest, Random, siglip_loss
 from fused_siglip.testing.rounding import excess, rounded, rounding_errors, smallest
-from helpers import NAMES, Inputs, loss_and_grads, one_tile, operand_dtype, shares
+from support.expected_negatives import masks_for_negatives
+from support.inputs import NAMES, Inputs, loss_and_grads, one_tile, operand_dtype
+from support.strategies import DEVICE, Case, inputs_of
+from support.tolerances import error_ratios
 
 OUTPUTS = ("loss", *NAMES)
 
@@ -47,7 +48,7 @@ class Call:
 
     def errors(self) -> list[Tensor]:
         """What rounding may do to each element of ``values``."""
-        _, options = without_choice(self.inputs, self.options)
+        _, options = masks_for_negatives(self.inputs, self.options)
         found = rounding_errors(
             *self.inputs.tensors(), **self.inputs.ids, g_dtype=self.g_dtype, **options
         )
@@ -56,9 +57,9 @@ class Call:
             for e, v in zip(found, self.values, strict=True)
         ]
 
-    def shares(self) -> dict[str, float]:
+    def error_ratios(self) -> dict[str, float]:
         """Against float64, by output."""
-        return shares(self.values, self.inputs, g_dtype=self.g_dtype, **self.options)
+        return error_ratios(self.values, self.inputs, g_dtype=self.g_dtype, **self.options)
 
 
 def _distance(first: list, second: list, first_errors: list, second_errors: list) -> float:
@@ -225,7 +226,7 @@ def blocks(case: Case, call: Call) -> float:
     return _distance(whole.values, total, whole.errors(), errors)
 
 
-LAWS: dict[str, Callable[[Case, Call], float]] = {
+INVARIANTS: dict[str, Callable[[Case, Call], float]] = {
     law.__name__: law
     for law in (repeated, permuted, panels, swapped, padded, upstream, asked, blocks)
 }
@@ -240,9 +241,9 @@ MOVED = {
 }
 
 
-def hold(case: Case, law: str) -> dict[str, float]:
+def check(case: Case, law: str) -> dict[str, float]:
     """The share of the loss and of each gradient against float64, and that of the law."""
-    if LAWS[law] in MOVED.get(type(case.negatives), ()):
+    if INVARIANTS[law] in MOVED.get(type(case.negatives), ()):
         case = replace(case, negatives=None)
     call = Call(case, inputs_of(case))
-    return call.shares() | {law: LAWS[law](case, call)}
+    return call.error_ratios() | {law: INVARIANTS[law](case, call)}

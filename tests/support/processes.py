@@ -32,7 +32,7 @@ def launch(function, world_size: int, *arguments, limit: float = 120.0) -> list[
     None of them outlives the call; one that does not end within ``limit`` seconds fails it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "fused_siglip", "helpers"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "fused_siglip", "support.inputs"])
     with tempfile.TemporaryDirectory() as directory:
         processes = [
             context.Process(target=_run, args=(rank, world_size, directory, function, arguments))

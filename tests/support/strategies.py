@@ -10,11 +10,11 @@ import random
 from dataclasses import dataclass
 
 import torch
-from conftest import HAS_GPU, INTERPRETED
 from torch import Tensor
 
 from fused_siglip import Easiest, Hardest, Random
-from helpers import NAMES, Inputs, make_inputs
+from support.devices import HAS_GPU, INTERPRETED
+from support.inputs import NAMES, Inputs, make_inputs
 
 DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_GPU, INTERPRETED
+
+from support.devices import HAS_GPU, INTERPRETED
 
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
@@ -17,7 +18,8 @@ from benchmarks.alternative import (
 )
 from fused_siglip import siglip_loss
 from fused_siglip.kernels import GRAD_SCALE
-from helpers import error, loss_and_grads, make_inputs, oracle
+from support.inputs import loss_and_grads, make_inputs
+from support.tolerances import error, oracle
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs_triton = pytest.mark.skipif(

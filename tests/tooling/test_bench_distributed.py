@@ -13,7 +13,7 @@ pytest.importorskip("tqdm")
 if importlib.util.find_spec("open_clip") is None:
     pytest.skip("open_clip_torch is not installed", allow_module_level=True)
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_quick_run_writes_its_rows(tmp_path):

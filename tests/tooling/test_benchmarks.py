@@ -18,7 +18,7 @@ from benchmarks.losses import LOSSES, obstacles
 from benchmarks.memory import peak_bytes, peak_extra_bytes
 from fused_siglip.testing import eager_siglip_loss
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 ENVIRONMENT = {
     "device",

@@ -10,7 +10,7 @@ import pytest
 for package in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason="the demo needs the [demo] extra")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHANCE = 0.1  # ten digits
 
 

@@ -22,7 +22,7 @@ from benchmarks.parts.run import FULL, QUICK, Run, trial, usable
 from benchmarks.targets import targets
 from benchmarks.worker import Worker
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def good(run):

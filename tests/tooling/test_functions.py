@@ -30,7 +30,7 @@ from examples.paper.functions import (
 )
 from fused_siglip import LearnableSigLipLoss
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = ("tune", "test")
 SOURCE = '''
 class Box:

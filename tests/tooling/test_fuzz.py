@@ -10,14 +10,16 @@ import pytest
 
 pytest.importorskip("tqdm")  # of benchmarks.harness
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SABOTAGE = """
-import sys, torch, fuzz, laws
-right = laws.siglip_loss
+import sys, torch
+from soak import fuzz
+from support import invariants
+right = invariants.siglip_loss
 def wrong(x, y, *scalars, **options):  # forgets the last image of large batches
     loss = right(x, y, *scalars, **options)
     return loss * (1 - 1e-4) if len(x) > 100 else loss
-laws.siglip_loss = wrong
+invariants.siglip_loss = wrong
 sys.exit(fuzz.main(sys.argv[1:]))
 """
 
@@ -31,7 +33,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_counts_and_writes_results(tmp_path):
     path = tmp_path / "fuzz.json"
-    done = run("-m", "fuzz", "--cases", "30", "--first", "0", "--output", str(path))
+    done = run("-m", "soak.fuzz", "--cases", "30", "--first", "0", "--output", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("no miss\n")
     rows = json.loads(path.read_text())["rows"]
@@ -47,7 +49,7 @@ def test_stops_at_the_first_miss_which_one_line_runs_again():
     assert done.returncode == 1, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
     command, seed = last.rsplit(" ", 1)
-    assert command == "PYTHONPATH=tests python -m fuzz --seed"
+    assert command == "PYTHONPATH=tests python -m soak.fuzz --seed"
     assert done.stdout.startswith(f"seeds from 0\n{int(seed) + 1} cases in ")
     again = run("-c", SABOTAGE, "--seed", seed)
     assert (again.returncode, again.stderr) == (1, "") and "MISS: " in again.stdout

@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 
-import mutations
 import pytest
+
+from soak import mutations
 
 pytest.importorskip("tqdm")  # of benchmarks.harness
 
@@ -19,11 +20,12 @@ def test_names_one_place_in_the_code(mutation):
 
 # In a process of its own: the forkserver of this one has the package already.
 PROGRAM = """
-import sys, mutations
+import sys
+from soak import mutations
 sign = next(m for m in mutations.MUTATIONS if m.what == "positives keep the sign of negatives")
 harmless = sign._replace(what="harmless", new=sign.old + "  # still")
 mutations.MUTATIONS = (sign, harmless)
-mutations.QUICK["torch"] = ["tests/test_loss.py", "-k", "test_diagonal and torch and float32"]
+mutations.QUICK["torch"] = ["tests/core/test_loss.py", "-k", "test_diagonal and torch and float32"]
 sys.exit(mutations.main(["--output", sys.argv[1]]))
 """
 

@@ -12,7 +12,7 @@ from test_device import quick  # noqa: F401  (a fixture)
 
 from benchmarks.page import FILLED, Pages, load, stale, write
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
 
 

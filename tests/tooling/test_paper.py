@@ -33,7 +33,7 @@ from examples.paper.study import (
 )
 from examples.paper.towers import load_pictures
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WHERE = {"commit": "0" * 40, "device": "a CPU", "torch": "2", "date": "2026-01-02T03:04:05"}
 
 

@@ -13,7 +13,7 @@ from benchmarks import budget
 from benchmarks.page import load
 from benchmarks.trust import BLOCKS, PAGE, filled
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / PAGE).read_text()
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import INTERPRETED
+
+from support.devices import INTERPRETED
 
 triton = pytest.importorskip("triton")
 if INTERPRETED:

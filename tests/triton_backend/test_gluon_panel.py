@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 
-import gluon_soak
 import numpy as np
 import pytest
 
+from soak import gluon_soak
 from support.gluon.arrays import Deadlock, Fault, Race, Tensor
 from support.gluon.breaks import BREAKS
 from support.gluon.language import ROOT, load
@@ -91,7 +91,7 @@ def test_a_miss_is_named_by_its_seed(capsys):
     broken = next(broken for broken in BREAKS if broken.what == "consumers do not wait")
     assert gluon_soak.main(["--schedules", "60", "--first", "7"], broken.edit) == 1
     out = capsys.readouterr().out
-    assert "Race: product" in out and out.endswith("python -m gluon_soak --seed 7\n")
+    assert "Race: product" in out and out.endswith("python -m soak.gluon_soak --seed 7\n")
     assert gluon_soak.main(["--seed", "7"], broken.edit) == 1
     assert gluon_soak.main(["--seed", "7"]) == 0
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_GPU, INTERPRETED
+
+from support.devices import HAS_GPU, INTERPRETED
 
 triton = pytest.importorskip("triton")
 if not HAS_GPU or INTERPRETED or torch.cuda.get_device_capability() != (9, 0):
@@ -16,7 +17,8 @@ from fused_siglip import siglip_loss  # noqa: E402
 from fused_siglip.kernels import GRAD_SCALE, Pairs, hopper  # noqa: E402
 from fused_siglip.kernels.triton_math import MODERATE_LOGIT  # noqa: E402
 from fused_siglip.kernels.triton_panel import TritonPanel  # noqa: E402
-from helpers import error, loss_and_grads, make_inputs, oracle  # noqa: E402
+from support.inputs import loss_and_grads, make_inputs  # noqa: E402
+from support.tolerances import error, oracle  # noqa: E402
 
 HALVES = [torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.skipif(not hopper._GLUON, reason="written for triton 3.6")

@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import INTERPRETED
+
+from support.devices import INTERPRETED
 
 pytest.importorskip("triton")
 if INTERPRETED:

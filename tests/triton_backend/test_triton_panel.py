@@ -7,11 +7,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import HAS_GPU, INTERPRETED
 
 from fused_siglip.kernels import GRAD_SCALE, Pairs, RandomMask, ScoreThreshold
 from fused_siglip.kernels.float_keys import HALF, PLACE_BITS, key_to_float
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
+from support.devices import HAS_GPU, INTERPRETED
 
 triton = pytest.importorskip("triton")
 if not (HAS_GPU or INTERPRETED):
