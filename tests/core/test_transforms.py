@@ -1,4 +1,4 @@
-"""Under torch's transforms the loss is right, or refused in our words: see tests/support/transforms.py."""
+"""Under torch's transforms the loss is right, or refused with a message (support/transforms.py)."""
 
 import re
 from pathlib import Path

@@ -11,14 +11,14 @@ triton = pytest.importorskip("triton")
 if not HAS_GPU or INTERPRETED or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
-from test_triton_panel import check, features, formula, run  # noqa: E402
+from test_triton_panel import check, features, formula, run
 
-from fused_siglip import siglip_loss  # noqa: E402
-from fused_siglip.kernels import GRAD_SCALE, Pairs, hopper  # noqa: E402
-from fused_siglip.kernels.triton_math import MODERATE_LOGIT  # noqa: E402
-from fused_siglip.kernels.triton_panel import TritonPanel  # noqa: E402
-from support.inputs import loss_and_grads, make_inputs  # noqa: E402
-from support.tolerances import error, oracle  # noqa: E402
+from fused_siglip import siglip_loss
+from fused_siglip.kernels import GRAD_SCALE, Pairs, hopper
+from fused_siglip.kernels.triton_math import MODERATE_LOGIT
+from fused_siglip.kernels.triton_panel import TritonPanel
+from support.inputs import loss_and_grads, make_inputs
+from support.tolerances import error, oracle
 
 HALVES = [torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.skipif(not hopper._GLUON, reason="written for triton 3.6")
