@@ -1,20 +1,53 @@
+import os
+
+# Before torch is loaded, and inherited by what tests start: workers and ranks share the cores
+# already, and on few or busy cores a second thread each triples the time of small operations.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
 import pytest
 
 from support.devices import HAS_GPU, INTERPRETED
+
+# Hypothesis' examples are drawn from the source of a test, not at random: a failure here is a
+# failure everywhere. `make test` takes a quarter of them.
+for name, divisor in (("full", 1), ("quick", 4)):
+    hypothesis.settings.register_profile(
+        name,
+        max_examples=40 // divisor,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.register_profile(
+    "first failure", hypothesis.settings.get_profile("full"), phases=[hypothesis.Phase.generate]
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "full"))
 
 # Beside the tests that take the fixture ``device``, those of files with these names run on a GPU.
 ON_THE_GPU = ("test_triton_", "test_alternative")
 
 
+def needs_triton(item: pytest.Item) -> bool:
+    """Whether Triton's kernels run in a test: then Triton's interpreter can run it too."""
+    if item.path.name.startswith("test_triton_"):
+        return True
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("backend") == "triton"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Of two workers one runs a file whole, for its fixtures; compiling, the longest, is shared.
+    """Marks what runs on a GPU (-m gpu) and in Triton's interpreter (-m interpreter).
 
-    Marks what a GPU runs: -m gpu leaves out what would only load the CPU beside it.
+    Of two workers one runs a file whole, for its fixtures; compiling, the longest, is shared.
     """
     for item in items:
         if "device" in item.fixturenames or item.path.name.startswith(ON_THE_GPU):
             item.add_marker("gpu")
+        if needs_triton(item):
+            item.add_marker("interpreter")
     if config.getoption("loadgroup", False):
         for item in items:
             if not item.path.name.endswith("_compiled.py"):
