@@ -1,4 +1,4 @@
-"""The public classes that say which negatives take part: a share, chosen without a mask of pairs."""
+"""The public classes that say which negatives take part in the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call of the loss asks for, apart from its tensors: bundled once, flattened in one place."""
+"""What a call of the loss asks for, apart from its tensors: bundled, and flattened in one place."""
 
 from __future__ import annotations
 

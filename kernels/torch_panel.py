@@ -33,8 +33,8 @@ _STRIP = 1 << 18
 _SATURATED_LOGIT = -1.0
 _FOLDED = 1 << 16  # pairs from which on that is the faster way
 
-# On a CPU, the share of pairs that take part below which sparse products are the faster ones. Elsewhere the
-# host would have to wait for their number.
+# On a CPU, the share of pairs that take part below which sparse products are the faster ones.
+# Elsewhere the host would have to wait for their number.
 _SPARSE_SHARE = 1 / 16
 
 

@@ -14,11 +14,11 @@ TILE = (128, 128)
 class PanelConfig:
     """How the panel kernel is compiled and launched.
 
-    epilogue_subtiles and fold follow the layout in which the tensor cores leave the accumulator: every thread
-    holds columns of each subtile, and what folds together belongs to one thread. Other values are
-    correct too, but then threads exchange data in every subtile, and more sums stay in registers. What
-    the compilers make of each config is printed by benchmarks/compiled.py and held by
-    tests/test_triton_compiled.py.
+    epilogue_subtiles and fold follow the layout in which the tensor cores leave the accumulator:
+    every thread holds columns of each subtile, and what folds together belongs to one thread. Other
+    values are correct too, but then threads exchange data in every subtile, and more sums stay in
+    registers. What the compilers make of each config is printed by benchmarks/suites/compiled.py
+    and checked by tests/triton/test_compiled.py.
     """
 
     block_d: int  # features a step of the product takes
@@ -81,7 +81,7 @@ _WGMMA_TF32 = replace(_WGMMA, block_d=32)
 # A thread reads a whole row back from tensor memory.
 _TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, epilogue_subtiles=8, fold=(16, 1, 2))
 _TCGEN05_TF32 = replace(_TCGEN05, block_d=32)
-# Where no g is written, sums folded to two columns spill with Triton 3.9.
+# Where no dlogits are written, sums folded to two columns spill with Triton 3.9.
 _TCGEN05_SUMS = (16, 1, 8)
 # Products in full fp32 run outside the tensor cores and dwarf the epilogue: no spills is enough.
 _FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, epilogue_subtiles=8, fold=(16, 1, 8))
@@ -94,8 +94,8 @@ def panel_config(
     """The configuration for a device and operands.
 
     target: CUDA compute capability, or "hip". dtype: of the operands. precision: "ieee" or "tf32",
-    how fp32 operands are multiplied (no meaning for the other dtypes). store_dlogits: whether the kernel
-    writes dL/dz, or only sums.
+    how fp32 operands are multiplied (no meaning for the other dtypes). store_dlogits: whether the
+    kernel writes dlogits, or only sums.
     """
     if dtype == torch.float32 and precision == "ieee":
         return _FMA

@@ -229,8 +229,8 @@ def panel_kernel(
     bias = tl.load(logit_bias_ptr)
 
     # The epilogue takes the tile a few columns at a time: taken whole, its temporaries do not fit
-    # the registers beside the accumulator. The branches in each subtile (the saturated one too) keep
-    # the compiler from mixing the subtiles again.
+    # the registers beside the accumulator. The branches in each subtile (also the saturated one)
+    # keep the compiler from mixing the subtiles again.
     WIDTH: tl.constexpr = BLOCK_N // SUBTILES
     HAS_SELECTION: tl.constexpr = image_keys_ptr is not None or center_ptr is not None
     selection_args = (

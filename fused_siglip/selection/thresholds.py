@@ -97,7 +97,7 @@ def search_thresholds(
 
 
 def _bin_of_kth(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (M,), (M,) int64
-    """Each row's highest bin that with those above it holds ``wanted``; and what those above hold."""
+    """Each row's highest bin that, with those above, holds ``wanted``; what those above hold."""
     last, above = torch.empty_like(wanted), torch.empty_like(wanted)
     for start in range(0, len(counts), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
