@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import fused_siglip
 from fused_siglip import cost
-from tests.launch import launch, returned
+from tests.support.processes import launch, returned
 
 from .harness import environment, interleaved, median, write_results
 from .losses import open_clip_loss_module

@@ -19,7 +19,7 @@ _OPERANDS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """How hopper_kernel.py is compiled; held by tests/test_gluon_compiled.py."""
+    """How hopper_kernel.py is compiled; held by tests/triton_backend/test_gluon_compiled.py."""
 
     tile: tuple[int, int]
     stages: int  # blocks of x and y in shared memory

@@ -18,7 +18,7 @@ class PanelConfig:
     every thread holds columns of each subtile, and what folds together belongs to one thread. Other
     values are correct too, but then threads exchange data in every subtile, and more sums stay in
     registers. What the compilers make of each config is printed by benchmarks/suites/compiled.py
-    and checked by tests/triton/test_compiled.py.
+    and checked by tests/triton_backend/test_triton_compiled.py.
     """
 
     block_d: int  # features a step of the product takes
