@@ -17,7 +17,7 @@ class PanelConfig:
     parts and fold follow the layout in which the tensor cores leave the accumulator: every thread
     holds columns of each part, and what folds together belongs to one thread. Other values are
     correct too, but then threads exchange data in every part, and more sums stay in registers. What
-    the compilers make of each config is printed by benchmarks/compiled.py and held by
+    the compilers make of each config is printed by benchmarks/suites/compiled.py and held by
     tests/test_triton_compiled.py.
     """
 

@@ -22,8 +22,8 @@ from conftest import HAS_GPU
 from draw import DTYPES, Case, random_case
 from laws import LAWS, hold
 
-from benchmarks.harness import environment, write_results
-from benchmarks.markdown import table
+from benchmarks.common.markdown import table
+from benchmarks.common.timing import environment, write_results
 
 
 def drawn(seed: int) -> tuple[Case, str]:

@@ -9,7 +9,7 @@ from conftest import HAS_GPU, INTERPRETED
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 
-from benchmarks.alternative import (
+from benchmarks.gpu.ablation_panels import (
     VARIANTS,
     InPlaceLibraryPanel,
     LibraryPanel,

@@ -1,4 +1,4 @@
-"""benchmarks/device.py on a CPU: alive, whole, and no failing part takes another with it."""
+"""benchmarks/gpu/device.py on a CPU: alive, whole, and no failing part takes another with it."""
 
 import json
 import os
@@ -13,14 +13,14 @@ import pytest
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from benchmarks import device
-from benchmarks.losses import LOSSES
-from benchmarks.parts import PARTS, Part
-from benchmarks.parts.anatomy import counter_table
-from benchmarks.parts.checks import findings, pytest_summary
-from benchmarks.parts.run import FULL, QUICK, Run, trial, usable
-from benchmarks.targets import targets
-from benchmarks.worker import Worker
+from benchmarks.common.baselines import LOSSES
+from benchmarks.gpu import device
+from benchmarks.gpu.acceptance import targets
+from benchmarks.gpu.part_worker import Worker
+from benchmarks.gpu.parts import PARTS, Part
+from benchmarks.gpu.parts.breakdown import counter_table
+from benchmarks.gpu.parts.checks import findings, pytest_summary
+from benchmarks.gpu.parts.run import FULL, QUICK, Run, trial, usable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,7 +54,7 @@ def starts_a_process(run):
 def quick(tmp_path_factory) -> tuple[dict, str]:
     """Results and terminal output of a quick run."""
     folder = tmp_path_factory.mktemp("device")
-    command = [sys.executable, "-m", "benchmarks.device", "--device", "cpu", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.gpu.device", "--device", "cpu", "--quick"]
     command += ["--output-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -20,8 +20,8 @@ if not triton.__version__.startswith("3.6."):
         allow_module_level=True,
     )
 
-from benchmarks.compiled import SHARED  # noqa: E402
-from benchmarks.compiled_gluon import compile_gluon  # noqa: E402
+from benchmarks.suites.compiled import SHARED  # noqa: E402
+from benchmarks.suites.compiled_hopper import compile_gluon  # noqa: E402
 from fused_siglip.kernels.hopper import HOPPER  # noqa: E402
 
 

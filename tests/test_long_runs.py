@@ -14,7 +14,7 @@ from fused_siglip import siglip_loss
 from fused_siglip.kernels.torch_panel import TorchPanel
 from helpers import loss_and_grads, make_inputs
 
-pytest.importorskip("tqdm")  # of benchmarks.harness
+pytest.importorskip("tqdm")  # of benchmarks.common.timing
 
 
 def test_steps_of_changing_size_neither_grow_nor_drift_nor_compile_again():

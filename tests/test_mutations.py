@@ -8,7 +8,7 @@ import sys
 import mutations
 import pytest
 
-pytest.importorskip("tqdm")  # of benchmarks.harness
+pytest.importorskip("tqdm")  # of benchmarks.common.timing
 
 
 @pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda m: f"{m.tests}: {m.what}")

@@ -9,16 +9,16 @@ import pytest
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from benchmarks import budget
-from benchmarks.page import load
-from benchmarks.trust import BLOCKS, PAGE, filled
+from benchmarks.report.render import load
+from benchmarks.report.trust_report import BLOCKS, PAGE, filled
+from benchmarks.suites import error_growth as budget
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / PAGE).read_text()
 
 
 def test_page_is_what_the_results_say():
-    assert filled(TEXT, load()) == TEXT, "run python -m benchmarks.trust"
+    assert filled(TEXT, load()) == TEXT, "run python -m benchmarks.report.trust_report"
 
 
 def test_without_any_results():

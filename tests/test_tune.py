@@ -11,10 +11,10 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 
-from benchmarks import tune
-from benchmarks.candidates import CANDIDATES, PORTABLE, panel_of
-from benchmarks.cases import make_inputs
-from benchmarks.child import Child
+from benchmarks.common.workloads import make_inputs
+from benchmarks.gpu import tune
+from benchmarks.gpu.candidates import CANDIDATES, PORTABLE, panel_of
+from benchmarks.gpu.row_process import Child
 from fused_siglip.kernels.hopper import HOPPER
 
 

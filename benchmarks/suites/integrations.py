@@ -16,9 +16,9 @@ import sentence_models
 import transformers_memory
 from tqdm import tqdm
 
-from .cases import Case
-from .harness import environment, write_results
-from .memory import peak_extra_bytes
+from ..common.memory import peak_extra_bytes
+from ..common.timing import environment, write_results
+from ..common.workloads import Case
 
 BATCH_SIZES = (1024, 4096)
 DIM = 256  # of the losses that are measured alone
@@ -39,7 +39,7 @@ def _cases(size: int) -> Iterator[tuple[dict, Callable[[], int]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.bench_integrations", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.suites.integrations", description=__doc__)
     parser.add_argument("--output", type=Path, help="results file; by default under results/")
     args = parser.parse_args()
     found, rows = environment(), []

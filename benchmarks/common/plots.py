@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .targets import fused_name, select
+from ..gpu.acceptance import fused_name, select
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
@@ -21,7 +21,7 @@ RATIOS = (1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
 
 
 def main_shape(rows: list[dict]) -> dict:
-    """The dim and dtype that plots and tables of several contestants show: the first measured."""
+    """The dim and dtype that plots and tables of several baselines show: the first measured."""
     keys = ("dim", "dtype", "matmul_precision", "logit_scale")
     return {key: rows[0][key] for key in keys if key in rows[0]}
 

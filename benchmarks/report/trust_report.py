@@ -1,7 +1,7 @@
 """Fills the blocks of docs/trust.md from the newest results file of each kind.
 
-``python -m benchmarks.trust`` rewrites them, ``--check`` fails where they are not what it would
-write: no number in them is typed by hand.
+``python -m benchmarks.report.trust_report`` rewrites them, and ``--check`` fails where they are not
+what it would write: no number in them is typed by hand.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 
-from .markdown import Results, number, table
-from .memory import ROOT
-from .page import load
-from .sections import label
-from .targets import select
+from ..common.markdown import Results, number, table
+from ..common.memory import ROOT
+from ..gpu.acceptance import select
+from .performance import label
+from .render import load
 
 PAGE = "docs/trust.md"
 BLOCK = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
@@ -189,7 +189,7 @@ def filled(text: str, found: dict[str, list[Results]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.trust", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.report.trust_report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
     args = parser.parse_args(arguments)
     before = (ROOT / PAGE).read_text()
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.check:
         (ROOT / PAGE).write_text(after)
     elif before != after:
-        print(f"{PAGE} is out of date: run python -m benchmarks.trust")
+        print(f"{PAGE} is out of date: run python -m benchmarks.report.trust_report")
         return 1
     return 0
 

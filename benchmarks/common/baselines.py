@@ -1,4 +1,4 @@
-"""The contestants: each computes the same loss of (x, y, t, b)."""
+"""The baselines: each computes the same loss of (x, y, t, b)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ROW_CHUNK = 512
 
 
-class Contestant(NamedTuple):
+class Baseline(NamedTuple):
     loss: Loss  # (x, y, t, b): (B, D), (B, D), (), () -> ()
     pair_matrices: int  # B x B it may hold at once on a CPU: to skip what cannot fit
     obstacle: Callable[[str], str | None]  # why it cannot run on a device type
@@ -123,35 +123,35 @@ def _not_installed(package: str, device_types: tuple[str, ...]) -> Callable[[str
 
 def _panel_variant(name: str) -> Loss:
     def loss(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
-        from .alternative import variant_loss  # which imports triton
+        from ..gpu.ablation_panels import variant_loss  # which imports triton
 
         return variant_loss(x, y, t, b, backend=name)
 
     return loss
 
 
-CONTESTANTS = {
-    "fused_triton": Contestant(functools.partial(siglip_loss, backend="triton"), 0, _no_triton),
-    "fused_torch": Contestant(functools.partial(siglip_loss, backend="torch"), 0, _runs),
-    "eager": Contestant(eager_siglip_loss, 7, _runs),
-    "compiled": Contestant(compiled_loss, 3, _no_compiler, per_shape=True),
-    "row_chunked": Contestant(row_chunked_loss, 4, _runs),
-    "open_clip": Contestant(open_clip_loss, 7, _not_installed("open_clip", ("cpu", "cuda"))),
-    "siglip_kernel": Contestant(siglip_kernel_loss, 0, _not_installed("siglip_kernel", ("cuda",))),
+BASELINES = {
+    "fused_triton": Baseline(functools.partial(siglip_loss, backend="triton"), 0, _no_triton),
+    "fused_torch": Baseline(functools.partial(siglip_loss, backend="torch"), 0, _runs),
+    "eager": Baseline(eager_siglip_loss, 7, _runs),
+    "compiled": Baseline(compiled_loss, 3, _no_compiler, per_shape=True),
+    "row_chunked": Baseline(row_chunked_loss, 4, _runs),
+    "open_clip": Baseline(open_clip_loss, 7, _not_installed("open_clip", ("cpu", "cuda"))),
+    "siglip_kernel": Baseline(siglip_kernel_loss, 0, _not_installed("siglip_kernel", ("cuda",))),
 }
 # The same sweep over other panels, to compare with what is shipped: see alternative.py.
 ABLATIONS = {
-    name: Contestant(_panel_variant(name), 0, _no_triton)
+    name: Baseline(_panel_variant(name), 0, _no_triton)
     for name in ("library_fp32", "library_in_place", "portable")
 }
-LOSSES = CONTESTANTS | ABLATIONS
+LOSSES = BASELINES | ABLATIONS
 
 
 def obstacles(device: str) -> dict[str, str | None]:
-    """For every contestant, why it cannot run on this device, or None where it can."""
-    return {name: c.obstacle(torch.device(device).type) for name, c in CONTESTANTS.items()}
+    """For every baseline, why it cannot run on this device, or None where it can."""
+    return {name: c.obstacle(torch.device(device).type) for name, c in BASELINES.items()}
 
 
 def default_fused(device: str) -> str:
-    """The contestant a user gets who names no backend."""
+    """The baseline a user gets who names no backend."""
     return f"fused_{default_backend(device, torch.float32)}"

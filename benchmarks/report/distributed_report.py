@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .markdown import Results, number, table
-from .targets import MIB, select
+from ..common.markdown import Results, number, table
+from ..gpu.acceptance import MIB, select
 
 
 def ranks_block(found: Results) -> list[str]:

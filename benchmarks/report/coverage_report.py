@@ -1,7 +1,7 @@
 """What the tests do not run, and why: from coverage's report to a results file.
 
-``make coverage`` calls ``python -m benchmarks.covered REPORT.json``; lines that miss a reason here
-are a status of 1.
+``make coverage`` calls ``python -m benchmarks.report.coverage_report REPORT.json``. The exit status
+is 1 where a line that no test runs has no reason here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .harness import environment, write_results
+from ..common.timing import environment, write_results
 
 ON_CUDA = "a CUDA device"
 # By file and function.
@@ -19,7 +19,7 @@ REASONS = {
     "fused_siglip/__main__.py _device": "the self-check on a GPU",
     "fused_siglip/__main__.py describe": "the self-check on a GPU",
     "fused_siglip/__main__.py _version": "triton not installed: its version line",
-    "fused_siglip/distributed/exchange.py _exchange": "a group without gloo: the exchange goes by NCCL",
+    "fused_siglip/distributed/exchange.py _exchange": "a group without gloo, which exchanges by NCCL",
     "kernels/torch_products.py add_product": f"{ON_CUDA}: half operands with a float32 sum",
     "fused_siglip/sweep.py _multiprocessors": f"{ON_CUDA}: its multiprocessors",
     "kernels/__init__.py why_not_default": "Triton's interpreter: it could run, and is not chosen",
@@ -52,7 +52,7 @@ def rows(report: dict) -> list[dict]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.covered", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.report.coverage_report", description=__doc__)
     parser.add_argument("report", type=Path, help="what `coverage json` wrote")
     parser.add_argument("--output", type=Path, help="results file; by default under results/")
     args = parser.parse_args(arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from . import anatomy, checks, timings
+from . import breakdown, checks, timings
 from .run import Run
 
 
@@ -22,10 +22,10 @@ PARTS = {
     "correctness": Part(checks.correctness, 40),
     "million": Part(timings.million, 30),
     "alternative": Part(timings.alternative, 40),
-    "breakdown": Part(anatomy.breakdown, 20),
+    "breakdown": Part(breakdown.breakdown, 20),
     "panels": Part(timings.panels, 20),
     "latency": Part(timings.latency, 25),
     "determinism": Part(checks.determinism, 15),
     "sanitizer": Part(checks.sanitizer, 60),
-    "counters": Part(anatomy.counters, 30),
+    "counters": Part(breakdown.counters, 30),
 }

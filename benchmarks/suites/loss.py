@@ -1,6 +1,6 @@
 """Time, memory and accuracy of the fused loss beside the others.
 
-``python -m benchmarks.bench_loss`` prints tables and writes their rows to a file under results/;
+``python -m benchmarks.suites.loss`` prints tables and writes their rows to a file under results/;
 README.md here says how each number is measured.
 """
 
@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cases import Case, make_inputs
-from .exact import (
+from ..common.baselines import BASELINES, default_fused, obstacles
+from ..common.reference import (
     LossAndGrads,
     float64_reference,
     relative_errors,
     rounded_once,
     sampled_reference,
 )
-from .harness import environment, measure, obstacle, write_results
-from .losses import CONTESTANTS, default_fused, obstacles
+from ..common.timing import environment, measure, obstacle, write_results
+from ..common.workloads import Case, make_inputs
 
 PARTS = ("time", "memory", "accuracy")
 SCALES = (10.0, 100.0)  # t at the start of training, and where it ends up
@@ -42,7 +42,7 @@ class Plan:
     accuracy_dtypes: Sequence[str]
     dims: Sequence[int] = (768,)
     repeats: int = 5
-    left_out: Sequence[str] = ()  # contestants
+    left_out: Sequence[str] = ()  # baselines
 
 
 PLANS = {
@@ -171,7 +171,7 @@ def run(plan: Plan, device: str, parts: Sequence[str]) -> list[dict]:
     """Measure everything in the plan, printing each table when its rows are there."""
     reasons = {name: reason for name, reason in obstacles(device).items() if reason}
     reasons |= dict.fromkeys(plan.left_out, "not in a quick run")
-    names = [name for name in CONTESTANTS if name not in reasons]
+    names = [name for name in BASELINES if name not in reasons]
     backends = [name for name in names if name.startswith("fused_")]
     fused = default_fused(device)
     for name, reason in reasons.items():
@@ -209,7 +209,7 @@ def run(plan: Plan, device: str, parts: Sequence[str]) -> list[dict]:
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
-    parser = argparse.ArgumentParser(prog="benchmarks.bench_loss", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.suites.loss", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="for every part")
     parser.add_argument("--dims", type=int, nargs="+")

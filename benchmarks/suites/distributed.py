@@ -1,7 +1,7 @@
 """The loss of the global batch in real processes on this machine: time, traffic and peak memory.
 
-``python -m benchmarks.bench_distributed`` prints tables, writes their rows to a file under results/
-and draws docs/distributed_memory.png; README.md here says how each number is measured.
+``python -m benchmarks.suites.distributed`` prints tables, writes their rows to a results file and
+draws docs/distributed_memory.png; README.md says how each number is measured.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fused_siglip
-from fused_siglip import cost
+from fused_siglip.estimate import cost
 from tests.launch import launch, returned
 
-from .harness import environment, interleaved, median, write_results
-from .losses import open_clip_loss_module
-from .memory import ROOT, hold_no_freed_memory, peak_bytes
-from .traffic import counted
+from ..common.baselines import open_clip_loss_module
+from ..common.memory import ROOT, hold_no_freed_memory, peak_bytes
+from ..common.timing import environment, interleaved, median, write_results
+from ..common.traffic import counted
 
 # How many times (W - 1) chunks, each the size of a rank's texts, a rank sends in a step of
 # open_clip's: once forward and once backward; "reduce" finds each chunk as a sum with zeros, at
@@ -268,7 +268,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.bench_distributed", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.suites.distributed", description=__doc__)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--local-batch", type=int, default=1024)
     parser.add_argument("--dim", type=int, default=1024)

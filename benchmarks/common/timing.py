@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .cases import Case
-from .losses import LOSSES
+from .baselines import LOSSES
 from .memory import ROOT, peak_extra_bytes
+from .workloads import Case
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 QUEUE_CYCLES = 4_000_000  # of the device, 2 ms: longer than a host takes to launch a call
 USABLE_MEMORY = 0.8  # of what is available now; the rest is everybody else's
 
@@ -197,27 +197,27 @@ def compare_sizes(
     dim: int,
     dtype: str,
     device: str,
-    contestants: Iterable[str],
+    baselines: Iterable[str],
     repeats: int,
     progress: bool = True,
 ) -> list[dict]:
-    """Time and peak extra memory of each contestant at each size: the rows of :func:`measure`."""
+    """Time and peak extra memory of each baseline at each size: the rows of :func:`measure`."""
     rows = []
     for size in batch_sizes:
-        cases = [Case(name, size, dim, dtype, device) for name in contestants]
+        cases = [Case(name, size, dim, dtype, device) for name in baselines]
         rows += measure(cases, repeats, progress=progress)
     return rows
 
 
 def obstacle(case: Case) -> str | None:
     """Why a case cannot be measured here, or None where it can."""
-    contestant = LOSSES[case.loss]
-    reason = contestant.obstacle(torch.device(case.device).type)
+    baseline = LOSSES[case.loss]
+    reason = baseline.obstacle(torch.device(case.device).type)
     # on CUDA one may try and fail; a CPU out of memory ends processes, and not only this one
     if reason is not None or torch.device(case.device).type == "cuda":
         return reason
     itemsize = getattr(torch, case.dtype).itemsize
-    need = contestant.pair_matrices * case.batch_size**2 * itemsize
+    need = baseline.pair_matrices * case.batch_size**2 * itemsize
     have = available_bytes(case.device)
     if need > have:
         return f"would need about {need / 2**30:.0f} GiB, {have / 2**30:.0f} GiB are free"

@@ -10,19 +10,19 @@ import torch
 from fused_siglip import siglip_loss
 from fused_siglip.planner import PanelPlan, plan_panels
 
-from ..cases import MODES, Case, Inputs, make_inputs, step
-from ..harness import floors, interleaved, measure, median, summary
-from ..losses import ABLATIONS
-from ..memory import peak_bytes
+from ...common.baselines import ABLATIONS
+from ...common.memory import peak_bytes
+from ...common.timing import floors, interleaved, measure, median, summary
+from ...common.workloads import MODES, Case, Inputs, make_inputs, step
 from .run import Point, Run, Skipped, matmul_precision, usable
 
 
 def speed(run: Run) -> Iterator[dict]:
-    names = run.contestants(but=("compiled", "fused_torch") if run.on_gpu else ("compiled",))
+    names = run.baselines(but=("compiled", "fused_torch") if run.on_gpu else ("compiled",))
     yield from usable(names, run)
     for point in run.sizes.speed:
         run.needs(40 if "compiled" in point.only else 8, point)
-        chosen = [name for name in point.only if name in run.contestants()]
+        chosen = [name for name in point.only if name in run.baselines()]
         yield from usable(chosen, run)
         cases = _cases(point, chosen if point.only else names, run)
         if not cases:
@@ -123,7 +123,7 @@ def panels(run: Run) -> Iterator[dict]:
 def latency(run: Run) -> Iterator[dict]:
     """Small batches: each loss as it is called, and replayed from a CUDA graph."""
     dim = run.sizes.panels[1]
-    names = run.main_contestants()
+    names = run.main_baselines()
     yield from usable(names, run)
     for size in run.sizes.latency:
         run.needs(4, f"B = {size}")

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from .memory import ROOT
+from ..common.memory import ROOT
 
 SILENCE = 25  # seconds without a row after which a process is taken to hang
 

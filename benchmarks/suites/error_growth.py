@@ -1,8 +1,8 @@
 """How far the loss and its gradients are from exact: by dtype, as t, B and D grow.
 
-``python -m benchmarks.budget`` measures the fused loss beside eager in the same dtype and writes a
-results file; ``python -m benchmarks.trust`` makes tables of it. What float64 features err by is
-measured against extended precision (numpy's longdouble), all else against float64.
+``python -m benchmarks.suites.error_growth`` measures the fused loss beside eager in the same dtype and
+writes a results file, of which docs/trust.md has the tables. Errors of float64 features are measured
+against extended precision (numpy's longdouble), all others against float64.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .cases import Inputs, make_inputs, step
-from .exact import LossAndGrads, float64_reference
-from .harness import environment, write_results
-from .losses import LOSSES, obstacles
+from ..common.baselines import LOSSES, obstacles
+from ..common.reference import LossAndGrads, float64_reference
+from ..common.timing import environment, write_results
+from ..common.workloads import Inputs, make_inputs, step
 
-CONTESTANTS = ("fused_triton", "fused_torch", "eager")
+BASELINES = ("fused_triton", "fused_torch", "eager")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 BIAS = -10.0
 BASE = {"t": 10.0, "batch_size": 512, "dim": 256}
@@ -62,7 +62,7 @@ def largest_errors(actual: Sequence[torch.Tensor], exact: Sequence) -> dict[str,
 
 
 def measure(names: Sequence[str], dtype: str, point: dict, device: str) -> list[dict]:
-    """A row for each contestant at one point."""
+    """A row for each baseline at one point."""
     t = point["t"]
     inputs = make_inputs(point["batch_size"], point["dim"], dtype, device, t, BIAS)
     if dtype == "float64":
@@ -85,7 +85,7 @@ def measure(names: Sequence[str], dtype: str, point: dict, device: str) -> list[
 
 def run(device: str, growing: dict[str, Sequence[float]], progress: bool = True) -> list[dict]:
     found = obstacles(device)
-    names = [name for name in CONTESTANTS if found[name] is None]
+    names = [name for name in BASELINES if found[name] is None]
     todo = [(dtype, point) for dtype in DTYPES for point in points(growing)]
     rows = []
     for dtype, point in tqdm(todo, leave=False, disable=not progress):
@@ -94,7 +94,7 @@ def run(device: str, growing: dict[str, Sequence[float]], progress: bool = True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.budget", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.suites.error_growth", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--output", type=Path, help="results file; by default under results/")

@@ -1,6 +1,6 @@
 """What a call costs the host: a batch so small that nothing else takes time, beside eager.
 
-    python -m benchmarks.bench_host      # prints; microseconds depend on the machine, ratios less
+    python -m benchmarks.suites.host      # prints; microseconds depend on the machine, ratios less
 
 Loss and all four gradients of 4 x 8 features on one thread of a CPU, the torch backend. On a GPU
 much the same calls are made, and a step on a small batch takes as long as they do.
@@ -13,18 +13,18 @@ from collections.abc import Sequence
 
 import torch
 
-from .cases import make_inputs, step
-from .harness import interleaved, quantile
-from .losses import LOSSES
+from ..common.baselines import LOSSES
+from ..common.timing import interleaved, quantile
+from ..common.workloads import make_inputs, step
 
-CONTESTANTS = ("fused_torch", "eager", "open_clip")
+BASELINES = ("fused_torch", "eager", "open_clip")
 
 
 def measure(calls: int) -> dict[str, list[float]]:
     """Seconds of every call, in turn."""
     inputs = make_inputs(4, 8, "float32", "cpu")
-    known = {name: LOSSES[name] for name in CONTESTANTS if LOSSES[name].obstacle("cpu") is None}
-    steps = {name: step(contestant.loss, inputs) for name, contestant in known.items()}
+    known = {name: LOSSES[name] for name in BASELINES if LOSSES[name].obstacle("cpu") is None}
+    steps = {name: step(baseline.loss, inputs) for name, baseline in known.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -34,7 +34,7 @@ def measure(calls: int) -> dict[str, list[float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.bench_host", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.suites.host", description=__doc__)
     parser.add_argument("--calls", type=int, default=3000)
     args = parser.parse_args(arguments)
     seconds = measure(args.calls)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from ..bench_loss import BIAS, SCALES, accuracy
-from ..cases import Case
-from ..memory import ROOT
+from ...common.memory import ROOT
+from ...common.workloads import Case
+from ...suites.loss import BIAS, SCALES, accuracy
 from .run import Run, Skipped, matmul_precision, usable
 
 COMPARED_ROWS = 64  # of a large batch
@@ -106,8 +106,8 @@ def in_time(command: list[str], run: Run, **options: object) -> subprocess.Compl
 
 
 def correctness(run: Run) -> Iterator[dict]:
-    """Every contestant against float64; of a large batch only sampled rows of dX and dY."""
-    names = run.main_contestants()
+    """Every baseline against float64; of a large batch only sampled rows of dX and dY."""
+    names = run.main_baselines()
     yield from usable(names, run)
     for (dtype, precision), (size, dim), t in product(OPERANDS, run.sizes.accuracy, SCALES):
         if (precision == "high" and not run.on_gpu) or (dtype == "float16" and t != SCALES[0]):

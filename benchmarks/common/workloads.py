@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_siglip.negatives import KINDS
 
-from .losses import LOSSES, Loss, masked_loss
+from .baselines import LOSSES, Loss, masked_loss
 
 
 class Inputs(NamedTuple):

@@ -12,8 +12,8 @@ import torch
 from fused_siglip.kernels import GRAD_SCALE, Pairs, panel_class
 from fused_siglip.kernels.torch_products import add_product
 
-from ..cases import Case
-from ..harness import interleaved, median, summary
+from ...common.timing import interleaved, median, summary
+from ...common.workloads import Case
 from .checks import cuda_tool, in_time
 from .run import Run, Skipped
 from .timings import plan_of
@@ -21,7 +21,7 @@ from .timings import plan_of
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
 ONE_STEP = """
 import sys
-from benchmarks.cases import Case
+from benchmarks.common.workloads import Case
 case = Case(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "bfloat16", "cuda")
 case.step(case.inputs())()
 """

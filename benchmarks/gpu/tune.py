@@ -1,9 +1,9 @@
 """The first minutes with a GPU: which panel kernel is right and fastest, and what bounds the rest.
 
-``python -m benchmarks.tune`` compiles every candidate (see candidates/) in a process of its own,
-compares it with float64, times those that are right beside the plain products, and then whole
-steps. The rows are written after each of them, so that a run that is cut short loses nothing. A
-kernel that hangs is ended with its process, and the rest goes on without it.
+``python -m benchmarks.gpu.tune`` compiles every configuration of candidates.py in a process of its
+own, compares it with float64, times those that are right beside the plain products, and then times
+whole steps. The rows are written after each of them, so that a run that is cut short loses nothing.
+A kernel that hangs is ended with its process, and the rest goes on without it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fused_siglip import siglip_loss
 from fused_siglip.kernels import BACKENDS, Pairs, panel_class
 from fused_siglip.planner import plan_panels
 
-from .cases import Case, Inputs, make_inputs, step
-from .child import Child
-from .harness import (
+from ..common.baselines import default_fused
+from ..common.memory import ROOT
+from ..common.timing import (
     RESULTS,
     environment,
     floors,
@@ -40,10 +40,10 @@ from .harness import (
     summary,
     write_results,
 )
-from .losses import default_fused
-from .memory import ROOT
+from ..common.workloads import Case, Inputs, make_inputs, step
 from .parts.checks import cuda_tool
 from .parts.timings import _captured
+from .row_process import Child
 
 MIB = 1 << 20
 PANEL_SIDE = 11264  # a panel's side by default, B = 65536
@@ -249,7 +249,7 @@ def counters(chosen: Sequence[str], size: int) -> Iterator[dict]:
         command += ["--launch-count", "1", "--launch-skip", "1"]
         command += ["--kernel-name", "regex:.*panel_kernel.*"]
         command += [argument for section in SECTIONS for argument in ("--section", section)]
-        command += [sys.executable, "-m", "benchmarks.tune", "--one", name]
+        command += [sys.executable, "-m", "benchmarks.gpu.tune", "--one", name]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         table = done.stdout[done.stdout.find('"ID"') :]
         found = list(csv.DictReader(io.StringIO(table))) if table.startswith('"ID"') else []
@@ -308,7 +308,7 @@ def check_all(
     """Check every candidate, all at once; then time those that are right, one after the other."""
     deadline = time.monotonic() + seconds
     children = {
-        name: Child("benchmarks.tune", "--check", name, "--device", device, "--dims", *dims)
+        name: Child("benchmarks.gpu.tune", "--check", name, "--device", device, "--dims", *dims)
         for name in chosen
     }
     for tell in ("checked", "panel"):
@@ -338,7 +338,7 @@ def best_of(rows: Sequence[dict], most: int = 2) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu.tune", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="on a CPU: does it run at all?")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="by default results/")
@@ -379,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     while parts and time.monotonic() < deadline - 5:
         begun = {"part": parts[0]}
         child = Child(
-            "benchmarks.tune",
+            "benchmarks.gpu.tune",
             "--parts",
             *parts,
             "--device",

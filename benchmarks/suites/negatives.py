@@ -1,6 +1,6 @@
 """What choosing negatives costs and saves, against the share that is kept.
 
-    python -m benchmarks.bench_negatives      # measures, and writes a results file
+    python -m benchmarks.suites.negatives      # measures, and writes a results file
 
 Loss and all four gradients of one batch: all negatives, a random, the hardest and the easiest share
 of them, and what one would write without ``negatives=``, the eager loss with a B x B mask.
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from .cases import Case
-from .harness import environment, measure, write_results
-from .losses import default_fused
+from ..common.baselines import default_fused
+from ..common.timing import environment, measure, write_results
+from ..common.workloads import Case
 
 SHARES = (0.5, 0.25, 0.1, 0.05, 0.01, 0.001, 0.0001)
 EAGER_SHARES = (0.1,)
@@ -34,7 +34,7 @@ def cases(size: int, dim: int, device: str) -> list[Case]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.bench_negatives", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.suites.negatives", description=__doc__)
     parser.add_argument("--size", type=int, help="batch size; 4096 on a CPU, 32768 on a GPU")
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,7 +1,7 @@
 """Peak memory of a step, measured: beyond what stood before it, and without the gradients.
 
-``python -m benchmarks.memory '{"loss": "eager", "batch_size": 1024, "dim": 64}'`` measures one
-case in its own process and prints bytes.
+``python -m benchmarks.common.memory '{"loss": "eager", "batch_size": 1024, "dim": 64}'``
+measures one case in its own process and prints bytes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cases import Case
-from .losses import LOSSES
+from .baselines import LOSSES
+from .workloads import Case
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WARM_UP_BATCH = 256
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from .markdown import Results, bullet, number, table
-from .plots import main_shape
-from .targets import MIB, fused_name, select, targets
+from ..common.markdown import Results, bullet, number, table
+from ..common.plots import main_shape
+from ..gpu.acceptance import MIB, fused_name, select, targets
 
 NAMES = {
     "fused_torch": "**fused_siglip**, torch backend",
@@ -28,7 +28,7 @@ def label(name: str) -> str:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Contestants: ours first, then the fastest peers."""
+    """Baselines: ours first, then the fastest peers."""
     known = list(NAMES)
     return sorted(set(names), key=lambda n: known.index(n) if n in known else len(known))
 
@@ -43,7 +43,7 @@ COLUMNS = {  # title: (field of a row, format, factor)
 def cost_table(
     rows: list[dict], sizes: Iterable[int] | None = None, columns: Iterable[str] = tuple(COLUMNS)
 ) -> str:
-    """Time and memory of every contestant, at the dim and dtype of the first row."""
+    """Time and memory of every baseline, at the dim and dtype of the first row."""
     cost = select(rows, mode="full", **main_shape(rows))
     timed = sorted({row["batch_size"] for row in cost if row["seconds"] is not None})
     shown = [(size, c) for size in sizes or timed if size in timed for c in columns]
@@ -125,7 +125,7 @@ def savings(rows: list[dict]) -> str:
 
 
 def readme_table(found: Results, sizes: Iterable[int]) -> str:
-    """Time over the floor and memory of every contestant, at a few sizes."""
+    """Time over the floor and memory of every baseline, at a few sizes."""
     cost = select(found.rows, kind="cost")
     shape = main_shape(cost)
     parts = [
@@ -222,7 +222,7 @@ def gpu_sections(
     if not found:
         return (
             "## On a GPU\n\nNo GPU result exists yet: nothing below says how fast any of this is "
-            "on one. `python -m benchmarks.device` measures it."
+            "on one. `python -m benchmarks.gpu.device` measures it."
         )
     kernels = {results.environment["device"]: results for results in tuned}
     return "\n\n".join(
@@ -274,7 +274,8 @@ def _gpu_section(found: Results, plot: str, tuned: Results | None) -> str:
 NOTES = {
     "2026-11-26-nvidia-h100-80gb-hbm3-device.json": (
         "The tree was the commit's but for the line `HOPPER` of kernels/hopper.py: that was the "
-        "configuration which `python -m benchmarks.tune` had just chosen, and is the one since.",
+        "configuration which `python -m benchmarks.gpu.tune` had just chosen, and is the one "
+        "since.",
         "The test that failed is `test_nan_and_inf_propagate_as_in_torch[nan]` of "
         "tests/test_hopper.py: a NaN in the features spread to the gradients of the row eight "
         "below it. The kernel has been mended since; no device has run it again.",
@@ -332,7 +333,7 @@ def kernels_section(found: Results, cost: list[dict]) -> str:
         "### The panel kernel alone",
         f"A panel of {size} x {size} pairs, D = {dim}, bf16, from a CUDA graph, beside the plain "
         f"product by the library with half output. {found.source('../')} The configurations are "
-        "those of benchmarks/candidates.py at that commit; [performance-log.md]"
+        "those of benchmarks/gpu/candidates.py at that commit; [performance-log.md]"
         "(performance-log.md) has what was tried before.",
         table(["configuration", *header], lines),
         _bound(timed, cost),

@@ -1,6 +1,6 @@
 """What the compiler makes of the Gluon panel kernel, for Hopper and without one.
 
-python -m benchmarks.compiled_gluon     # as it is shipped: a results file
+python -m benchmarks.suites.compiled_hopper     # as it is shipped: a results file
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fused_siglip.kernels import GRAD_SCALE
 from fused_siglip.kernels.hopper import HOPPER, HopperConfig
 from fused_siglip.kernels.hopper_kernel import hopper_panel_kernel
 
+from ..common.timing import environment, write_results
 from .compiled import INSTRUCTION, basic_blocks
-from .harness import environment, write_results
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def rows() -> Iterator[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.compiled_gluon", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.suites.compiled_hopper", description=__doc__)
     parser.add_argument("--output", type=Path, help="results file; by default under results/")
     args = parser.parse_args()
     found = list(rows())

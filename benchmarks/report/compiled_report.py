@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from .markdown import MISSING, Results, bullet, table
-from .targets import select
+from ..common.markdown import MISSING, Results, bullet, table
+from ..gpu.acceptance import select
 
 TITLE = "## What the compilers make of the panel kernels"
 
 
 def compiled_section(found: Results | None, gluon: Results | None = None) -> str:
     if found is None:
-        return f"{TITLE}\n\nNo results file exists yet: `python -m benchmarks.compiled` writes it."
+        command = "`python -m benchmarks.suites.compiled`"
+        return f"{TITLE}\n\nNo results file exists yet: {command} writes it."
     shipped = select(found.rows, kind="compiled", shipped=True, kernel="panel")
     lines = (
         [

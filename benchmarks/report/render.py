@@ -1,8 +1,8 @@
 """Builds docs/performance.md, and the tables of README and of other pages, from the newest results
 files.
 
-``python -m benchmarks.page`` rewrites them, ``--check`` fails where they are not what it would
-write: no number on these pages is typed by hand.
+``python -m benchmarks.report.render`` rewrites them, and ``--check`` fails where they are not what it
+would write: no number on these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .harness import RESULTS
-from .leads import compiled_section
-from .markdown import Results
-from .memory import ROOT
-from .plots import plot_costs, plot_negatives
-from .ranks import ranks_block
-from .sections import (
+from ..common.markdown import Results
+from ..common.memory import ROOT
+from ..common.plots import plot_costs, plot_negatives
+from ..common.timing import RESULTS
+from ..gpu.acceptance import select
+from .compiled_report import compiled_section
+from .distributed_report import ranks_block
+from .performance import (
     cpu_section,
     cpu_sentence,
     demo_section,
@@ -30,14 +31,13 @@ from .sections import (
     stacks_table,
     tested,
 )
-from .targets import select
 
 BLOCK = re.compile(r"(<!-- results:begin -->\n).*(<!-- results:end -->)", re.DOTALL)
 README_SIZES = {"cpu": (1024, 4096, 8192), "gpu": (4096, 32768, 65536)}
 INTRODUCTION = """\
 # Performance
 
-`python -m benchmarks.page` writes this page from the newest files in
+`python -m benchmarks.report.render` writes this page from the newest files in
 [benchmarks/results](../benchmarks/results); [benchmarks/README.md](../benchmarks/README.md) says
 how each number is measured. x floor (x GEMM floor) is a loss's time over that of the plain matrix
 products that no exact method can avoid, in the same run: 1.00 would be free. MiB is peak memory
@@ -176,7 +176,7 @@ def write(pages: Pages, root: Path = ROOT) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.page", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.report.render", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
     args = parser.parse_args(arguments)
     pages = Pages(load())
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     names = stale(pages)
     for name in names:
-        print(f"{name} is out of date: run python -m benchmarks.page")
+        print(f"{name} is out of date: run python -m benchmarks.report.render")
     return int(bool(names))
 
 

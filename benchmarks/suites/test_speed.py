@@ -1,4 +1,4 @@
-"""pytest-benchmark cases for a look while working: ``pytest benchmarks/test_speed.py``.
+"""pytest-benchmark cases for a look while working: ``pytest benchmarks/suites/test_speed.py``.
 
 One loss after the other; a comparison to report is bench_loss's, which interleaves them.
 """
@@ -6,9 +6,9 @@ One loss after the other; a comparison to report is bench_loss's, which interlea
 import pytest
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.harness import floors
-from benchmarks.losses import default_fused
+from benchmarks.common.baselines import default_fused
+from benchmarks.common.timing import floors
+from benchmarks.common.workloads import Case
 
 pytest.importorskip("pytest_benchmark")
 

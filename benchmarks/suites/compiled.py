@@ -1,6 +1,6 @@
 """What the compilers make of the Triton panel kernel, for GPUs that need not be present.
 
-    python -m benchmarks.compiled     # every shipped configuration: a table and a results file
+    python -m benchmarks.suites.compiled     # every shipped configuration; a results file
 
 Not in interpreter mode (TRITON_INTERPRET), which replaces the compiler.
 """
@@ -30,7 +30,7 @@ from fused_siglip.kernels.triton_math import SATURATED_LOGIT
 from fused_siglip.kernels.triton_panel import count_constants
 from fused_siglip.kernels.triton_products import product_constants, product_kernel
 
-from .harness import environment, write_results
+from ..common.timing import environment, write_results
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # dtype and, for fp32, how it is multiplied
@@ -344,7 +344,7 @@ def _row(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.compiled", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.suites.compiled", description=__doc__)
     parser.add_argument("--output", type=Path, help="results file; by default under results/")
     args = parser.parse_args()
     columns = ("target", "dtype", "precision", "positives", "registers", "stack_bytes", "spills")

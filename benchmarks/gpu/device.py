@@ -1,9 +1,10 @@
 """One call that measures everything a GPU has to show, within ten minutes.
 
-``python -m benchmarks.device`` runs the parts of parts/, most valuable first, writes a results file
-after each and a plot, and prints every figure beside its target last. A part that fails is named
-and survived. Several calls can share the work: ``--only`` picks parts, ``--into`` adds their rows
-to an earlier call's file. On a CPU, and with ``--quick``, the sizes are tiny: does it run at all?
+``python -m benchmarks.gpu.device`` runs the parts of parts/, most valuable first. It writes a results
+file after each part, draws a plot, and prints every figure beside its target last. A part that
+fails is named, and the others still run. Several calls can share the work: ``--only`` picks parts,
+``--into`` adds their rows to an earlier call's file. On a CPU, and with ``--quick``, the sizes are
+tiny, to see whether everything runs.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from .harness import RESULTS, environment, results_path, write_results
+from ..common.timing import RESULTS, environment, results_path, write_results
+from .acceptance import targets
+from .part_worker import Event, Worker, events
 from .parts import PARTS, Part
 from .parts.run import FULL, QUICK, Run
-from .targets import targets
-from .worker import Event, Worker, events
 
 CARD = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
@@ -151,7 +152,7 @@ def report(rows: list[dict]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.device", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu.device", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes (on a CPU always)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="part")
@@ -183,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = run_parts(args.only, run, in_process, save, kept)
 
     try:
-        from .plots import plot_costs
+        from ..common.plots import plot_costs
 
         plot_costs(rows, where, path.with_suffix(".png"))
     except Exception as error:  # a missing plot must not cost the numbers

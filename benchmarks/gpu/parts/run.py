@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..cases import Case
-from ..losses import CONTESTANTS, default_fused, obstacles
-from ..memory import measured_elsewhere
+from ...common.baselines import BASELINES, default_fused, obstacles
+from ...common.memory import measured_elsewhere
+from ...common.workloads import Case
 
 MIB = 1 << 20
 TRIAL = (256, 64)  # batch size, dim
@@ -114,7 +114,7 @@ class Run:
 
     @property
     def fused(self) -> str:
-        """The contestant a user gets."""
+        """The baseline a user gets."""
         return default_fused(self.device)
 
     @property
@@ -132,15 +132,15 @@ class Run:
         if self.seconds_left() < seconds:
             raise Skipped(f"no time left for {what} and what follows")
 
-    def main_contestants(self) -> list[str]:
+    def main_baselines(self) -> list[str]:
         """What a user gets, the eager loss and the fastest peer."""
         left_out = ("fused_torch", "fused_triton", "compiled", "row_chunked", "open_clip")
-        return [self.fused, *self.contestants(left_out)]
+        return [self.fused, *self.baselines(left_out)]
 
-    def contestants(self, but: Sequence[str] = ()) -> list[str]:
+    def baselines(self, but: Sequence[str] = ()) -> list[str]:
         """Those that can run here, without ``but``."""
         reasons = obstacles(self.device)
-        return [name for name in CONTESTANTS if reasons[name] is None and name not in but]
+        return [name for name in BASELINES if reasons[name] is None and name not in but]
 
 
 @contextlib.contextmanager
