@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.baselines import default_fused
-from benchmarks.common.timing import compare_sizes, environment, write_results
+from benchmarks.common.results import environment, write_results
+from benchmarks.common.timing import compare_sizes
 
 from .captions import load_splits
 from .report import (

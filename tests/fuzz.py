@@ -23,7 +23,7 @@ from draw import DTYPES, Case, random_case
 from laws import LAWS, hold
 
 from benchmarks.common.markdown import table
-from benchmarks.common.timing import environment, write_results
+from benchmarks.common.results import environment, write_results
 
 
 def drawn(seed: int) -> tuple[Case, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from benchmarks.common.timing import environment, write_results
+from benchmarks.common.results import environment, write_results
 from fused_siglip import siglip_loss
 from helpers import Inputs, loss_and_grads, make_inputs, shares
 

@@ -19,7 +19,8 @@ from benchmarks.common.reference import (
     relative_errors,
     rounded_once,
 )
-from benchmarks.common.timing import environment, floors, interleaved, measure, median, quantile
+from benchmarks.common.results import environment
+from benchmarks.common.timing import floors, interleaved, measure, median, quantile
 from benchmarks.common.workloads import MODES, Case, make_inputs
 from fused_siglip.testing import eager_siglip_loss
 

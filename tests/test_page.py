@@ -10,7 +10,8 @@ pytest.importorskip("matplotlib")
 
 from test_device import quick  # noqa: F401  (a fixture)
 
-from benchmarks.report.render import FILLED, Pages, load, stale, write
+from benchmarks.common.results import load
+from benchmarks.report.render import FILLED, Pages, stale, write
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"

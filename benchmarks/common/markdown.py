@@ -1,30 +1,11 @@
-"""Pieces of Markdown, and the results file they are made from."""
+"""Pieces of Markdown."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from pathlib import Path
-from typing import NamedTuple
 
 MISSING = "-"
-
-
-class Results(NamedTuple):
-    path: Path  # relative to the repository root
-    environment: dict
-    rows: list[dict]
-
-    def source(self, up: str = "") -> str:
-        where = self.environment
-        on_gpu = where.get("capability", "")[:1].isdigit()
-        triton = f", triton {where['triton']}" if on_gpu else ""
-        changed = " with changes" if where.get("dirty") else ""
-        return (
-            f"{where['device']}, torch {where['torch']}{triton}, {where['date'][:10]}, commit "
-            f"{(where['commit'] or 'unknown')[:8]}{changed}: "
-            f"[{self.path.name}]({up}{self.path.as_posix()})."
-        )
 
 
 def table(header: Iterable[str], lines: Iterable[Iterable[str]], left: int = 1) -> str:
@@ -40,3 +21,16 @@ def bullet(text: str) -> str:
 
 def number(value: float | None, spec: str = ".2f", factor: float = 1.0) -> str:
     return MISSING if value is None else format(value * factor, spec)
+
+
+def aligned(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table for the terminal: the first column flush left, the others right."""
+    rows = [list(header), *map(list, lines)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

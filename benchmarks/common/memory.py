@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from .baselines import LOSSES
+from .results import ROOT
 from .workloads import Case
 
-ROOT = Path(__file__).resolve().parents[2]
 WARM_UP_BATCH = 256
 
 

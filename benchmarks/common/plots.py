@@ -10,20 +10,15 @@ matplotlib.use("Agg")  # files only: no display needed
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ..gpu.acceptance import fused_name, select
+from .results import MIB, fused_name, main_shape, select
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
-TARGET = 1.10  # r
+TARGET = 1.10  # x floor
 RATIOS = (1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
-
-
-def main_shape(rows: list[dict]) -> dict:
-    """The dim and dtype that plots and tables of several baselines show: the first measured."""
-    keys = ("dim", "dtype", "matmul_precision", "logit_scale")
-    return {key: rows[0][key] for key in keys if key in rows[0]}
 
 
 def plot_costs(rows: list[dict], environment: dict, path: Path) -> None:
@@ -45,7 +40,7 @@ def plot_costs(rows: list[dict], environment: dict, path: Path) -> None:
     right.set_yscale("log")
     left.set_ylim(bottom=1.0)
     low, high = right.get_ylim()
-    right.set_yticks([r for r in RATIOS if low <= r <= high])
+    right.set_yticks([ratio for ratio in RATIOS if low <= ratio <= high])
     right.set_title(f"x GEMM floor, D = {shape['dim']}, {shape['dtype']}")
 
     for axis in (left, right):
@@ -59,8 +54,7 @@ def plot_costs(rows: list[dict], environment: dict, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{environment['device']}, torch {environment['torch']}", fontsize=9)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    _save(figure, path)
 
 
 def _line(axis: Axes, rows: list[dict], label: str) -> None:
@@ -96,5 +90,37 @@ def plot_negatives(rows: list[dict], environment: dict, path: Path) -> None:
         f"{environment['device']}, torch {environment['torch']}",
         fontsize=9,
     )
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    _save(figure, path)
+
+
+def plot_distributed(rows: list[dict], environment: dict, path: Path) -> None:
+    """Peak memory of a rank against the number of ranks."""
+    rows = select(rows, kind="distributed")
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    modes = dict.fromkeys((row["loss"], row["dist_impl"]) for row in rows)
+    colors = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#777777")
+    for (loss, impl), color, marker in zip(modes, colors, "os^vDx", strict=True):
+        mine = select(rows, loss=loss, dist_impl=impl)
+        axis.plot(
+            [row["world_size"] for row in mine],
+            [row["peak_bytes"] / MIB for row in mine],
+            color=color,
+            marker=marker,
+            linestyle="-" if loss == "fused" else "--",
+            label=f"{loss} {impl}",
+        )
+    sizes = sorted({row["world_size"] for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, sizes)
+    axis.set(xlabel="world size", ylabel="peak memory per rank, MiB", ylim=(0, None))
+    shape = f"{rows[0]['local_batch']} x {rows[0]['dim']} fp32 on every rank"
+    axis.set_title(f"Memory beyond the features, {shape}", loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})  # the same bytes again
     plt.close(figure)

@@ -1,28 +1,22 @@
-"""Timing against the floor, rows of results, and where they were taken."""
+"""Timing: functions in turn, beside the plain products that no exact method can do without."""
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from .baselines import LOSSES
-from .memory import ROOT, peak_extra_bytes
+from .memory import peak_extra_bytes
+from .results import read_text
 from .workloads import Case
 
-RESULTS = ROOT / "benchmarks" / "results"
 QUEUE_CYCLES = 4_000_000  # of the device, 2 ms: longer than a host takes to launch a call
 USABLE_MEMORY = 0.8  # of what is available now; the rest is everybody else's
 
@@ -124,7 +118,8 @@ def measure(
 
     - matmul_precision: how float32 products are computed ("highest": exactly; else as tf32)
     - seconds, seconds_p10, seconds_p90: median and quantiles of ``repeats`` calls
-    - floor_seconds: median of as many plain products as the case needs; ratio_to_floor: r
+    - floor_seconds: median of as many plain products as the case needs
+    - ratio_to_floor: seconds / floor_seconds
     - peak_extra_bytes: see memory.py
     - skipped: why nothing was measured, or None
 
@@ -163,25 +158,30 @@ def measure(
             functions |= {_floor_label(n): run for n, run in floor.items() if n in needed}
             seconds = interleaved(functions, repeats, device=device, on_round=bar.update)
 
-    rows = []
-    for case in cases:
-        times = seconds.get(_label(case))
-        floor_times = seconds.get(_floor_label(case.products)) if times else None
-        rows.append(
-            {
-                "kind": "cost",
-                **asdict(case),
-                "matmul_precision": torch.get_float32_matmul_precision(),
-                "products": case.products,
-                "repeats": repeats,
-                **summary(times),
-                "floor_seconds": median(floor_times) if floor_times else None,
-                "ratio_to_floor": median(times) / median(floor_times) if floor_times else None,
-                "peak_extra_bytes": peaks.get(case),
-                "skipped": skipped[case],
-            }
-        )
-    return rows
+    return [_cost_row(case, repeats, seconds, peaks.get(case), skipped[case]) for case in cases]
+
+
+def _cost_row(
+    case: Case,
+    repeats: int,
+    seconds: dict[str, list[float]],
+    peak: int | None,
+    skipped: str | None,
+) -> dict:
+    times = seconds.get(_label(case))
+    floor_times = seconds.get(_floor_label(case.products)) if times else None
+    return {
+        "kind": "cost",
+        **asdict(case),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "products": case.products,
+        "repeats": repeats,
+        **summary(times),
+        "floor_seconds": median(floor_times) if floor_times else None,
+        "ratio_to_floor": median(times) / median(floor_times) if floor_times else None,
+        "peak_extra_bytes": peak,
+        "skipped": skipped,
+    }
 
 
 def _label(case: Case) -> str:
@@ -229,63 +229,6 @@ def available_bytes(device: str) -> int:
     if torch.device(device).type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        match = re.search(r"MemAvailable:\s+(\d+)", _read("/proc/meminfo"))
+        match = re.search(r"MemAvailable:\s+(\d+)", read_text("/proc/meminfo"))
         free = int(match[1]) << 10 if match else 8 << 30
     return int(free * USABLE_MEMORY)
-
-
-def environment(device: str = "cpu") -> dict:
-    """Where and when: what a reader needs to judge a number, and nothing that names the machine."""
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    else:
-        match = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
-        name = match[1].strip() if match else platform.machine()
-        capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "device": name,
-        "capability": capability,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def results_path(name: str, environment: dict) -> Path:
-    device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
-    return RESULTS / f"{environment['date'][:10]}-{device}-{name}.json"
-
-
-def write_results(name: str, environment: dict, rows: list[dict], path: Path | None = None) -> Path:
-    """Write {environment, rows} to ``path``, by default :func:`results_path`."""
-    path = path or results_path(name, environment)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    return path
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
 import torch
 
-MIB, GIB = 2**20, 2**30
+from ..common.results import GIB, MIB, fused_name, select
+
 REFERENCE = {"batch_size": 32768, "dim": 768, "dtype": "bfloat16", "logit_scale": 10.0}
 
 
@@ -32,15 +33,6 @@ def targets(rows: list[dict]) -> list[Target]:
         *_memory(rows),
         *_small_batches(rows),
     ]
-
-
-def fused_name(rows: Iterable[dict]) -> str:
-    names = {row.get("loss") for row in rows}
-    return "fused_triton" if "fused_triton" in names else "fused_torch"
-
-
-def select(rows: Iterable[dict], **fields: object) -> list[dict]:
-    return [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
 
 
 def _at_most(

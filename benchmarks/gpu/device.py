@@ -1,10 +1,10 @@
 """One call that measures everything a GPU has to show, within ten minutes.
 
-``python -m benchmarks.gpu.device`` runs the parts of parts/, most valuable first. It writes a results
-file after each part, draws a plot, and prints every figure beside its target last. A part that
-fails is named, and the others still run. Several calls can share the work: ``--only`` picks parts,
-``--into`` adds their rows to an earlier call's file. On a CPU, and with ``--quick``, the sizes are
-tiny, to see whether everything runs.
+``python -m benchmarks.gpu.device`` runs the parts of parts/, most valuable first. It writes a
+results file after each part, draws a plot, and prints every figure beside its target last. A part
+that fails is named, and the others still run. Several calls can share the work: ``--only`` picks
+parts, ``--into`` adds their rows to an earlier call's file. On a CPU, and with ``--quick``, the
+sizes are tiny, to see whether everything runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ..common.timing import RESULTS, environment, results_path, write_results
+from ..common.results import RESULTS, environment, results_path, write_results
 from .acceptance import targets
 from .part_worker import Event, Worker, events
 from .parts import PARTS, Part

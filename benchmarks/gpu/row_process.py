@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from ..common.memory import ROOT
+from ..common.results import ROOT
 
 SILENCE = 25  # seconds without a row after which a process is taken to hang
 

@@ -29,17 +29,8 @@ from fused_siglip.kernels import BACKENDS, Pairs, panel_class
 from fused_siglip.planner import plan_panels
 
 from ..common.baselines import default_fused
-from ..common.memory import ROOT
-from ..common.timing import (
-    RESULTS,
-    environment,
-    floors,
-    interleaved,
-    median,
-    results_path,
-    summary,
-    write_results,
-)
+from ..common.results import RESULTS, ROOT, environment, results_path, write_results
+from ..common.timing import floors, interleaved, median, summary
 from ..common.workloads import Case, Inputs, make_inputs, step
 from .parts.checks import cuda_tool
 from .parts.timings import _captured

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..common.markdown import MISSING, Results, bullet, table
-from ..gpu.acceptance import select
+from ..common.markdown import MISSING, bullet, table
+from ..common.results import Results, select
 
 TITLE = "## What the compilers make of the panel kernels"
 

@@ -11,18 +11,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.timing import environment, write_results
+from ..common.results import environment, write_results
 
 ON_CUDA = "a CUDA device"
 # By file and function.
 REASONS = {
-    "fused_siglip/__main__.py _device": "the self-check on a GPU",
-    "fused_siglip/__main__.py describe": "the self-check on a GPU",
-    "fused_siglip/__main__.py _version": "triton not installed: its version line",
-    "fused_siglip/distributed/exchange.py _exchange": "a group without gloo, which exchanges by NCCL",
+    "fused_siglip/testing/selfcheck.py _device": "the self-check on a GPU",
+    "fused_siglip/testing/selfcheck.py describe": "the self-check on a GPU",
+    "fused_siglip/testing/selfcheck.py _version": "triton not installed: its version line",
+    "fused_siglip/distributed/exchange.py _exchange": "a group without gloo: NCCL exchanges",
     "kernels/torch_products.py add_product": f"{ON_CUDA}: half operands with a float32 sum",
     "fused_siglip/sweep.py _multiprocessors": f"{ON_CUDA}: its multiprocessors",
-    "kernels/__init__.py why_not_default": "Triton's interpreter: it could run, and is not chosen",
+    "kernels/registry.py why_not_default": "Triton's interpreter: it could run, and is not chosen",
     "kernels/torch_panel.py TorchPanel.__call__": f"{ON_CUDA}: half operands that stay half",
 }
 

@@ -1,86 +1,47 @@
-"""Builds docs/performance.md, and the tables of README and of other pages, from the newest results
-files.
+"""Writes docs/performance.md, and the blocks of other pages, from the newest results files.
 
-``python -m benchmarks.report.render`` rewrites them, and ``--check`` fails where they are not what it
+``python -m benchmarks.report.render`` writes them, and ``--check`` fails where they are not what it
 would write: no number on these pages is typed by hand.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..common.markdown import Results
-from ..common.memory import ROOT
-from ..common.plots import plot_costs, plot_negatives
-from ..common.timing import RESULTS
-from ..gpu.acceptance import select
+from ..common.plots import plot_costs, plot_distributed, plot_negatives
+from ..common.results import ROOT, Results, load, select
+from . import trust_report
 from .compiled_report import compiled_section
-from .distributed_report import ranks_block
-from .performance import (
-    cpu_section,
-    cpu_sentence,
-    demo_section,
-    gpu_sections,
-    negatives_table,
-    readme_table,
-    stacks_table,
-    tested,
-)
+from .distributed_report import distributed_block
+from .gpu_report import gpu_sections
+from .integrations_report import integrations_block
+from .negatives_report import negatives_block
+from .performance import INTRODUCTION, cpu_section, demo_section
+from .readme_report import readme_block
 
 BLOCK = re.compile(r"(<!-- results:begin -->\n).*(<!-- results:end -->)", re.DOTALL)
-README_SIZES = {"cpu": (1024, 4096, 8192), "gpu": (4096, 32768, 65536)}
-INTRODUCTION = """\
-# Performance
-
-`python -m benchmarks.report.render` writes this page from the newest files in
-[benchmarks/results](../benchmarks/results); [benchmarks/README.md](../benchmarks/README.md) says
-how each number is measured. x floor (x GEMM floor) is a loss's time over that of the plain matrix
-products that no exact method can avoid, in the same run: 1.00 would be free. MiB is peak memory
-beyond inputs and gradients. The logit scale is t, and t = 10 where a table does not say."""
-
-
-def load(folder: Path = RESULTS) -> dict[str, list[Results]]:
-    """By name (loss, demo, device, compiled) the newest file of each device, newest first."""
-    newest: dict[tuple[str, str], Results] = {}
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        relative = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-        results = Results(relative, content["environment"], content["rows"])
-        key = (path.stem.rsplit("-", 1)[-1], results.environment["device"])
-        if key not in newest or results.environment["date"] > newest[key].environment["date"]:
-            newest[key] = results
-    found: dict[str, list[Results]] = {}
-    for (name, _), results in newest.items():
-        found.setdefault(name, []).append(results)
-    for several in found.values():
-        several.sort(key=lambda results: results.environment["date"], reverse=True)
-    return found
+PERFORMANCE = "docs/performance.md"
+# Pages that are written by hand but for one block.
+FILLED = ("README.md", "docs/integrations.md", "docs/negatives.md", "docs/distributed.md")
 
 
 class Pages:
     """What is to be written, as a function of the results."""
 
     def __init__(self, found: dict[str, list[Results]]):
-        def on(name: str, gpu: bool) -> list[Results]:
-            return [results for results in found.get(name, []) if _ran_on_gpu(results) == gpu]
+        def first(name: str, on_gpu: bool = False) -> Results | None:
+            return next((r for r in found.get(name, []) if _ran_on_gpu(r) == on_gpu), None)
 
-        def first(several: list[Results]) -> Results | None:
-            return several[0] if several else None
-
-        self.gpu = on("device", gpu=True)
-        self.cpu = first(on("loss", gpu=False))
-        self.demo = first(found.get("demo", []))
-        self.compiled = first(found.get("compiled", []))
-        self.gluon = first(found.get("gluon", []))
-        self.tuned = found.get("tune", [])
-        self.stacks = first(found.get("integrations", []))
-        self.negatives = first(found.get("negatives", []))
-        self.ranks = first(found.get("distributed", []))
+        self.found = found
+        self.gpu = [results for results in found.get("device", []) if _ran_on_gpu(results)]
+        self.cpu, self.demo = first("loss"), first("demo")
+        self.compiled, self.gluon = first("compiled"), first("gluon")
+        self.integrations, self.negatives = first("integrations"), first("negatives")
+        self.distributed = first("distributed")
 
     def plots(self) -> dict[str, tuple[Callable, Results]]:
         """File under docs/, what draws it, and of which results."""
@@ -90,57 +51,39 @@ class Pages:
         shown = {n: (plot_costs, r) for n, r in costs.items() if select(r.rows, kind="cost")}
         if self.negatives is not None:
             shown["negatives.png"] = plot_negatives, self.negatives
+        if self.distributed is not None:
+            shown["distributed_memory.png"] = plot_distributed, self.distributed
         return shown
 
     def performance(self) -> str:
         parts = [
             INTRODUCTION,
-            gpu_sections(self.gpu, _plot_name, self.tuned),
+            gpu_sections(self.gpu, _plot_name, self.found.get("tune", [])),
             cpu_section(self.cpu, "performance_cpu.png"),
             demo_section(self.demo),
             compiled_section(self.compiled, self.gluon),
         ]
         return "\n\n".join(parts) + "\n"
 
+    def block(self, name: str) -> list[str]:
+        """The paragraphs of a page's block."""
+        if name == "README.md":
+            return readme_block(self.gpu, self.cpu)
+        make, results = {
+            "docs/integrations.md": (integrations_block, self.integrations),
+            "docs/negatives.md": (negatives_block, self.negatives),
+            "docs/distributed.md": (distributed_block, self.distributed),
+        }[name]
+        return [] if results is None else make(results)
+
     def filled(self, name: str, before: str) -> str:
         """A page of :data:`FILLED` with its block replaced."""
-        block = "\n\n".join(
-            list(filter(None, FILLED[name](self))) or ["No results file exists yet."]
-        )
+        parts = list(filter(None, self.block(name))) or ["No results file exists yet."]
+        block = "\n\n".join(parts)
         after, count = BLOCK.subn(lambda match: f"{match[1]}{block}\n{match[2]}", before)
         if count != 1:
             raise ValueError(f"{name} has {count} blocks of results: expected one")
         return after
-
-    def stacks_parts(self) -> list[str]:
-        return [] if self.stacks is None else [stacks_table(self.stacks)]
-
-    def negatives_parts(self) -> list[str]:
-        return [] if self.negatives is None else [negatives_table(self.negatives)]
-
-    def ranks_parts(self) -> list[str]:
-        return [] if self.ranks is None else ranks_block(self.ranks)
-
-    def readme_parts(self) -> list[str]:
-        """A table for each GPU and a line on the CPU, or else the CPU's table."""
-        shown = [results for results in self.gpu if select(results.rows, kind="cost")]
-        parts = []
-        for results in shown:
-            parts += [readme_table(results, README_SIZES["gpu"]), tested(results)]
-        if self.cpu is not None and shown:
-            parts.append(cpu_sentence(self.cpu))
-        elif self.cpu is not None:
-            parts.append(readme_table(self.cpu, README_SIZES["cpu"]))
-        return parts
-
-
-# Pages that are written by hand but for their block, and what it holds.
-FILLED = {
-    "README.md": Pages.readme_parts,
-    "docs/integrations.md": Pages.stacks_parts,
-    "docs/negatives.md": Pages.negatives_parts,
-    "docs/distributed.md": Pages.ranks_parts,
-}
 
 
 def _ran_on_gpu(results: Results) -> bool:
@@ -153,11 +96,11 @@ def _plot_name(results: Results) -> str:
 
 
 def stale(pages: Pages, root: Path = ROOT) -> list[str]:
-    """The files that are not what would be written. Of plots only whether they exist."""
-    page = root / "docs/performance.md"
+    """The files that are not what would be written. Plots need only exist."""
+    page = root / PERFORMANCE
     names = []
     if not page.exists() or page.read_text() != pages.performance():
-        names.append("docs/performance.md")
+        names.append(PERFORMANCE)
     for name in FILLED:
         before = (root / name).read_text()
         if before != pages.filled(name, before):
@@ -168,7 +111,7 @@ def stale(pages: Pages, root: Path = ROOT) -> list[str]:
 
 def write(pages: Pages, root: Path = ROOT) -> None:
     (root / "docs").mkdir(exist_ok=True)
-    (root / "docs/performance.md").write_text(pages.performance())
+    (root / PERFORMANCE).write_text(pages.performance())
     for name in FILLED:
         (root / name).write_text(pages.filled(name, (root / name).read_text()))
     for name, (plot, results) in pages.plots().items():
@@ -179,11 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.report.render", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
     args = parser.parse_args(arguments)
-    pages = Pages(load())
+    found = load()
+    pages, trust = Pages(found), ROOT / trust_report.PAGE
+    before = trust.read_text()
+    after = trust_report.filled(before, found)
     if not args.check:
         write(pages)
+        trust.write_text(after)
         return 0
-    names = stale(pages)
+    names = stale(pages) + [trust_report.PAGE] * (before != after)
     for name in names:
         print(f"{name} is out of date: run python -m benchmarks.report.render")
     return int(bool(names))

@@ -1,30 +1,22 @@
-"""Fills the blocks of docs/trust.md from the newest results file of each kind.
-
-``python -m benchmarks.report.trust_report`` rewrites them, and ``--check`` fails where they are not
-what it would write: no number in them is typed by hand.
-"""
+"""The blocks of docs/trust.md, each from the newest results file of its kind."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 
-from ..common.markdown import Results, number, table
-from ..common.memory import ROOT
-from ..gpu.acceptance import select
-from .performance import label
-from .render import load
+from ..common.markdown import number, table
+from ..common.results import Results, select
+from .tables import label
 
 PAGE = "docs/trust.md"
 BLOCK = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
-LAWS = {
+INVARIANTS = {
     "repeated": "the same call again gives the same bits",
     "permuted": "permuting pairs together changes nothing (with ids, each tower alone)",
     "panels": "any cut into panels changes nothing",
@@ -55,8 +47,8 @@ def fuzz(found: Results) -> str:
          _seed(r)]
         for r in select(found.rows, kind="dtype")
     )  # fmt: skip
-    laws = (
-        [LAWS[r["law"]], f"{r['cases']:,}", f"{r['share']:.3f}", _seed(r)]
+    invariants = (
+        [INVARIANTS[r["law"]], f"{r['cases']:,}", f"{r['share']:.3f}", _seed(r)]
         for r in select(found.rows, kind="law")
     )
     return "\n\n".join(
@@ -64,12 +56,12 @@ def fuzz(found: Results) -> str:
             f"**{run['cases']:,} cases in one run of {run['seconds']:,.0f} s: {misses}.** "
             + found.source("../"),
             table(["against float64", "cases", "worst share", "of", "seed"], dtypes),
-            table(["law", "cases", "worst share", "seed"], laws),
+            table(["invariant", "cases", "worst share", "seed"], invariants),
         ]
     )
 
 
-def budget(found: Results) -> str:
+def error_growth(found: Results) -> str:
     names = list(dict.fromkeys(row["loss"] for row in found.rows))
     order = " / ".join(label(name).replace("*", "") for name in names)
     parts = [f"In each cell: {order}. {found.source('../')}"]
@@ -170,7 +162,7 @@ COUNTS = {
     "MB installed": "megabytes",
 }
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    block.__name__: block for block in (fuzz, budget, mutations, longrun, coverage, versions)
+    block.__name__: block for block in (fuzz, error_growth, mutations, longrun, coverage, versions)
 }
 
 
@@ -186,21 +178,3 @@ def filled(text: str, found: dict[str, list[Results]]) -> str:
         return f"{match[1]}{said}\n{match[3]}"
 
     return BLOCK.sub(block, text)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.report.trust_report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
-    args = parser.parse_args(arguments)
-    before = (ROOT / PAGE).read_text()
-    after = filled(before, load())
-    if not args.check:
-        (ROOT / PAGE).write_text(after)
-    elif before != after:
-        print(f"{PAGE} is out of date: run python -m benchmarks.report.trust_report")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

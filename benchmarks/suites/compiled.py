@@ -30,7 +30,7 @@ from fused_siglip.kernels.triton_math import SATURATED_LOGIT
 from fused_siglip.kernels.triton_panel import count_constants
 from fused_siglip.kernels.triton_products import product_constants, product_kernel
 
-from ..common.timing import environment, write_results
+from ..common.results import environment, write_results
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # dtype and, for fp32, how it is multiplied

@@ -25,7 +25,7 @@ from fused_siglip.kernels import GRAD_SCALE
 from fused_siglip.kernels.hopper import HOPPER, HopperConfig
 from fused_siglip.kernels.hopper_kernel import hopper_panel_kernel
 
-from ..common.timing import environment, write_results
+from ..common.results import environment, write_results
 from .compiled import INSTRUCTION, basic_blocks
 
 

@@ -23,8 +23,9 @@ from fused_siglip.estimate import cost
 from tests.launch import launch, returned
 
 from ..common.baselines import open_clip_loss_module
-from ..common.memory import ROOT, hold_no_freed_memory, peak_bytes
-from ..common.timing import environment, interleaved, median, write_results
+from ..common.memory import hold_no_freed_memory, peak_bytes
+from ..common.results import ROOT, environment, write_results
+from ..common.timing import interleaved, median
 from ..common.traffic import counted
 
 # How many times (W - 1) chunks, each the size of a rank's texts, a rank sends in a step of
@@ -186,87 +187,6 @@ def _row(
     }
 
 
-def _mib(value: int | None) -> str:
-    return "-" if value is None else f"{value / 2**20:.1f}"
-
-
-def table(rows: list[dict]) -> str:
-    """One world size: the modes, then gloo."""
-    line = "{:<17} {:>8} {:>8} {:>8} {:>9} {:>9} {:>9} {:>10}".format
-    lines = [line("mode", "ms", "compute", "comm.", "sent MiB", "formula", "peak MiB", "predicted")]
-    for r in rows:
-        if r["kind"] == "distributed":
-            seconds = (r[k] for k in ("seconds", "compute_seconds", "communication_seconds"))
-            sizes = ("bytes_sent", "bytes_formula", "peak_bytes", "predicted_peak_bytes")
-            lines.append(
-                line(
-                    f"{r['loss']} {r['dist_impl']}",
-                    *(f"{s * 1e3:.0f}" for s in seconds),
-                    *(_mib(r[k]) for k in sizes),
-                )
-            )
-    own = [f"{r['operation']} {_mib(r['peak_bytes'])}" for r in rows if r["kind"] == "gloo"]
-    if own:
-        lines.append(f"gloo's own MiB: {', '.join(own)}")
-    return "\n".join(lines)
-
-
-def growth(rows: list[dict]) -> str:
-    """Peak memory from the smallest world of several ranks to the largest."""
-    lines = []
-    for whose, impl in MODES:
-        of_mode = {
-            r["world_size"]: r["peak_bytes"]
-            for r in rows
-            if r["kind"] == "distributed" and (r["loss"], r["dist_impl"]) == (whose, impl)
-        }
-        sizes = sorted(w for w in of_mode if w > 1)
-        if len(sizes) > 1:
-            change = of_mode[sizes[-1]] / of_mode[sizes[0]] - 1
-            lines.append(f"{whose + ' ' + impl:<17} {change:>+8.1%}")
-    if lines:
-        lines.insert(0, f"peak memory per rank from W = {sizes[0]} to W = {sizes[-1]}")
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib  # here, so that the ranks need not load it
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # Okabe and Ito's palette, which the colour-blind can tell apart
-    colors = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#777777")
-    figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
-    of_modes = [r for r in rows if r["kind"] == "distributed"]
-    for (whose, impl), color, marker in zip(MODES, colors, "os^vDx", strict=True):
-        mine = [r for r in of_modes if (r["loss"], r["dist_impl"]) == (whose, impl)]
-        axes.plot(
-            [r["world_size"] for r in mine],
-            [r["peak_bytes"] / 2**20 for r in mine],
-            color=color,
-            marker=marker,
-            linestyle="-" if whose == "fused" else "--",
-            label=f"{whose} {impl}",
-        )
-    sizes = sorted({r["world_size"] for r in of_modes})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, sizes)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("world size")
-    axes.set_ylabel("peak memory per rank, MiB")
-    first = of_modes[0]
-    axes.set_title(
-        f"Memory beyond the features, {first['local_batch']} x {first['dim']} fp32 on every rank",
-        loc="left",
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.suites.distributed", description=__doc__)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -277,6 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="results file; by default under results/")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "distributed_memory.png")
     args = parser.parse_args(arguments)
+    # here, so that the ranks need not load matplotlib
+    from ..common.plots import plot_distributed
+    from ..report.distributed_report import growth, modes_table
+
     if args.quick:
         args.world_sizes, args.local_batch, args.dim, args.repeats = [1, 2, 3], 128, 64, 2
 
@@ -285,11 +209,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict] = []
     for new in measure(args.world_sizes, args.local_batch, args.dim, args.repeats):
         shape = f"{args.local_batch} x {args.dim} fp32 on every rank"
-        print(f"\nW = {new[0]['world_size']}, {shape}\n{table(new)}", flush=True)
+        print(f"\nW = {new[0]['world_size']}, {shape}\n{modes_table(new)}", flush=True)
         rows += new
-    print(f"\n{growth(rows)}")
+    changes = growth(rows).replace(", ", "\n")
+    print(f"\npeak memory per rank, from the smallest world of several to the largest:\n{changes}")
     path = write_results("distributed", where, rows, args.output)
-    plot(rows, args.plot)
+    plot_distributed(rows, where, args.plot)
     print(f"\n{len(rows)} rows written to {path}")
 
 

@@ -1,8 +1,8 @@
 """How far the loss and its gradients are from exact: by dtype, as t, B and D grow.
 
-``python -m benchmarks.suites.error_growth`` measures the fused loss beside eager in the same dtype and
-writes a results file, of which docs/trust.md has the tables. Errors of float64 features are measured
-against extended precision (numpy's longdouble), all others against float64.
+``python -m benchmarks.suites.error_growth`` measures the fused loss beside eager in the same dtype
+and writes a results file, of which docs/trust.md has the tables. Errors of float64 features are
+measured against extended precision (numpy's longdouble), all others against float64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..common.baselines import LOSSES, obstacles
 from ..common.reference import LossAndGrads, float64_reference
-from ..common.timing import environment, write_results
+from ..common.results import environment, write_results
 from ..common.workloads import Inputs, make_inputs, step
 
 BASELINES = ("fused_triton", "fused_torch", "eager")
@@ -72,7 +72,7 @@ def measure(names: Sequence[str], dtype: str, point: dict, device: str) -> list[
         exact = float64_reference(*inputs)
     return [
         {
-            "kind": "budget",
+            "kind": "error_growth",
             "loss": name,
             "dtype": dtype,
             **point,
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     where = environment(args.device)
     rows = run(args.device, QUICK if args.quick else GROWING)
-    print(f"{len(rows)} rows written to {write_results('budget', where, rows, args.output)}")
+    print(f"{len(rows)} rows written to {write_results('error_growth', where, rows, args.output)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import transformers_memory
 from tqdm import tqdm
 
 from ..common.memory import peak_extra_bytes
-from ..common.timing import environment, write_results
+from ..common.results import environment, write_results
 from ..common.workloads import Case
 
 BATCH_SIZES = (1024, 4096)

@@ -23,7 +23,8 @@ from ..common.reference import (
     rounded_once,
     sampled_reference,
 )
-from ..common.timing import environment, measure, obstacle, write_results
+from ..common.results import environment, write_results
+from ..common.timing import measure, obstacle
 from ..common.workloads import Case, make_inputs
 
 PARTS = ("time", "memory", "accuracy")

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from ..common.baselines import default_fused
-from ..common.timing import environment, measure, write_results
+from ..common.results import environment, write_results
+from ..common.timing import measure
 from ..common.workloads import Case
 
 SHARES = (0.5, 0.25, 0.1, 0.05, 0.01, 0.001, 0.0001)

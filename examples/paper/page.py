@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common.markdown import table
-from benchmarks.common.memory import ROOT
+from benchmarks.common.results import ROOT
 
 from .study import ResultsFile, Study, claims
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ...common.memory import ROOT
+from ...common.results import ROOT
 from ...common.workloads import Case
 from ...suites.loss import BIAS, SCALES, accuracy
 from .run import Run, Skipped, matmul_precision, usable
