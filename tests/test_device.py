@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 from benchmarks.common.baselines import LOSSES
 from benchmarks.gpu import device
 from benchmarks.gpu.acceptance import targets
-from benchmarks.gpu.part_worker import Worker
+from benchmarks.gpu.part_process import PartProcess
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.parts.breakdown import counter_table
 from benchmarks.gpu.parts.checks import findings, pytest_summary
@@ -92,7 +92,7 @@ def test_a_failing_part_is_survived_and_named(monkeypatch, tmp_path, capsys):
 
 
 def test_parts_in_a_process_of_their_own(monkeypatch):
-    monkeypatch.setattr(Worker, "GRACE", 0)
+    monkeypatch.setattr(PartProcess, "GRACE", 0)
     run = Run("cpu", QUICK, time.monotonic() + 120)
     with closing(device.Isolated()) as execute:
         assert execute(Part(good, 1), run) == [("row", {"kind": "good"}), ("ok", None)]
@@ -112,7 +112,7 @@ def test_parts_in_a_process_of_their_own(monkeypatch):
 
 
 def test_what_a_part_started_ends_with_it(monkeypatch):
-    monkeypatch.setattr(Worker, "GRACE", 0)
+    monkeypatch.setattr(PartProcess, "GRACE", 0)
     run = Run("cpu", QUICK, time.monotonic() + 120)
     with closing(device.Isolated()) as execute:
         execute(Part(good, 1), run)  # it has started
@@ -127,7 +127,7 @@ def test_what_a_part_started_ends_with_it(monkeypatch):
 
 def test_all_parts_fit_one_command_of_ten_minutes():
     total = sum(part.seconds for part in PARTS.values())
-    assert total + Worker.GRACE <= 9.5 * 60
+    assert total + PartProcess.GRACE <= 9.5 * 60
     now = time.monotonic()
     run = Run("cuda", FULL, now + 9 * 60)
     ends = list(device._deadlines(PARTS, run).values())

@@ -6,8 +6,9 @@ import functools
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -15,20 +16,22 @@ from tqdm import tqdm
 from .baselines import LOSSES
 from .memory import peak_extra_bytes
 from .results import read_text
-from .workloads import Case
+from .workloads import Case, Inputs
 
 QUEUE_CYCLES = 4_000_000  # of the device, 2 ms: longer than a host takes to launch a call
 USABLE_MEMORY = 0.8  # of what is available now; the rest is everybody else's
 
+Key = TypeVar("Key", bound=Hashable)
+
 
 def interleaved(
-    functions: dict[str, Callable[[], object]],
+    functions: dict[Key, Callable[[], object]],
     repeats: int,
     warmup: int = 1,
     device: str = "cpu",
     on_round: Callable[[], object] = lambda: None,
     queued: bool = True,
-) -> dict[str, list[float]]:
+) -> dict[Key, list[float]]:
     """Seconds of every call, ``repeats`` each. Round robin, so that drift hits all alike.
 
     On a GPU the calls are ``queued`` behind other work, as in a training step: what counts is the
@@ -37,7 +40,7 @@ def interleaved(
     seconds_of = _cpu_seconds
     if torch.device(device).type == "cuda":
         seconds_of = functools.partial(_cuda_seconds, queued=queued)
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[Key, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
         for name, function in functions.items():
             elapsed = seconds_of(function)
@@ -107,6 +110,28 @@ def floors(
             torch.mm(g, y, out=dx)
 
     return {products: functools.partial(run, products) for products in (1, 2, 3)}
+
+
+def beside_floor(
+    functions: dict[Key, Callable[[], object]], inputs: Inputs, repeats: int
+) -> dict[Key, dict[str, float | None]]:
+    """Times of whole steps on these inputs, in turn with the three plain products.
+
+    For each function the fields that rows of results have: see :func:`measure`.
+    """
+    device = str(inputs.x.device)
+    (m, d), n = inputs.x.shape, len(inputs.y)
+    floor = floors(m, n, d, inputs.x.dtype, device)[3]
+    *steps, plain = interleaved({**functions, "floor": floor}, repeats, device=device).values()
+    base = median(plain)
+    return {
+        key: {
+            **summary(times),
+            "floor_seconds": base,
+            "ratio_to_floor": median(times) / base,
+        }
+        for key, times in zip(functions, steps, strict=True)
+    }
 
 
 def measure(

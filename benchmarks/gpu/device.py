@@ -23,7 +23,7 @@ import torch
 
 from ..common.results import RESULTS, environment, results_path, write_results
 from .acceptance import targets
-from .part_worker import Event, Worker, events
+from .part_process import Event, PartProcess, events
 from .parts import PARTS, Part
 from .parts.run import FULL, QUICK, Run
 
@@ -52,10 +52,10 @@ class Isolated:
     """Runs parts in a worker process, a fresh one after each that went wrong."""
 
     def __init__(self) -> None:
-        self.worker: Worker | None = None
+        self.worker: PartProcess | None = None
 
     def __call__(self, part: Part, run: Run) -> list[Event]:
-        self.worker = self.worker or Worker()
+        self.worker = self.worker or PartProcess()
         found = list(self.worker.events(part.rows, run))
         if found[-1][0] == "failed":
             self.close()
@@ -158,15 +158,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="part")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="by default results/")
     parser.add_argument("--into", type=Path, help="results file of an earlier call, to add to")
-    parser.add_argument("--commit", help="of the tree, where git cannot tell")
+    parser.add_argument("--commit", help="of the tree, where git does not know it")
     parser.add_argument("--budget-minutes", type=float, default=9.0)
     args = parser.parse_args(arguments)
 
     deadline = time.monotonic() + 60 * args.budget_minutes
     on_gpu = torch.device(args.device).type == "cuda"
     run = Run(args.device, FULL if on_gpu and not args.quick else QUICK, deadline)
-    where = environment(args.device)
-    where["commit"] = where["commit"] or args.commit
+    where = environment(args.device, args.commit)
     path = args.output_dir / (args.into or results_path("device", where)).name
     try:
         kept = kept_rows(args.into, where, args.only) if args.into else []

@@ -15,7 +15,7 @@ from ..common.results import ROOT
 SILENCE = 25  # seconds without a row after which a process is taken to hang
 
 
-class Child:
+class RowProcess:
     """A process that runs a module, which prints rows as lines of JSON."""
 
     def __init__(self, module: str, *arguments: str):

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,6 +28,7 @@ from fused_siglip.kernels.triton_math import SATURATED_LOGIT
 from fused_siglip.kernels.triton_panel import count_constants
 from fused_siglip.kernels.triton_products import product_constants, product_kernel
 
+from ..common.machine_code import basic_blocks, disassemble
 from ..common.results import environment, write_results
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -77,14 +76,12 @@ def compile_panel(
     store_dlogits: bool = True,
     scalar_grads: bool = True,
     d: int = 768,
-    config: PanelConfig | None = None,
 ) -> Compiled:
-    """Compile as a launch on contiguous (.., d) features does; by default the shipped config.
+    """Compile as a launch on contiguous (.., d) features does.
 
     kept: how negatives are chosen, by "hash" or by "logit"; None: all are kept.
     """
-    if config is None:
-        config = panel_config(_capability(target), dtype, precision, store_dlogits)
+    config = panel_config(_capability(target), dtype, precision, store_dlogits)
     constants = {
         "stride_xd": 1,
         "stride_yd": 1,
@@ -197,23 +194,15 @@ def _compile(
 
 
 def _inspect_cuda(kernel, config: PanelConfig, target: str) -> Compiled:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage, sass = (
-            subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.M)
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    code = disassemble(kernel)
+    opcodes = code.opcodes
     shared = kernel.metadata.shared
     threads = 32 * config.num_warps
     matrix = ("HGMMA", "UTCHMMA", "HMMA")
     return Compiled(
         config,
-        registers=registers,
-        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        registers=code.registers,
+        stack_bytes=code.stack_bytes,
         spills=sum(op in ("LDL", "STL") for op in opcodes),
         shared_bytes=shared,
         tensor_core=next((op for op in matrix if op in opcodes), ""),
@@ -223,28 +212,10 @@ def _inspect_cuda(kernel, config: PanelConfig, target: str) -> Compiled:
         instructions=len(opcodes),
         # registers come in eights, and the system takes 1 KiB of shared memory a program
         occupancy=min(
-            65536 // (threads * -(-registers // 8) * 8), SHARED[target][0] // (shared + 1024)
+            65536 // (threads * -(-code.registers // 8) * 8), SHARED[target][0] // (shared + 1024)
         ),
-        epilogue=_epilogues(sass),
+        epilogue=_epilogues(code.sass),
     )
-
-
-INSTRUCTION = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(.*)"
-
-
-def basic_blocks(sass: str) -> list[list[str]]:
-    """Instructions without their operands, between branches and what these lead to."""
-    code = [(int(at, 16), op, rest) for at, op, rest in re.findall(INSTRUCTION, sass, re.M)]
-    targets = {int(t, 16) for _, op, rest in code if op == "BRA"
-               for t in re.findall(r"0x([0-9a-f]+)", rest)}  # fmt: skip
-    blocks: list[list[str]] = [[]]
-    for at, op, rest in code:
-        if at in targets:
-            blocks.append([])
-        blocks[-1].append(op + re.match(r"\S*", rest)[0])
-        if op in ("BRA", "EXIT"):
-            blocks.append([])
-    return blocks
 
 
 def _epilogues(sass: str) -> dict[str, float]:

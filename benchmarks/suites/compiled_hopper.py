@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,8 +23,8 @@ from fused_siglip.kernels import GRAD_SCALE
 from fused_siglip.kernels.hopper import HOPPER, HopperConfig
 from fused_siglip.kernels.hopper_kernel import hopper_panel_kernel
 
+from ..common.machine_code import basic_blocks, disassemble
 from ..common.results import environment, write_results
-from .compiled import INSTRUCTION, basic_blocks
 
 
 @dataclass(frozen=True)
@@ -103,22 +101,15 @@ def compile_gluon(
 
 
 def _inspect(kernel) -> Compiled:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage, sass = (
-            subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    opcodes = Counter(op for _, op, _ in re.findall(INSTRUCTION, sass, re.M))
+    code = disassemble(kernel)
+    opcodes, sass = Counter(code.opcodes), code.sass
     products = set(re.findall(r"HGMMA\.([0-9x]+)", sass))
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
     return Compiled(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        registers=code.registers,
         threads=int(threads[1]),
         pools=tuple(int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", kernel.asm["ptx"])),
-        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        stack_bytes=code.stack_bytes,
         spills=opcodes["LDL"] + opcodes["STL"],
         spills_in_loops=sum(
             op.startswith(("LDL", "STL"))

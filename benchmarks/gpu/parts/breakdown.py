@@ -1,22 +1,17 @@
-"""Where does the time go? The pieces of a sweep one by one, and the profilers' counters."""
+"""Where the time of a step goes: its pieces one by one, and what the profilers count."""
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Iterator
 
 import torch
 
-from fused_siglip.kernels import GRAD_SCALE, Pairs, panel_class
-from fused_siglip.kernels.torch_products import add_product
-
+from ...common.panels import gradient_products, panel_call, plan_of
 from ...common.timing import interleaved, median, summary
-from ...common.workloads import Case
-from .checks import cuda_tool, in_time
+from ...common.workloads import Case, Inputs
+from ..tools import in_time, ncu_command, ncu_rows
 from .run import Run, Skipped
-from .timings import plan_of
 
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
 ONE_STEP = """
@@ -32,26 +27,17 @@ def breakdown(run: Run) -> Iterator[dict]:
     size, dim = run.sizes.panels
     case = Case(run.fused, size, dim, "bfloat16", run.device)
     inputs = case.inputs()
-    plan = plan_of(inputs, run)
-    x, y = (
+    plan = plan_of(inputs, run.backend)
+    one = Inputs(
         inputs.x[: plan.rows].to(plan.operand_dtype),
         inputs.y[: plan.cols].to(plan.operand_dtype),
+        inputs.t,
+        inputs.b,
     )
-    panel = panel_class(run.backend)(
-        plan.rows, plan.cols, plan.operand_dtype, x.device, store_dlogits=True, scalar_grads=True
-    )
-    sums = torch.zeros(3, device=x.device)
-
-    def kernel() -> torch.Tensor:
-        return panel(x, y, inputs.t, inputs.b, Pairs(diagonal=0), sums)
-
-    g = kernel()
-    dx, dy = (torch.zeros(v.shape, device=x.device) for v in (x, y))
-    alpha = 1.0 / GRAD_SCALE.get(plan.operand_dtype, 1.0)
+    kernel = panel_call(one, run.backend)
     pieces = {
         "panel kernel": kernel,
-        "dX product": lambda: add_product(dx, g, y, alpha, fresh=False),
-        "dY product": lambda: add_product(dy, g.T, x, alpha, fresh=False),
+        **gradient_products(kernel()[0], one),
         "whole step": case.step(inputs),
     }
     seconds = interleaved(pieces, run.sizes.repeats, device=run.device)
@@ -116,10 +102,7 @@ def counters(run: Run) -> Iterator[dict]:
 
 
 def _hardware_counters(run: Run, size: int, dim: int) -> Iterator[dict]:
-    # clock control would set the card's clocks, which are not ours to set
-    command = [cuda_tool("ncu"), "--csv", "--clock-control", "none", "--launch-count", "1"]
-    command += ["--kernel-name", "panel_kernel"]
-    command += [argument for section in SECTIONS for argument in ("--section", section)]
+    command = ncu_command(SECTIONS)
     command += [sys.executable, "-c", ONE_STEP, run.fused, str(size), str(dim)]
     done = in_time(command, run)
     rows = counter_table(done.stdout)
@@ -140,7 +123,5 @@ def _hardware_counters(run: Run, size: int, dim: int) -> Iterator[dict]:
 
 
 def counter_table(output: str) -> list[dict[str, str]]:
-    """The rows of ncu's CSV, which follows what ncu and the program print; none where it failed."""
-    table = output[output.find('"ID"') :]
-    rows = csv.DictReader(io.StringIO(table)) if table.startswith('"ID"') else ()
-    return [row for row in rows if row.get("Metric Name")]  # the others are advice
+    """What ncu measured, without its advice; nothing where it failed."""
+    return [row for row in ncu_rows(output) if row.get("Metric Name")]

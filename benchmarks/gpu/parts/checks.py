@@ -1,25 +1,23 @@
-"""Is it right? The tests, float64, the same bits every time, memory and race checkers."""
+"""Whether the loss is right: tests, float64, repeated runs, checkers of memory and of races."""
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
 import torch
 
 from ...common.results import ROOT
 from ...common.workloads import Case
 from ...suites.loss import BIAS, SCALES, accuracy
+from ..tools import cuda_tool, in_time
 from .run import Run, Skipped, matmul_precision, usable
 
 COMPARED_ROWS = 64  # of a large batch
@@ -93,18 +91,6 @@ def pytest_summary(output: str) -> dict:
     return found | {"failures": re.findall(r"^(?:FAILED|ERROR) (.{1,300})", output, re.M)[:20]}
 
 
-def in_time(command: list[str], run: Run, **options: object) -> subprocess.CompletedProcess:
-    """Run a command until the part's deadline; Skipped, with what it said last, beyond that."""
-    limit = None if run.seconds_left() == float("inf") else max(run.seconds_left(), 1)
-    options = {"cwd": ROOT, "capture_output": True, "text": True, **options}
-    try:
-        return subprocess.run(command, timeout=limit, **options)
-    except subprocess.TimeoutExpired as ended:
-        said = b"".join(filter(None, (ended.stdout, ended.stderr)))  # bytes, even so
-        said = " ".join(said.decode(errors="replace").split())[-200:]
-        raise Skipped(f"no time left to end {Path(command[0]).name}: {said}") from None
-
-
 def correctness(run: Run) -> Iterator[dict]:
     """Every baseline against float64; of a large batch only sampled rows of dX and dY."""
     names = run.main_baselines()
@@ -158,19 +144,6 @@ def determinism(run: Run) -> Iterator[dict]:
             "runs": 1 + len(same),
             "different": same.count(False),
         }
-
-
-TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")  # NVIDIA's default folders
-
-
-def cuda_tool(name: str) -> str:
-    """Path of a tool of the CUDA toolkit."""
-    folders = [f"{os.environ['CUDA_HOME']}/bin"] if "CUDA_HOME" in os.environ else []
-    folders += [folder for pattern in TOOLS for folder in sorted(glob.glob(pattern), reverse=True)]
-    path = shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
-    if path is None:
-        raise Skipped(f"{name} is not installed")
-    return path
 
 
 def sanitizer(run: Run) -> Iterator[dict]:

@@ -1,19 +1,19 @@
-"""How fast? Against the floor and the peers, over panel shapes, batch sizes and variants."""
+"""How fast the loss is: beside the floor and other losses, by panel size, batch size and panel."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from fused_siglip import siglip_loss
-from fused_siglip.planner import PanelPlan, plan_panels
 
 from ...common.baselines import ABLATIONS
 from ...common.memory import peak_bytes
-from ...common.timing import floors, interleaved, measure, median, summary
-from ...common.workloads import MODES, Case, Inputs, make_inputs, step
+from ...common.panels import plan_of
+from ...common.timing import beside_floor, interleaved, measure, summary
+from ...common.workloads import MODES, Case, make_inputs, step
 from .run import Point, Run, Skipped, matmul_precision, usable
 
 
@@ -57,7 +57,7 @@ def _cases(point: Point, names: list[str], run: Run) -> list[Case]:
 
 
 def alternative(run: Run) -> Iterator[dict]:
-    """The plain alternative and wider tiles, beside what is shipped."""
+    """The shipped panels beside those of ablation_panels.py."""
     if not run.on_gpu:
         raise Skipped("needs a GPU")
     wide = torch.cuda.get_device_capability(run.device)[0] == 9
@@ -70,40 +70,18 @@ def alternative(run: Run) -> Iterator[dict]:
             yield {**row, "kind": "ablation"}
 
 
-def plan_of(inputs: Inputs, run: Run, workspace_bytes: int | None = None) -> PanelPlan:
-    """The panels that the sweep will use."""
-    x = inputs.x
-    multiprocessors = None
-    if run.on_gpu:
-        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return plan_panels(
-        len(x),
-        len(inputs.y),
-        x.shape[1],
-        x.dtype,
-        x.device.type,
-        run.backend,
-        multiprocessors=multiprocessors,
-        workspace_bytes=workspace_bytes,
-    )
-
-
 def panels(run: Run) -> Iterator[dict]:
-    """r against the workspace, to choose the planner's default."""
+    """Time against the workspace, to choose the planner's default."""
     size, dim = run.sizes.panels
     inputs = make_inputs(size, dim, "bfloat16", run.device)
-    backend = run.backend
-    functions: dict[object, Callable] = {
+    functions = {
         workspace: step(
-            functools.partial(siglip_loss, backend=backend, workspace_bytes=workspace), inputs
+            functools.partial(siglip_loss, backend=run.backend, workspace_bytes=workspace), inputs
         )
         for workspace in (None, *run.sizes.workspaces)
     }
-    functions["floor"] = floors(size, size, dim, inputs.x.dtype, run.device)[3]
-    seconds = interleaved(functions, run.sizes.repeats, device=run.device)
-    floor = median(seconds.pop("floor"))
-    for workspace, times in seconds.items():
-        plan = plan_of(inputs, run, workspace)
+    for workspace, times in beside_floor(functions, inputs, run.sizes.repeats).items():
+        plan = plan_of(inputs, run.backend, workspace)
         yield {
             "kind": "panels",
             "device": run.device,
@@ -114,9 +92,7 @@ def panels(run: Run) -> Iterator[dict]:
             "used_bytes": plan.workspace_bytes,
             "rows": plan.rows,
             "cols": plan.cols,
-            **summary(times),
-            "floor_seconds": floor,
-            "ratio_to_floor": median(times) / floor,
+            **times,
         }
 
 
@@ -127,27 +103,31 @@ def latency(run: Run) -> Iterator[dict]:
     yield from usable(names, run)
     for size in run.sizes.latency:
         run.needs(4, f"B = {size}")
-        inputs = make_inputs(size, dim, "bfloat16", run.device)
-        steps = {name: Case(name, size, dim, "bfloat16", run.device).step(inputs) for name in names}
-        functions: dict[tuple[str, bool], Callable] = {(n, False): f for n, f in steps.items()}
-        shape = {"device": run.device, "batch_size": size, "dim": dim, "dtype": "bfloat16"}
-        if run.on_gpu:
-            for name, function in steps.items():
-                try:
-                    functions[name, True] = _captured(function)
-                except RuntimeError as error:
-                    if name.startswith("fused_"):
-                        raise
-                    why = f"not captured: {str(error).strip()[:200]}"
-                    yield {"kind": "left_out", "loss": name, **shape, "reason": why}
-        seconds = interleaved(
-            functions, 5 * run.sizes.repeats, warmup=3, device=run.device, queued=False
-        )
-        for (name, graph), times in seconds.items():
-            yield {"kind": "latency", "loss": name, "graph": graph, **shape, **summary(times)}
+        yield from called_and_replayed(names, size, dim, 5 * run.sizes.repeats, run.device)
 
 
-def _captured(function: Callable) -> Callable[[], None]:
+def called_and_replayed(
+    names: Sequence[str], size: int, dim: int, repeats: int, device: str
+) -> Iterator[dict]:
+    """A row for each loss as it is called, and one for its CUDA graph where it can be captured."""
+    inputs = make_inputs(size, dim, "bfloat16", device)
+    steps = {name: Case(name, size, dim, "bfloat16", device).step(inputs) for name in names}
+    functions: dict[tuple[str, bool], Callable] = {(n, False): f for n, f in steps.items()}
+    shape = {"device": device, "batch_size": size, "dim": dim, "dtype": "bfloat16"}
+    for name, function in steps.items() if inputs.x.is_cuda else ():
+        try:
+            functions[name, True] = captured(function)
+        except RuntimeError as error:
+            if name.startswith("fused_"):
+                raise
+            why = f"not captured: {str(error).strip()[:200]}"
+            yield {"kind": "left_out", "loss": name, **shape, "reason": why}
+    seconds = interleaved(functions, repeats, warmup=3, device=device, queued=False)
+    for (name, graph), times in seconds.items():
+        yield {"kind": "latency", "loss": name, "graph": graph, **shape, **summary(times)}
+
+
+def captured(function: Callable) -> Callable[[], None]:
     """A CUDA graph of one call, to replay; its inputs and outputs stay where they are."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -174,7 +154,7 @@ def million(run: Run) -> Iterator[dict]:
     inputs = case.inputs()
     if run.on_gpu:
         torch.cuda.empty_cache()
-    plan = plan_of(inputs, run)
+    plan = plan_of(inputs, run.backend)
     times: list[float] = []
 
     def timed() -> tuple[torch.Tensor, ...]:

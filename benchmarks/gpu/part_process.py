@@ -43,7 +43,7 @@ def _settle() -> None:
         torch.cuda.empty_cache()
 
 
-class Worker:
+class PartProcess:
     """One process that serves one call of :meth:`events` after the other until one goes wrong."""
 
     GRACE = 15  # seconds beyond the deadline; parts look at the deadline themselves
