@@ -35,7 +35,7 @@ class HopperConfig:
         return triton.cdiv(m, self.tile[0]) * triton.cdiv(n, self.tile[1])
 
 
-# The fastest of those that benchmarks/tune.py timed on an H100: docs/performance-log.md.
+# The fastest of those that benchmarks/gpu/tune.py timed on an H100: docs/performance-log.md.
 HOPPER = HopperConfig((128, 128), stages=5, num_warps=8)
 
 

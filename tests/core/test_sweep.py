@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import Case
-from benchmarks.memory import peak_extra_bytes
+from benchmarks.common.memory import peak_extra_bytes
+from benchmarks.common.workloads import Case
 from fused_siglip import siglip_loss
 from fused_siglip.kernels import BACKENDS, aligned, panel_class
 from fused_siglip.planner import plan_panels, waves

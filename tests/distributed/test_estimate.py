@@ -18,9 +18,9 @@ from support.processes import launch, returned
 
 pytest.importorskip("tqdm")  # the benchmarks' own need
 
-from benchmarks.memory import hold_no_freed_memory
-from benchmarks.memory import peak_bytes as measured_peak_bytes
-from benchmarks.traffic import counted
+from benchmarks.common.memory import hold_no_freed_memory
+from benchmarks.common.memory import peak_bytes as measured_peak_bytes
+from benchmarks.common.traffic import counted
 
 IMPLS = ("ring", "gather")
 H200 = DEVICES["h200"]

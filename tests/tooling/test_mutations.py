@@ -9,7 +9,7 @@ import pytest
 
 from soak import mutations
 
-pytest.importorskip("tqdm")  # of benchmarks.harness
+pytest.importorskip("tqdm")  # of benchmarks.common.timing
 
 
 @pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda m: f"{m.tests}: {m.what}")

@@ -16,7 +16,7 @@ if INTERPRETED:
         allow_module_level=True,
     )
 
-from benchmarks.compiled import (
+from benchmarks.suites.compiled import (
     SHARED,
     Compiled,
     compile_count,
