@@ -14,7 +14,8 @@ from ..kernels import BACKENDS, Affine, Pairs
 from ..negatives import KINDS
 from ..spec import Execution, LossSpec
 from ..validation import FEATURE_DTYPES, REDUCTIONS
-from .collectives import all_gather, comm_errors
+from . import collectives
+from .collectives import comm_errors
 
 # What each name runs. open_clip's four give the same numbers by other exchanges: those that pass
 # features on from neighbour to neighbour mean the ring, those that collect them mean gather.
@@ -177,7 +178,7 @@ def _exchange(
         if device.type == "cpu":  # to everybody at once: gloo's all-gather goes round by rank
             dist.all_to_all_single(headers, mine.repeat(world_size), group=group)
         else:
-            all_gather(headers, mine, group=group)
+            collectives.all_gather(headers, mine, group=group)
     return [CallHeader(*row) for row in headers.view(-1, len(header)).tolist()]
 
 

@@ -19,6 +19,7 @@ from ..kernels import Affine, Pairs
 from ..planner import PlanRequest, plan_panels
 from ..selection.thresholds import ROWS_AT_ONCE
 from ..spec import Execution, LossSpec
+from . import collectives
 from .agreement import (
     DIST_IMPLS,
     CallHeader,
@@ -27,7 +28,7 @@ from .agreement import (
     header_of,
     report_bad_arguments,
 )
-from .collectives import all_gather, all_reduce, comm_errors, reduce_scatter, resolve_group
+from .collectives import all_reduce, comm_errors, resolve_group
 
 logger = logging.getLogger("fused_siglip")
 
@@ -153,7 +154,7 @@ class Gather(GroupExchange):
         block[: len(local)].copy_(local)
         out = local.new_empty(self.size * capacity, *local.shape[1:])
         with comm_errors(self.group, "gathering of the texts"):
-            all_gather(out, block, group=self.group)
+            collectives.all_gather(out, block, group=self.group)
         return out
 
     def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
@@ -185,7 +186,7 @@ class Gather(GroupExchange):
         del texts, ids, chunk
         grad_y = self.y.new_empty(capacity, d, dtype=self.acc)
         with comm_errors(self.group, "summing of the texts' gradients"):
-            reduce_scatter(grad_y, grads, group=self.group)
+            collectives.reduce_scatter(grad_y, grads, group=self.group)
         return grad_y[: rows[self.rank]]
 
 
@@ -218,9 +219,11 @@ def open_exchange(
 
     group = resolve_group(spec.group_name)
     check_device(group, x.device)
-    real_images = x.shape[0] if pairs.image_ids is None else (pairs.image_ids >= 0).sum()
-    if x.is_cpu:  # where the host may read a number without waiting for it
-        real_images = int(real_images)
+    real_images = x.shape[0]
+    if pairs.image_ids is not None:
+        real_images = (pairs.image_ids >= 0).sum()
+        if _is_read_freely(x.device):
+            real_images = int(real_images)
     if run.workspace_bytes is not None:
         _check_workspace(x, spec, run, group)
     known = 0 if isinstance(real_images, Tensor) else real_images
@@ -233,6 +236,11 @@ def open_exchange(
     logger.debug("dist_impl=%s: %s over %d ranks, texts %s", spec.dist_impl, impl, world_size, rows)
     exchange = Gather if impl == "gather" else Ring
     return exchange(y, pairs.text_ids, acc, headers, real_images, group)
+
+
+def _is_read_freely(device: torch.device) -> bool:
+    """Whether the host may read a value there without waiting."""
+    return device.type == "cpu"
 
 
 def _check_workspace(x: Tensor, spec: LossSpec, run: Execution, group: dist.ProcessGroup) -> None:
