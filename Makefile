@@ -49,7 +49,7 @@ coverage: $(VENV)/ready
 	$(VENV)/bin/coverage report --fail-under=95
 	mkdir -p build
 	$(VENV)/bin/coverage json --quiet -o build/coverage.json
-	$(RUN) -m benchmarks.covered build/coverage.json
+	$(RUN) -m benchmarks.report.coverage_report build/coverage.json
 
 # The training stacks themselves, each with a tiny model.
 test-integrations: VENV = .venv-integrations
@@ -79,12 +79,12 @@ test-oldest test-newest:
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(CORE) -k triton
 
 bench: $(VENV)/ready
-	$(RUN) -m benchmarks.bench_loss
+	$(RUN) -m benchmarks.suites.loss
 
 bench-integrations: VENV = .venv-integrations
 bench-integrations:
 	$(MAKE) VENV=$(VENV) $(VENV)/stacks
-	PYTHONPATH=tests:tests/integrations $(RUN) -m benchmarks.bench_integrations
+	PYTHONPATH=tests:tests/integrations $(RUN) -m benchmarks.suites.integrations
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

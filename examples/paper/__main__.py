@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.memory import ROOT
+from benchmarks.common.results import ROOT
 
 from . import batch_size, languages, locked, negatives, noise, page, starts
 from .page import FULL, Folders

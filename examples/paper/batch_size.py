@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.markdown import table
+from benchmarks.common.markdown import table
 from examples.report import label_ends
 
 from . import retrieval

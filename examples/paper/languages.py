@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.markdown import table
+from benchmarks.common.markdown import table
 
 from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, seeds
 from .study import Study, above, claim, interval

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from benchmarks.harness import interleaved, median
-from benchmarks.markdown import table
+from benchmarks.common.markdown import table
+from benchmarks.common.timing import interleaved, median
 from fused_siglip import LearnableSigLipLoss, siglip_loss
 
 from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, spread

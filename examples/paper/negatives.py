@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.markdown import table
+from benchmarks.common.markdown import table
 from examples.report import label_ends
 from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.markdown import table
+from benchmarks.common.markdown import table
 
 from .plots import COLORS, percent, plt, save, spread
 from .study import Study, above, claim, interval

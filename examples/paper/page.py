@@ -9,8 +9,8 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.markdown import table
-from benchmarks.memory import ROOT
+from benchmarks.common.markdown import table
+from benchmarks.common.results import ROOT
 
 from .study import ResultsFile, Study, claims
 

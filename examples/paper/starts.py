@@ -9,7 +9,7 @@ import torch
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 
-from benchmarks.markdown import table
+from benchmarks.common.markdown import table
 from examples.report import label_ends
 from fused_siglip import LearnableSigLipLoss, siglip_loss
 

@@ -274,7 +274,7 @@ def test_operator_is_registered_soundly(ids, negatives):
         0.5,
         7,
     )
-    torch.library.opcheck(torch.ops.fused_siglip.sweep.default, arguments)
+    torch.library.opcheck(torch.ops.fused_siglip.loss_and_grads.default, arguments)
 
 
 def test_threads_get_the_same_bits():

@@ -14,7 +14,7 @@ from soak.longrun import run
 from support.devices import HAS_GPU
 from support.inputs import loss_and_grads, make_inputs
 
-pytest.importorskip("tqdm")  # of benchmarks.harness
+pytest.importorskip("tqdm")  # of benchmarks.common.timing
 
 
 def test_steps_of_changing_size_neither_grow_nor_drift_nor_compile_again():

@@ -135,11 +135,11 @@ def test_products_of_one_row_do_not_read_what_memory_held(device, dtype, m, k):
     out = torch.full((m + 1, 48), torch.nan, device=device)
     out = out.to(torch.promote_types(dtype, torch.float32))
     exact = 0.5 * a.double() @ b.double()
-    add_product(out[:m], a, b, 0.5, fresh=True)
+    add_product(out[:m], a, b, 0.5, accumulate=False)
     for factor in (1, 2):
         assert error(out[:m], factor * exact) <= 2 * k * torch.finfo(out.dtype).eps
         assert out[m:].isnan().all()
-        add_product(out[:m], a, b, 0.5, fresh=False)
+        add_product(out[:m], a, b, 0.5, accumulate=True)
 
 
 def test_same_inputs_same_bits(backend, device):

@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random, siglip_loss, sweep
+from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random, compute, siglip_loss
 from fused_siglip.kernels import panel_class
 from fused_siglip.kernels.torch_products import add_product
-from fused_siglip.negatives import ROWS_AT_ONCE, text_center_radius
+from fused_siglip.selection.thresholds import ROWS_AT_ONCE, text_center_radius
+from fused_siglip.sweep import sweep
 from support.expected_negatives import expected_selection, positives
 from support.inputs import NAMES, Inputs, loss_and_grads, make_inputs, one_tile, operand_dtype
 from support.processes import launch, returned
@@ -99,6 +100,20 @@ def test_random_pairs_look_independent():
     assert abs(corners.mean() * n) < 5
 
 
+def thresholds_of(inputs, negatives):
+    """What the sweep of one process selects by."""
+    found = []
+
+    def keep_selection(*arguments):
+        found.append(arguments[-1])
+        return sweep(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compute, "sweep", keep_selection)
+        siglip_loss(*inputs.tensors(), negatives=negatives, negative_only=True, backend="torch")
+    return found[0]
+
+
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.1, 0.01])
 @pytest.mark.parametrize("choice", [Hardest, Easiest])
 @pytest.mark.parametrize("spread", [1.0, 0.1, 0.02], ids=["around 0", "alike", "nearly equal"])
@@ -111,12 +126,9 @@ def test_share_of_every_image_is_within_a_hundredth_of_what_was_asked(choice, ke
     if far:
         y[0] = -y[1]
     inputs = Inputs(x, y, torch.tensor(10.0), torch.tensor(-10.0), {})
-    thresholds = sweep.find_thresholds(
-        x, y, inputs.logit_scale, None, None, None, choice.__name__.lower(), keep,
-        workspace_bytes=None, backend="torch",
-    )  # fmt: skip
-    value = (x @ y.T - thresholds.centres[:, None]) * thresholds.factors[:, None]
-    kept = value >= thresholds.least[:, None]
+    (center, inv_radius), threshold = thresholds_of(inputs, choice(keep))
+    value = (x @ y.T - center[:, None]) * inv_radius[:, None]
+    kept = value >= threshold[:, None]
     last = value.masked_fill(~kept, torch.inf).min(1, keepdim=True).values
     ties = (value == last).sum(1)  # float32 itself tells no more apart
     kept, wanted = kept.sum(1), keep * n
@@ -128,8 +140,8 @@ def test_the_range_of_texts_leaves_out_padding_in_every_block():
     ids = torch.arange(len(y)) % 3 - 1
     real = y[ids >= 0]
     y[ids < 0] = torch.nan
-    centre, radius = text_center_radius(y, ids, y.dtype)
-    torch.testing.assert_close(centre, real.mean(0))
+    center, radius = text_center_radius(y, ids, y.dtype, lambda tensor, op: None)
+    torch.testing.assert_close(center, real.mean(0))
     torch.testing.assert_close(radius, (real - real.mean(0)).norm(dim=1).max())
 
 
@@ -208,9 +220,9 @@ def test_nothing_kept_costs_no_product(monkeypatch):
     torch_panel = panel_class("torch")
     add = torch_panel.add_product
 
-    def spy(self, out, g, other, alpha, fresh, transposed):
-        held.append(g._nnz() if g.is_sparse else None)
-        add(self, out, g, other, alpha, fresh, transposed)
+    def spy(self, out, dlogits, *rest):
+        held.append(dlogits._nnz() if dlogits.is_sparse else None)
+        add(self, out, dlogits, *rest)
 
     monkeypatch.setattr(torch_panel, "add_product", spy)
     inputs = make_inputs(256, 256, 8)
@@ -232,9 +244,9 @@ def test_a_sparse_product_does_not_read_what_memory_held(nothing):
         g[2, 3] = 2.0
     y = torch.randn(7, 4)
     out = torch.full((5, 4), torch.nan)
-    add_product(out, g.to_sparse(), y, 0.5, fresh=True)
+    add_product(out, g.to_sparse(), y, 0.5, accumulate=False)
     assert torch.equal(out, 0.5 * g @ y)
-    add_product(out, g.to_sparse(), y, 0.5, fresh=False)
+    add_product(out, g.to_sparse(), y, 0.5, accumulate=True)
     assert torch.equal(out, g @ y)
 
 

@@ -6,16 +6,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cases import Case
-from benchmarks.memory import peak_extra_bytes
+from benchmarks.common.memory import peak_extra_bytes
+from benchmarks.common.workloads import Case
 from fused_siglip import siglip_loss
-from fused_siglip.kernels import BACKENDS, aligned, panel_class
-from fused_siglip.planner import plan_panels, waves
-from fused_siglip.sweep import Needs, sweep
+from fused_siglip.kernels import BACKENDS, Affine, Pairs, aligned, panel_class
+from fused_siglip.planner import PlanRequest, plan_panels, waves
+from fused_siglip.spec import Execution, GradMask
+from fused_siglip.sweep import GradBuffers, sweep
 from support.inputs import loss_and_grads, make_inputs
 
 SIZES = [(1, 1), (64, 64), (65, 1), (1000, 1000), (2100, 2100), (8192, 8192), (32768, 100)]
 BUDGETS = [None, 1 << 20, 100 << 20]
+
+
+def plan_of(*size, **options):
+    return plan_panels(PlanRequest(*size, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -24,7 +29,7 @@ BUDGETS = [None, 1 << 20, 100 << 20]
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_plan_keeps_the_budget_and_covers_with_even_panels(dtype, device_type, size, budget):
     m, n = size
-    plan = plan_panels(m, n, 768, dtype, device_type, "torch", workspace_bytes=budget)
+    plan = plan_of(m, n, 768, dtype, device_type, "torch", workspace_bytes=budget)
     tile_m, tile_n = panel_class("torch").tile
     assert 1 <= plan.rows <= m and 1 <= plan.cols <= n
     assert plan.workspace_bytes <= (budget or 1 << 30)
@@ -37,18 +42,16 @@ def test_plan_keeps_the_budget_and_covers_with_even_panels(dtype, device_type, s
 
 def test_plan_shrinks_when_less_is_needed_and_predicts_only_what_it_holds():
     options = dict(m=4096, n=4096, d=512, dtype=torch.float32, device_type="cpu", backend="torch")
-    full = plan_panels(**options)
-    frozen = plan_panels(**options, need_image_grad=False)
+    full = plan_of(**options)
+    frozen = plan_of(**options, grads=GradMask(image=False))
     assert full.peak_bytes - frozen.peak_bytes == 4096 * 512 * 4
-    forward = plan_panels(
-        **options, need_image_grad=False, need_text_grad=False, need_scalar_grads=False
-    )
+    forward = plan_of(**options, grads=GradMask(False, False, False))
     assert forward.peak_bytes == forward.workspace_bytes
 
 
 def test_peak_memory_does_not_grow_with_the_square_of_the_batch():
     """Workspace alone: the accumulators are the gradients themselves."""
-    extra = {b: plan_panels(b, b, 768, torch.float32, "cpu", "torch").workspace_bytes
+    extra = {b: plan_of(b, b, 768, torch.float32, "cpu", "torch").workspace_bytes
              for b in (8192, 32768, 1 << 20)}  # fmt: skip
     assert max(extra.values()) == min(extra.values()) <= 64 << 20
 
@@ -63,7 +66,7 @@ def test_plan_fills_waves(multiprocessors, d, b):
     pytest.importorskip("triton")
 
     def plan(**options):
-        return plan_panels(b, b, d, torch.bfloat16, "cuda", "triton", **options)
+        return plan_of(b, b, d, torch.bfloat16, "cuda", "triton", **options)
 
     even, chosen = plan(), plan(multiprocessors=multiprocessors)
     assert chosen.workspace_bytes <= 384 << 20
@@ -82,7 +85,7 @@ def test_documented_decisions_are_the_planners():
     for name, multiprocessors, b, d, panel, dx_waves, full, workspace, peak in rows:
         assert GPUS[name] == int(multiprocessors)
         b, d = int(b), int(d)
-        plan = plan_panels(b, b, d, torch.bfloat16, "cuda", "triton", multiprocessors=GPUS[name])
+        plan = plan_of(b, b, d, torch.bfloat16, "cuda", "triton", multiprocessors=GPUS[name])
         assert panel == f"{plan.rows} x {plan.cols}"
         count = waves(b, plan.rows, d, GPUS[name])
         assert int(dx_waves) == count
@@ -95,12 +98,8 @@ def test_planned_peak_memory_is_the_measured_one():
     """Beyond inputs and gradients, which are the accumulators themselves, only the workspace."""
     for mode, grads in (("full", 2), ("frozen", 1), ("no_grad", 0)):
         case = Case("fused_torch", 4096, 512, "float32", "cpu", mode)
-        plan = plan_panels(
-            *(4096, 4096, 512, torch.float32, "cpu", "torch"),
-            need_image_grad=grads == 2,
-            need_text_grad=grads >= 1,
-            need_scalar_grads=grads >= 1,
-        )
+        needed = GradMask(grads == 2, grads >= 1, grads >= 1)
+        plan = plan_of(4096, 4096, 512, torch.float32, "cpu", "torch", grads=needed)
         predicted = plan.peak_bytes - grads * 4096 * 512 * 4
         measured = peak_extra_bytes(case)
         assert abs(measured - predicted) <= 0.15 * predicted + (2 << 20), (
@@ -111,11 +110,11 @@ def test_planned_peak_memory_is_the_measured_one():
 
 
 PRODUCTS = {
-    "all": (Needs(True, True, True), 3),
-    "image tower frozen": (Needs(False, True, True), 2),
-    "text tower frozen": (Needs(True, False, True), 2),
-    "both frozen": (Needs(False, False, True), 1),
-    "no_grad": (Needs(False, False, False), 1),
+    "all": (GradMask(True, True, True), 3),
+    "image tower frozen": (GradMask(False, True, True), 2),
+    "text tower frozen": (GradMask(True, False, True), 2),
+    "both frozen": (GradMask(False, False, True), 1),
+    "no_grad": (GradMask(False, False, False), 1),
 }
 
 
@@ -125,14 +124,12 @@ def test_only_the_products_that_are_needed(needs, products, workspace):
     m, n, d = 300, 200, 48
     x, y, t, b = torch.randn(m, d), torch.randn(n, d), torch.tensor(10.0), torch.tensor(-10.0)
     with FlopCounterMode(display=False) as counter:
-        sums = sweep(
-            *(x, y, t, b, None, None, None),
+        out = GradBuffers(
             torch.empty(m, d) if needs.image else None,
             torch.empty(n, d) if needs.text else None,
-            scalar_grads=needs.scalars,
-            workspace_bytes=workspace,
-            backend="torch",
+            needs.scalars,
         )
+        sums = sweep(x, y, Affine(t, b), Pairs(), out, Execution("torch", workspace))
     assert counter.get_total_flops() == products * 2 * m * n * d
     assert len(sums) == (3 if needs.scalars else 1) and torch.all(sums.sum(1) != 0)
 
@@ -178,9 +175,9 @@ def test_operands_are_padded_where_the_backend_asks(monkeypatch, layout, ids):
 
 def test_padded_operands_are_in_the_planned_peak():
     pytest.importorskip("triton")
-    plans = {d: plan_panels(4096, 4096, d, torch.bfloat16, "cuda", "triton") for d in (1000, 1008)}
+    plans = {d: plan_of(4096, 4096, d, torch.bfloat16, "cuda", "triton") for d in (1000, 1008)}
     assert [plan.operand_dim for plan in plans.values()] == [1008, 1008]
     accumulators = {d: 2 * 4096 * d * 4 for d in plans}
     beyond = {d: plan.peak_bytes - accumulators[d] for d, plan in plans.items()}
     assert beyond[1000] - beyond[1008] == 2 * 4096 * 1008 * 2
-    assert plan_panels(4096, 4096, 1000, torch.bfloat16, "cuda", "torch").operand_dim == 1000
+    assert plan_of(4096, 4096, 1000, torch.bfloat16, "cuda", "torch").operand_dim == 1000

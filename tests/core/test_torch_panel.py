@@ -1,46 +1,50 @@
-"""The torch backend on a CPU: strips, easy logits four at a time, sums from products."""
+"""The torch backend on a CPU: strips, saturated logits four at a time, sums from products."""
 
 import pytest
 import torch
 
 from fused_siglip import siglip_loss
+from fused_siglip.kernels import Affine, Pairs, PanelSpec
 from fused_siglip.kernels.torch_panel import _SATURATED_LOGIT, TorchPanel
-from fused_siglip.sweep import sweep
+from fused_siglip.spec import Execution
+from fused_siglip.sweep import GradBuffers, sweep
 from support.inputs import loss_and_grads, make_inputs
 from support.tolerances import error_ratios
 
 
 @pytest.fixture
-def easy_strips(monkeypatch):
+def saturated_strips(monkeypatch):
     """How many strips took the short path."""
     seen = []
-    easy_strip = TorchPanel._easy_strip
+    saturated_strip = TorchPanel._saturated_strip
 
     def spy(self, z, diagonal):
         seen.append(z.shape)
-        return easy_strip(self, z, diagonal)
+        return saturated_strip(self, z, diagonal)
 
-    monkeypatch.setattr(TorchPanel, "_easy_strip", spy)
+    monkeypatch.setattr(TorchPanel, "_saturated_strip", spy)
     return seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("d", [8, 1100], ids=["N > D", "N < D"])
 @pytest.mark.parametrize(
-    "t,b,easy", [(10, -11.1, 3), (100, -101.1, 3), (10, -10, None), (100, -10, 0)]
+    "t,b,saturated", [(10, -11.1, 3), (100, -101.1, 3), (10, -10, None), (100, -10, 0)]
 )
-def test_within_the_rounding_bound(easy_strips, t, b, easy, d, dtype):
+def test_within_the_rounding_bound(saturated_strips, t, b, saturated, d, dtype):
     """1044 pairs square: strips of 251 rows. Logits up to the limit, from both sides."""
     inputs = make_inputs(1044, 1044, d, dtype, t=t, b=b)
     actual = loss_and_grads(siglip_loss, inputs)
     found = error_ratios(actual, inputs, g_dtype=torch.promote_types(dtype, torch.float32))
     assert max(found.values()) <= 1, found
-    assert easy is None or (len(easy_strips) >= easy if easy else not easy_strips)
+    assert saturated is None or (
+        len(saturated_strips) >= saturated if saturated else not saturated_strips
+    )
 
 
 @pytest.mark.parametrize("negative_only", [False, True])
 @pytest.mark.parametrize("d", [1, 8])
-def test_equal_terms_are_the_worst_of_sums(easy_strips, d, negative_only):
+def test_equal_terms_are_the_worst_of_sums(saturated_strips, d, negative_only):
     """All pairs alike, at the limit: every rounding goes the same way."""
     x = torch.full((1000, d), d**-0.5)
     inputs = make_inputs(1000, 1000, d, t=1.37, b=_SATURATED_LOGIT - 1.371)
@@ -48,22 +52,19 @@ def test_equal_terms_are_the_worst_of_sums(easy_strips, d, negative_only):
     actual = loss_and_grads(siglip_loss, inputs, negative_only=negative_only)
     found = error_ratios(actual, inputs, negative_only=negative_only)
     assert max(found.values()) <= 1, found
-    assert easy_strips
+    assert saturated_strips
 
 
 @pytest.mark.parametrize("frozen", ["none", "images", "texts"])
 @pytest.mark.parametrize("adds", [False, True])
-def test_sum_of_gs_from_either_product(frozen, adds):
+def test_scale_gradient_from_either_product(frozen, adds):
     """Of many panels, and beside what a ring's earlier texts left in dX."""
     inputs = make_inputs(400, 300, 16, torch.float64)
     x, y, t, b = (v.detach() for v in inputs.tensors())
 
     def sums(grad_x, grad_y, add_to_grad_x=False):
-        parts = sweep(
-            x, y, t, b, None, None, 0, grad_x, grad_y, scalar_grads=True,
-            workspace_bytes=1 << 18, backend="torch", add_to_grad_x=add_to_grad_x, factor=0.37,
-        )  # fmt: skip
-        return parts.sum(1)
+        out = GradBuffers(grad_x, grad_y, True, add_to_grad_x, factor=0.37)
+        return sweep(x, y, Affine(t, b), Pairs(0), out, Execution("torch", 1 << 18)).sum(1)
 
     expected = sums(None, None)  # a pass over the pairs
     actual = sums(
@@ -74,14 +75,14 @@ def test_sum_of_gs_from_either_product(frozen, adds):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
 
 
-def test_rounded_products_do_not_sum_gs():
-    """Below "highest" the products may round g, so that the sum takes a pass of its own."""
+def test_rounded_products_do_not_give_the_scale_gradient():
+    """Below "highest" the products may round dlogits, so that the sum takes a pass of its own."""
     panels = []
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         try:
-            args = (64, 64, torch.float32, torch.device("cpu"), True, True)
-            panels.append(TorchPanel(*args).gs_from_products)
+            panel = TorchPanel(PanelSpec(64, 64, torch.float32, True, True), torch.device("cpu"))
+            panels.append(panel.dscale_from_products)
         finally:
             torch.set_float32_matmul_precision("highest")
     assert panels == [True, False]

@@ -6,14 +6,14 @@ import torch.distributed as dist
 from test_distributed import IMPLS, assert_global
 
 from fused_siglip import siglip_loss
-from fused_siglip.distributed import exchange as distributed
+from fused_siglip.distributed import agreement, exchange
 from support.inputs import make_inputs
 from support.processes import launch, returned
 
 
 def counted_on_the_device(rank: int, world_size: int) -> None:
     """As on a GPU: the host does not read how many images are padding."""
-    distributed._is_read_freely = lambda device: False
+    exchange._is_read_freely = lambda device: False
     for rows in ([7, 5, 6], [18, 0, 0]):
         for impl in IMPLS:
             inputs = make_inputs(18, 18, 8, ids=True)
@@ -41,16 +41,16 @@ def test_images_are_counted_where_the_host_need_not_wait():
         ("cpu:gloo,cuda:gloo", None, "cpu"),
     ],
 )
-def test_terms_travel_on_the_features_device(monkeypatch, config, features, expected):
+def test_headers_travel_on_the_features_device(monkeypatch, config, features, expected):
     monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
     device = None if features is None else torch.device(features)
-    assert distributed._terms_device(None, device) == torch.device(expected)
+    assert agreement._header_device(None, device) == torch.device(expected)
 
 
 def no_transport(rank: int, world_size: int) -> None:
     dist.get_backend_config = lambda group: "cuda:nccl,cpux:gloo"
     exchanged = []
-    distributed._exchange = lambda *args: exchanged.append(args)
+    agreement._exchange = lambda *args: exchanged.append(args)
     x = make_inputs(4, 4, 8).tensors()[0]
     with pytest.raises(ValueError, match=r"image_features is on cpu and group has the backends"):
         siglip_loss(x, x, 10.0, group="world")

@@ -319,7 +319,7 @@ def test_a_workspace_too_small_on_one_rank_is_an_error_on_every_rank():
 
 
 def one_dies(rank: int, world_size: int, impl: str, moment: int) -> None:
-    from fused_siglip.distributed import exchange as distributed
+    from fused_siglip import compute
 
     calls = iter(range(100))
 
@@ -328,7 +328,7 @@ def one_dies(rank: int, world_size: int, impl: str, moment: int) -> None:
             os._exit(7)
         return right(*args, **kwargs)
 
-    right, distributed.sweep = distributed.sweep, sweep_or_die
+    right, compute.sweep = compute.sweep, sweep_or_die
     inputs = shard(make_inputs(16, 16, 8), rank, [4] * 4, [4] * 4)
     for _ in range(4):
         siglip_loss(*inputs.tensors(), dist_impl=impl).backward()

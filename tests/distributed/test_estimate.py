@@ -12,15 +12,16 @@ from fused_siglip import siglip_loss
 from fused_siglip.estimate import cost
 from fused_siglip.estimate.__main__ import main
 from fused_siglip.estimate.cost import DEVICES, bytes_sent, peak_bytes, predict, step_flops
+from fused_siglip.kernels import PanelSpec
 from fused_siglip.kernels.torch_panel import TorchPanel
 from support.inputs import make_inputs
 from support.processes import launch, returned
 
 pytest.importorskip("tqdm")  # the benchmarks' own need
 
-from benchmarks.memory import hold_no_freed_memory
-from benchmarks.memory import peak_bytes as measured_peak_bytes
-from benchmarks.traffic import counted
+from benchmarks.common.memory import hold_no_freed_memory
+from benchmarks.common.memory import peak_bytes as measured_peak_bytes
+from benchmarks.common.traffic import counted
 
 IMPLS = ("ring", "gather")
 H200 = DEVICES["h200"]
@@ -70,7 +71,10 @@ def test_memory_is_what_ranks_occupy(impl):
         # a chunk that arrives late has no pages yet when the sweep is at its peak
         chunk = sizes[0] * sizes[1] * 4
         # and of a strip's buffers only those are made that this loss needs
-        chunk += TorchPanel.workspace_bytes(1024, 1024, torch.float32, True, True) - 4 * 1024**2
+        chunk += (
+            TorchPanel.workspace_bytes(PanelSpec(1024, 1024, torch.float32, True, True))
+            - 4 * 1024**2
+        )
         library = 4 << 20  # what large products take for their blocks, by kind of CPU
         for peak in peaks:
             assert 0.97 * expected - chunk <= peak <= 1.03 * expected + library, peaks

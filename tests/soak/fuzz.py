@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.harness import environment, write_results
-from benchmarks.markdown import table
+from benchmarks.common.markdown import table
+from benchmarks.common.results import environment, write_results
 from support.devices import HAS_GPU
 from support.invariants import INVARIANTS, check
 from support.strategies import DTYPES, Case, random_case

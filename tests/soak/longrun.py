@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from benchmarks.harness import environment, write_results
+from benchmarks.common.results import environment, write_results
 from fused_siglip import siglip_loss
 from support.inputs import Inputs, loss_and_grads, make_inputs
 from support.tolerances import error_ratios

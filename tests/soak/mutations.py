@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write a results file")
     args = parser.parse_args(arguments)
     # only here: the processes that run the tests must not have the package already
-    from benchmarks.harness import environment, write_results
+    from benchmarks.common.results import environment, write_results
 
     chosen = [m for m in MUTATIONS if m.tests in args.tests and any(w in m.what for w in args.only)]
     found, rows = environment(), []

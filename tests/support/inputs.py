@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_siglip.kernels import panel_class
-from fused_siglip.planner import plan_panels
+from fused_siglip.kernels import PanelSpec, panel_class
+from fused_siglip.planner import PlanRequest, plan_panels
 
 NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
 
@@ -84,7 +84,7 @@ def loss_and_grads(loss_function, inputs: Inputs, **options) -> list[Tensor | No
 
 def operand_dtype(backend: str, dtype: torch.dtype, device: str) -> torch.dtype:
     """The dtype in which features and dL/dz enter the products there."""
-    return plan_panels(1, 1, 1, dtype, device, backend).operand_dtype
+    return plan_panels(PlanRequest(1, 1, 1, dtype, device, backend)).operand_dtype
 
 
 def one_tile(
@@ -93,4 +93,4 @@ def one_tile(
     """workspace_bytes of a single tile: the smallest panels a sweep can run with."""
     panel = panel_class(backend)
     operand = operand_dtype(backend, dtype, device)
-    return panel.workspace_bytes(*panel.tile, operand, True, True, filters_negatives)
+    return panel.workspace_bytes(PanelSpec(*panel.tile, operand, True, True, filters_negatives))

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fused_siglip.kernels import GRAD_SCALE, Pairs, RandomMask, ScoreThreshold
+from fused_siglip.kernels import (
+    GRAD_SCALE,
+    Affine,
+    Pairs,
+    PanelSpec,
+    RandomMask,
+    ScoreNormalizer,
+    ScoreThreshold,
+)
 from fused_siglip.kernels.triton_panel import TritonPanel
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 from support.devices import INTERPRETED
@@ -31,14 +39,18 @@ def features(m, n, d, dtype, seed=0):
 def run(x, y, t=T, b=B, positives=Pairs(), store_dlogits=True, scalar_grads=True, kept=None):  # noqa: B008
     """The sums and g (unscaled, float64) of one panel."""
     m, n = x.shape[0], y.shape[0]
-    panel = TritonPanel(m, n, x.dtype, x.device, store_dlogits, scalar_grads, kept is not None)
+    spec = PanelSpec(m, n, x.dtype, store_dlogits, scalar_grads, kept is not None)
+    panel = TritonPanel(spec, x.device)
     sums = torch.full((3,), 7.0, device=DEVICE)
-    scale, bias = (torch.tensor(v, dtype=torch.float32, device=DEVICE) for v in (t, b))
-    g = panel(x, y, scale, bias, positives, sums, kept)
+    g = panel(x, y, affine(t, b), positives, sums, kept)
     if g is not None:
         assert g.shape == (m, n) and g.dtype == x.dtype
         g = g.double() / GRAD_SCALE.get(x.dtype, 1.0)
     return sums, g
+
+
+def affine(t=T, b=B):
+    return Affine(*(torch.tensor(v, dtype=torch.float32, device=DEVICE) for v in (t, b)))
 
 
 def pair_masks(x, y, positives, kept=None):
@@ -53,10 +65,10 @@ def pair_masks(x, y, positives, kept=None):
     elif positives.diagonal is not None:
         positive = j == i + positives.diagonal
     if isinstance(kept, ScoreThreshold):
-        value = placed(x, y, kept.centres.double(), kept.factors.double())
-        valid = valid & (positive | ~(value < kept.least[:, None]))
+        value = normalized_scores(x, y, *(v.double() for v in kept.normalizer))
+        valid = valid & (positive | ~(value < kept.threshold[:, None]))
     elif kept is not None:
-        valid = valid & (positive | (hashes(kept) < kept.below))
+        valid = valid & (positive | (hashes(kept) < kept.hash_cutoff))
     return positive, valid
 
 
@@ -129,23 +141,27 @@ def by_hash(m, n, keep=0.3, seed=0):
 
 def by_logit(x, y, keep=0.3):
     """Thresholds in the widest gap near ``keep``: rounding decides about no pair."""
-    centre = y.double().mean(0)
-    reach = (y.double() - centre).norm(dim=1).max() + centre.norm() / 16
-    centres = (x.double() @ centre).float()
-    factors = (1 / 1.01 / x.double().norm(dim=1) / reach).float()
-    value = placed(x, y, centres.double(), factors.double()).sort(1, descending=True).values
+    mean = y.double().mean(0)
+    reach = (y.double() - mean).norm(dim=1).max() + mean.norm() / 16
+    center = (x.double() @ mean).float()
+    inv_radius = (1 / 1.01 / x.double().norm(dim=1) / reach).float()
+    value = (
+        normalized_scores(x, y, center.double(), inv_radius.double())
+        .sort(1, descending=True)
+        .values
+    )
     value = torch.nn.functional.pad(value, (0, 1), value=-1.0)
     near = slice(max(int(keep * len(y)) - 4, 0), int(keep * len(y)) + 4)
     gaps = value[:, :-1] - value[:, 1:]
     widest, at = gaps[:, near].max(1, keepdim=True)
     assert widest.min() > 2**-17
     between = value.gather(1, at + near.start) - widest / 2
-    return ScoreThreshold(centres, factors, between[:, 0].float())
+    return ScoreThreshold(ScoreNormalizer(center, inv_radius), between[:, 0].float())
 
 
-def placed(x, y, centres, factors):  # (m, n), (m,), (m,) -> (m, n)
-    s = x.to(factors.dtype) @ y.to(factors.dtype).T
-    return (s - centres[:, None]) * factors[:, None]
+def normalized_scores(x, y, center, inv_radius):  # (m, D), (n, D), (m,), (m,) -> (m, n)
+    s = x.to(center.dtype) @ y.to(center.dtype).T
+    return (s - center[:, None]) * inv_radius[:, None]
 
 
 def labels(m, n, low=-2):
@@ -167,18 +183,18 @@ TILED = 300, 420  # 3 x 4 tiles
 
 def tiled_choice(x, y):
     kept = by_logit(x, y)
-    kept.least[128:256] = 2.0**20
+    kept.threshold[128:256] = 2.0**20
     return kept
 
 
 def panel_of(x, y, positives, kept, rows=None, cols=None):
     """A panel after its call, and g; its workspace held other numbers before."""
-    panel = TritonPanel(rows or len(x), cols or len(y), x.dtype, x.device, True, True, True)
-    panel.g.fill_(torch.nan)
+    spec = PanelSpec(rows or len(x), cols or len(y), x.dtype, True, True, True)
+    panel = TritonPanel(spec, x.device)
+    panel.dlogits.fill_(torch.nan)
     panel.flags.fill_(-1)
     panel.lists.fill_(-1)
-    scale, bias = (torch.tensor(v, device=DEVICE) for v in (T, B))
-    return panel, panel(x, y, scale, bias, positives, torch.empty(3, device=DEVICE), kept)
+    return panel, panel(x, y, affine(), positives, torch.empty(3, device=DEVICE), kept)
 
 
 def tiles_kept(x, y, positives, kept):  # (tile rows, tile columns) bool

@@ -10,7 +10,7 @@ from support.devices import HAS_GPU, INTERPRETED
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 
-from benchmarks.alternative import (
+from benchmarks.gpu.ablation_panels import (
     VARIANTS,
     InPlaceLibraryPanel,
     LibraryPanel,

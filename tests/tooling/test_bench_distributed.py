@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_quick_run_writes_its_rows(tmp_path):
     results, plot = tmp_path / "distributed.json", tmp_path / "memory.png"
-    command = [sys.executable, "-m", "benchmarks.bench_distributed", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.suites.distributed", "--quick"]
     done = subprocess.run(
         [*command, "--output", str(results), "--plot", str(plot)],
         cwd=ROOT,

@@ -11,11 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("tqdm")
 
-from benchmarks.cases import MODES, Case, make_inputs
-from benchmarks.exact import LossAndGrads, float64_reference, relative_errors, rounded_once
-from benchmarks.harness import environment, floors, interleaved, measure, median, quantile
-from benchmarks.losses import LOSSES, obstacles
-from benchmarks.memory import peak_bytes, peak_extra_bytes
+from benchmarks.common.baselines import LOSSES, obstacles
+from benchmarks.common.memory import peak_bytes, peak_extra_bytes
+from benchmarks.common.reference import (
+    LossAndGrads,
+    float64_reference,
+    relative_errors,
+    rounded_once,
+)
+from benchmarks.common.results import environment
+from benchmarks.common.timing import floors, interleaved, measure, median, quantile
+from benchmarks.common.workloads import MODES, Case, make_inputs
 from fused_siglip.testing import eager_siglip_loss
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +91,9 @@ def test_floor_is_that_many_products(products):
 
 @pytest.mark.parametrize("t", [10.0, 100.0])
 def test_float64_reference_is_autograds_result(monkeypatch, t):
-    monkeypatch.setattr("benchmarks.exact.CHUNK_BYTES", 8 * 50 * 7)  # chunks of 7 of 50 rows
+    monkeypatch.setattr(
+        "benchmarks.common.reference.CHUNK_BYTES", 8 * 50 * 7
+    )  # chunks of 7 of 50 rows
     inputs = make_inputs(50, 12, "bfloat16", "cpu", t, -10.0)
     leaves = [v.double().requires_grad_() for v in inputs]
     loss = eager_siglip_loss(*leaves)
@@ -135,7 +143,7 @@ def test_environment_names_no_machine():
 
 def test_quick_run_writes_its_rows(tmp_path):
     path = tmp_path / "loss.json"
-    command = [sys.executable, "-m", "benchmarks.bench_loss", "--quick", "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks.suites.loss", "--quick", "--device", "cpu"]
     done = subprocess.run(
         [*command, "--output", str(path)], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""benchmarks/device.py on a CPU: alive, whole, and no failing part takes another with it."""
+"""benchmarks/gpu/device.py on a CPU: alive, whole, and no failing part takes another with it."""
 
 import json
 import os
@@ -13,14 +13,14 @@ import pytest
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from benchmarks import device
-from benchmarks.losses import LOSSES
-from benchmarks.parts import PARTS, Part
-from benchmarks.parts.anatomy import counter_table
-from benchmarks.parts.checks import findings, pytest_summary
-from benchmarks.parts.run import FULL, QUICK, Run, trial, usable
-from benchmarks.targets import targets
-from benchmarks.worker import Worker
+from benchmarks.common.baselines import LOSSES
+from benchmarks.gpu import device
+from benchmarks.gpu.acceptance import targets
+from benchmarks.gpu.part_process import PartProcess
+from benchmarks.gpu.parts import PARTS, Part
+from benchmarks.gpu.parts.breakdown import counter_table
+from benchmarks.gpu.parts.checks import findings, pytest_summary
+from benchmarks.gpu.parts.run import FULL, QUICK, Run, trial, usable
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +54,7 @@ def starts_a_process(run):
 def quick(tmp_path_factory) -> tuple[dict, str]:
     """Results and terminal output of a quick run."""
     folder = tmp_path_factory.mktemp("device")
-    command = [sys.executable, "-m", "benchmarks.device", "--device", "cpu", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.gpu.device", "--device", "cpu", "--quick"]
     command += ["--output-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -92,7 +92,7 @@ def test_a_failing_part_is_survived_and_named(monkeypatch, tmp_path, capsys):
 
 
 def test_parts_in_a_process_of_their_own(monkeypatch):
-    monkeypatch.setattr(Worker, "GRACE", 0)
+    monkeypatch.setattr(PartProcess, "GRACE", 0)
     run = Run("cpu", QUICK, time.monotonic() + 120)
     with closing(device.Isolated()) as execute:
         assert execute(Part(good, 1), run) == [("row", {"kind": "good"}), ("ok", None)]
@@ -112,7 +112,7 @@ def test_parts_in_a_process_of_their_own(monkeypatch):
 
 
 def test_what_a_part_started_ends_with_it(monkeypatch):
-    monkeypatch.setattr(Worker, "GRACE", 0)
+    monkeypatch.setattr(PartProcess, "GRACE", 0)
     run = Run("cpu", QUICK, time.monotonic() + 120)
     with closing(device.Isolated()) as execute:
         execute(Part(good, 1), run)  # it has started
@@ -127,7 +127,7 @@ def test_what_a_part_started_ends_with_it(monkeypatch):
 
 def test_all_parts_fit_one_command_of_ten_minutes():
     total = sum(part.seconds for part in PARTS.values())
-    assert total + Worker.GRACE <= 9.5 * 60
+    assert total + PartProcess.GRACE <= 9.5 * 60
     now = time.monotonic()
     run = Run("cuda", FULL, now + 9 * 60)
     ends = list(device._deadlines(PARTS, run).values())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tqdm")  # of benchmarks.harness
+pytest.importorskip("tqdm")  # of benchmarks.common.timing
 
 ROOT = Path(__file__).resolve().parents[2]
 SABOTAGE = """

@@ -10,7 +10,7 @@ import pytest
 
 from soak import anchors, mutations
 
-pytest.importorskip("tqdm")  # of benchmarks.harness
+pytest.importorskip("tqdm")  # of benchmarks.common.timing
 
 
 def test_every_mutation_finds_its_place():

@@ -10,7 +10,8 @@ pytest.importorskip("matplotlib")
 
 from test_device import quick  # noqa: F401  (a fixture)
 
-from benchmarks.page import FILLED, Pages, load, stale, write
+from benchmarks.common.results import load
+from benchmarks.report.render import FILLED, Pages, stale, write
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
@@ -23,7 +24,7 @@ def skeleton(root: Path) -> None:
 
 
 def test_pages_are_what_the_results_say():
-    assert stale(Pages(load())) == [], "run python -m benchmarks.page"
+    assert stale(Pages(load())) == [], "run python -m benchmarks.report.render"
 
 
 def test_without_any_results(tmp_path):

@@ -9,16 +9,16 @@ import pytest
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from benchmarks import budget
-from benchmarks.page import load
-from benchmarks.trust import BLOCKS, PAGE, filled
+from benchmarks.common.results import load
+from benchmarks.report.trust_report import BLOCKS, PAGE, filled
+from benchmarks.suites import error_growth
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / PAGE).read_text()
 
 
 def test_page_is_what_the_results_say():
-    assert filled(TEXT, load()) == TEXT, "run python -m benchmarks.trust"
+    assert filled(TEXT, load()) == TEXT, "run python -m benchmarks.report.render"
 
 
 def test_without_any_results():
@@ -28,7 +28,7 @@ def test_without_any_results():
 
 
 def test_a_page_without_a_block_is_an_error():
-    with pytest.raises(ValueError, match=r"expected \['fuzz', 'budget'"):
+    with pytest.raises(ValueError, match=r"expected \['fuzz', 'error_growth'"):
         filled("nothing here", {})
 
 
@@ -43,12 +43,16 @@ def test_every_case_that_is_claimed_was_tried():
         assert all(row["share"] <= 1 for row in here)
 
 
-def test_quick_budget(tmp_path):
-    budget.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "some-cpu-budget.json")])
-    rows = json.loads((tmp_path / "some-cpu-budget.json").read_text())["rows"]
-    assert {row["dtype"] for row in rows} == set(budget.DTYPES)
+def test_quick_error_growth(tmp_path):
+    error_growth.main(
+        ["--quick", "--device", "cpu", "--output", str(tmp_path / "some-cpu-error_growth.json")]
+    )
+    rows = json.loads((tmp_path / "some-cpu-error_growth.json").read_text())["rows"]
+    assert {row["dtype"] for row in rows} == set(error_growth.DTYPES)
     block = re.search(
-        "<!-- budget:begin -->(.*)<!-- budget:end -->", filled(TEXT, load(tmp_path)), re.S
+        "<!-- error_growth:begin -->(.*)<!-- error_growth:end -->",
+        filled(TEXT, load(tmp_path)),
+        re.S,
     )
     for dtype, share in (("float64", 30), ("float32", 30), ("float16", 3), ("bfloat16", 3)):
         table = block[1].split(f"### {dtype}, ")[1].split("###")[0].strip().splitlines()[2:]

@@ -21,8 +21,8 @@ if not triton.__version__.startswith("3.6."):
         allow_module_level=True,
     )
 
-from benchmarks.compiled import SHARED
-from benchmarks.compiled_gluon import compile_gluon
+from benchmarks.suites.compiled import SHARED
+from benchmarks.suites.compiled_hopper import compile_gluon
 from fused_siglip.kernels.hopper import HOPPER
 
 

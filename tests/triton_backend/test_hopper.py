@@ -14,7 +14,7 @@ if not HAS_GPU or INTERPRETED or torch.cuda.get_device_capability() != (9, 0):
 from test_triton_panel import check, features, formula, run
 
 from fused_siglip import siglip_loss
-from fused_siglip.kernels import GRAD_SCALE, Pairs, hopper
+from fused_siglip.kernels import GRAD_SCALE, Pairs, PanelSpec, hopper
 from fused_siglip.kernels.triton_math import MODERATE_LOGIT
 from fused_siglip.kernels.triton_panel import TritonPanel
 from support.inputs import loss_and_grads, make_inputs
@@ -106,7 +106,7 @@ def test_variants_agree_and_repeat_to_the_bit():
 def test_the_sweep_over_several_panels(dtype, launches):
     """Panels of unequal sizes, also of one row."""
     inputs = make_inputs(2 * 384 + 1, 2 * 384 + 1, 48, dtype, device="cuda")
-    space = TritonPanel.workspace_bytes(384, 384, dtype, True, True)
+    space = TritonPanel.workspace_bytes(PanelSpec(384, 384, dtype, True, True))
     exact = oracle(inputs)
     actual = loss_and_grads(siglip_loss, inputs, backend="triton", workspace_bytes=space)
     assert len(launches) == 9

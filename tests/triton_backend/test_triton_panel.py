@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fused_siglip import siglip_loss
-from fused_siglip.kernels import Pairs, triton_panel
+from fused_siglip.kernels import Pairs, PanelSpec, triton_panel
 from fused_siglip.kernels.triton_panel import TritonPanel
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 from support.triton_panels import (
@@ -20,6 +20,7 @@ from support.triton_panels import (
     DTYPES,
     B,
     T,
+    affine,
     agree,
     check,
     features,
@@ -160,7 +161,8 @@ def test_the_sweep_launches_nothing_at_an_odd_address(monkeypatch, ids, dtype):
             "text_ids": torch.arange(n, device=DEVICE) % 70 - 1,
         }
     options = {"negative_only": ids is None, "backend": "triton"}
-    options["workspace_bytes"] = TritonPanel.workspace_bytes(*TritonPanel.tile, dtype, True, True)
+    tile = PanelSpec(*TritonPanel.tile, dtype, True, True)
+    options["workspace_bytes"] = TritonPanel.workspace_bytes(tile)
     scalars = [torch.tensor(v, device=DEVICE) for v in (T, B)]
 
     def gradients(x, y, labels):
@@ -186,11 +188,10 @@ def test_the_sweep_launches_nothing_at_an_odd_address(monkeypatch, ids, dtype):
 
 def test_smaller_panels_reuse_the_workspace():
     x, y = features(256, 384, 16, torch.float32)
-    panel = TritonPanel(256, 384, x.dtype, x.device, True, True)
-    scale, bias = (torch.tensor(v, device=DEVICE) for v in (T, B))
+    panel = TritonPanel(PanelSpec(256, 384, x.dtype, True, True), x.device)
     for m, n in [(256, 384), (100, 384), (256, 130), (1, 1)]:
         sums = torch.empty(3, device=DEVICE)
-        g = panel(x[:m], y[:n], scale, bias, Pairs(diagonal=0), sums)
+        g = panel(x[:m], y[:n], affine(), Pairs(diagonal=0), sums)
         fresh = run(x[:m], y[:n], positives=Pairs(diagonal=0))
         assert torch.equal(sums, fresh[0]) and torch.equal(g.double(), fresh[1])
 
@@ -199,12 +200,10 @@ def test_smaller_panels_reuse_the_workspace():
 @pytest.mark.parametrize("store_dlogits, scalar_grads", list(product([False, True], repeat=2)))
 def test_workspace_bytes(store_dlogits, scalar_grads, dtype):
     for (rows, cols), filters_negatives in product([(128, 256), (100, 300), (1, 1)], [False, True]):
-        panel = TritonPanel(
-            rows, cols, dtype, torch.device(DEVICE), store_dlogits, scalar_grads, filters_negatives
-        )
+        spec = PanelSpec(rows, cols, dtype, store_dlogits, scalar_grads, filters_negatives)
+        panel = TritonPanel(spec, torch.device(DEVICE))
         allocated = sum(t.nbytes for t in vars(panel).values() if isinstance(t, torch.Tensor))
-        args = (rows, cols, dtype, store_dlogits, scalar_grads, filters_negatives)
-        assert allocated == TritonPanel.workspace_bytes(*args)
+        assert allocated == TritonPanel.workspace_bytes(spec)
 
 
 def test_tf32_operands_are_rounded_not_cut():
@@ -225,4 +224,4 @@ def test_tf32_operands_are_rounded_not_cut():
 
 def test_float64_is_refused():
     with pytest.raises(ValueError, match="float64"):
-        TritonPanel(128, 128, torch.float64, torch.device(DEVICE), True, True)
+        TritonPanel(PanelSpec(128, 128, torch.float64, True, True), torch.device(DEVICE))

@@ -9,7 +9,7 @@ require_triton_kernels()
 import pytest
 import torch
 
-from fused_siglip.kernels import Pairs
+from fused_siglip.kernels import Pairs, PanelSpec
 from fused_siglip.kernels.triton_panel import TritonPanel
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 from support.triton_panels import (
@@ -17,8 +17,7 @@ from support.triton_panels import (
     DTYPES,
     POSITIVES,
     TILED,
-    B,
-    T,
+    affine,
     by_hash,
     features,
     labels,
@@ -59,14 +58,14 @@ def check_product(panel, g, other, transposed, alpha=0.5):
     # a rounding for every term, none of the products of half operands; and for the last sum
     slack = alpha * (a.shape[1] + 4) * (a.abs() @ other.double().abs())
     added = out.clone()
-    panel.add_product(added, g, other, alpha, False, transposed)
+    panel.add_product(added, g, other, alpha, True, transposed)
     eps = UNIT_ROUNDOFF[torch.float32]
     assert ((added - (out.double() + exact)).abs() <= eps * (slack + 2 * out.abs())).all()
     fresh = torch.full_like(out, torch.nan)
-    panel.add_product(fresh, g, other, alpha, True, transposed)
+    panel.add_product(fresh, g, other, alpha, False, transposed)
     assert ((fresh - exact).abs() <= eps * slack).all()
     again = torch.full_like(out, torch.nan)
-    panel.add_product(again, g, other, alpha, True, transposed)
+    panel.add_product(again, g, other, alpha, False, transposed)
     assert torch.equal(again, fresh)
     return fresh
 
@@ -91,11 +90,10 @@ def test_products_where_the_library_has_none(transposed, positives, dtype):
     """Of half operands into fp32, as on ROCm: all tiles, whatever lies beyond the last pair."""
     m, n = 130, 200
     x, y = features(m, n, 48, dtype)
-    panel = TritonPanel(256, 384, dtype, x.device, True, True)
+    panel = TritonPanel(PanelSpec(256, 384, dtype, True, True), x.device)
     panel.library = False
-    panel.g.fill_(torch.nan)
-    scale, bias = (torch.tensor(v, device=DEVICE) for v in (T, B))
-    g = panel(x, y, scale, bias, POSITIVES[positives](m, n), torch.empty(3, device=DEVICE))
+    panel.dlogits.fill_(torch.nan)
+    g = panel(x, y, affine(), POSITIVES[positives](m, n), torch.empty(3, device=DEVICE))
     check_product(panel, g, x if transposed else y, transposed)
 
 
@@ -118,15 +116,15 @@ def test_a_tile_in_which_nothing_is_kept_is_not_read(transposed, dtype):
     assert flags.tolist() == [[True] * 4, [False, True, False, False], [True] * 4]
     other = x if transposed else y
     clean = check_product(panel, g, other, transposed)
-    whole = panel.g.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))  # a view
+    whole = panel.dlogits.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))  # a view
     whole[1, :, 0] = whole[1, :, 2:] = torch.nan
     planted = torch.full_like(clean, torch.nan)
-    panel.add_product(planted, g, other, 0.5, True, transposed)
+    panel.add_product(planted, g, other, 0.5, False, transposed)
     assert torch.equal(planted, clean)
     if transposed:  # images of the second row of tiles meet texts of the second column alone
         other = other.clone()
         other[128:256] = torch.nan
-        panel.add_product(planted, g, other, 0.5, True, transposed)
+        panel.add_product(planted, g, other, 0.5, False, transposed)
         assert torch.equal(
             planted.isnan().all(1).nonzero()[:, 0], torch.arange(128, 256).to(DEVICE)
         )
@@ -146,11 +144,11 @@ def test_no_tile_is_looked_for_among_many_random_pairs(transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_product_of_nothing(transposed):
     x, y = features(*TILED, 48, torch.float32)
-    panel, g = panel_of(x, y, Pairs(), by_hash(*TILED)._replace(below=-(2**31)))
+    panel, g = panel_of(x, y, Pairs(), by_hash(*TILED)._replace(hash_cutoff=-(2**31)))
     assert not panel.flags.any() and not g.any()
     out = torch.full((TILED[transposed], 48), 3.0, device=DEVICE)
     other = torch.full((TILED[not transposed], 48), torch.nan, device=DEVICE)
-    panel.add_product(out, g, other, 1.0, False, transposed)
+    panel.add_product(out, g, other, 1.0, accumulate=True, transposed=transposed)
     assert (out == 3).all()
-    panel.add_product(out, g, other, 1.0, True, transposed)
+    panel.add_product(out, g, other, 1.0, accumulate=False, transposed=transposed)
     assert (out == 0).all()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fused_siglip.kernels import Pairs, ScoreThreshold
-from fused_siglip.kernels.float_keys import HALF, PLACE_BITS, key_to_float
+from fused_siglip.kernels import Pairs, PanelSpec, ScoreNormalizer, ScoreThreshold
+from fused_siglip.kernels.float_keys import HALF, KEY_BITS, key_to_float
 from fused_siglip.kernels.triton_panel import TritonPanel
 from support.triton_panels import (
     DEVICE,
@@ -23,9 +23,9 @@ from support.triton_panels import (
     check,
     features,
     hashes,
+    normalized_scores,
     one_feature,
     pair_masks,
-    placed,
     run,
 )
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("choice", ["hash", "logit"])
-@pytest.mark.parametrize("b", [-15.0, 0.0], ids=["easy", "plain"])
+@pytest.mark.parametrize("b", [-15.0, 0.0], ids=["saturated", "plain"])
 def test_chosen_negatives(b, choice, positives, dtype):
     x, y = features(150, 300, 48, dtype)
     positives = POSITIVES[positives](150, 300)
@@ -54,12 +54,12 @@ def test_sizes_of_chosen_negatives(m, n, d, keep):
         check(x, y, positives=Pairs(diagonal=0), kept=kept)
 
 
-@pytest.mark.parametrize("below", [1 - 2**31, 2**31 - 1])
-def test_the_least_and_the_most_that_a_hash_keeps(below):
+@pytest.mark.parametrize("cutoff", [1 - 2**31, 2**31 - 1])
+def test_the_least_and_the_most_that_a_hash_keeps(cutoff):
     x, y = features(130, 130, 16, torch.float32)
-    kept = by_hash(130, 130)._replace(below=below)
+    kept = by_hash(130, 130)._replace(hash_cutoff=cutoff)
     g = check(x, y, positives=Pairs(diagonal=0), kept=kept)
-    assert (g != 0).sum() == (130 if below < 0 else 130**2)
+    assert (g != 0).sum() == (130 if cutoff < 0 else 130**2)
 
 
 @pytest.mark.parametrize("choice", ["hash", "logit"])
@@ -82,12 +82,17 @@ def test_nan_is_dropped_by_a_hash_and_kept_by_a_logit():
     kept = by_hash(130, 140), by_logit(x, y)
     x[3] = torch.nan
     (sums, g), (_, by_value) = (run(x, y, kept=k) for k in kept)
-    assert torch.equal(g[3].isnan(), hashes(kept[0])[3] < kept[0].below) and sums[0].isnan()
+    assert torch.equal(g[3].isnan(), hashes(kept[0])[3] < kept[0].hash_cutoff) and sums[0].isnan()
     assert by_value[3].isnan().all()
     assert not g[4:].isnan().any() and not by_value[4:].isnan().any()
-    none_of_it = kept[0]._replace(below=-(2**31))  # keeps nothing
+    none_of_it = kept[0]._replace(hash_cutoff=-(2**31))  # keeps nothing
     sums, g = run(x, y, kept=none_of_it)
     assert sums.tolist() == [0, 0, 0] and not g.any()
+
+
+def counting_panel(m, n, dtype):
+    spec = PanelSpec(m, n, dtype, store_dlogits=False, scalar_grads=False, filters_negatives=True)
+    return TritonPanel(spec, torch.device(DEVICE))
 
 
 def whole_numbers(m, n, d, dtype):
@@ -96,9 +101,9 @@ def whole_numbers(m, n, d, dtype):
     return (torch.randint(-3, 4, (k, d), generator=generator).to(DEVICE, dtype) for k in (m, n))
 
 
-def places(x, y, centres, factors):
-    """(m, n): the place of every pair in [0, 2^20), by its definition."""
-    value = placed(x, y, centres, factors).cpu().numpy()
+def float_keys(x, y, center, inv_radius):
+    """(m, n): the key of every pair's normalized score in [0, 2^20), by its definition."""
+    value = normalized_scores(x, y, center, inv_radius).cpu().numpy()
     mantissa, exponent = np.frexp(np.abs(value).astype(np.float64))  # in [1/2, 1): exponents +1
     magnitude = (exponent + 30) * 2**14 + np.floor((2 * mantissa - 1) * 2**14)
     magnitude = np.where(value == 0, 0, np.clip(magnitude, 0, HALF - 1)).astype(np.int64)
@@ -119,11 +124,11 @@ def test_counts(factor, positives, dtype):
     x, y = whole_numbers(m, n, 48, dtype)
     positives = POSITIVES[positives](m, n)
     units = torch.linspace(-9, 9, m), torch.linspace(factor, 0.9 * factor, m)
-    units = tuple(of_images.to(DEVICE) for of_images in units)
-    panel = TritonPanel(m, n, dtype, torch.device(DEVICE), False, False, True)
-    q = places(x, y, *units)
+    units = ScoreNormalizer(*(of_images.to(DEVICE) for of_images in units))
+    panel = counting_panel(m, n, dtype)
+    q = float_keys(x, y, *units)
     positive, valid = (mask.cpu().numpy() for mask in pair_masks(x, y, positives))
-    left = PLACE_BITS
+    left = KEY_BITS
     for step, bits in enumerate(TritonPanel.count_bits):
         known, inside = None, valid & ~positive
         if step > 0:
@@ -133,7 +138,7 @@ def test_counts(factor, positives, dtype):
             known = torch.from_numpy(known).int().to(DEVICE)
         left -= bits
         counts = torch.full((m, 2**bits), 5, dtype=torch.int32, device=DEVICE)
-        panel.count(x, y, positives, *units, known, step, counts)
+        panel.count(x, y, positives, units, known, step, counts)
         expected = histogram(q >> left & 2**bits - 1, inside, 2**bits)
         assert inside.any() and np.array_equal(counts.cpu().numpy(), 5 + expected)
     assert left == 0
@@ -143,35 +148,33 @@ def test_counts(factor, positives, dtype):
 def test_a_threshold_keeps_what_was_counted(dtype):
     """Similarities that are not exact: the panel kernel rounds them as the counting one did."""
     x, y = features(140, 200, 48, dtype)
-    *units, least = by_logit(x, y)
-    panel = TritonPanel(140, 200, dtype, torch.device(DEVICE), False, False, True)
+    units, threshold = by_logit(x, y)
+    panel = counting_panel(140, 200, dtype)
     counts = torch.zeros(140, 32, dtype=torch.int32, device=DEVICE)
-    panel.count(x, y, Pairs(diagonal=0), *units, None, 0, counts)
+    panel.count(x, y, Pairs(diagonal=0), units, None, 0, counts)
     assert (counts.sum(1) == 199).all()
     for first in (0, 15, 16, 30):
-        least = torch.full_like(least, first * 2**PLACE_BITS // 32, dtype=torch.int64)
-        least = key_to_float(least, torch.float32)
-        _, g = run(
-            x, y, t=1.0, b=0.0, positives=Pairs(diagonal=0), kept=ScoreThreshold(*units, least)
-        )
+        key = torch.full_like(threshold, first * 2**KEY_BITS // 32, dtype=torch.int64)
+        kept = ScoreThreshold(units, key_to_float(key, torch.float32))
+        _, g = run(x, y, t=1.0, b=0.0, positives=Pairs(diagonal=0), kept=kept)
         assert torch.equal((g != 0).sum(1), 1 + counts[:, first:].sum(1))
 
 
 def test_nan_counts_as_the_largest():
     x, y = features(10, 20, 16, torch.float32)
-    *units, _ = by_logit(x, y)
+    units, _ = by_logit(x, y)
     x[3] = torch.nan
-    panel = TritonPanel(10, 20, x.dtype, x.device, False, False, True)
+    panel = counting_panel(10, 20, x.dtype)
     counts = torch.zeros(10, 32, dtype=torch.int32, device=DEVICE)
-    panel.count(x, y, Pairs(), *units, None, 0, counts)
+    panel.count(x, y, Pairs(), units, None, 0, counts)
     assert counts[3, -1] == 20 and (counts.sum(1) == 20).all()
 
 
 def test_a_bin_may_hold_all_texts_of_a_tile():
     """128 of them in a byte of the tally, also in the one with the sign of its word."""
     x, y = one_feature(torch.linspace(-1, 1, 40), 256)
-    units = (torch.zeros(40, device=DEVICE), torch.ones(40, device=DEVICE))
-    panel = TritonPanel(40, 256, x.dtype, x.device, False, False, True)
+    units = ScoreNormalizer(torch.zeros(40, device=DEVICE), torch.ones(40, device=DEVICE))
+    panel = counting_panel(40, 256, x.dtype)
     counts = torch.zeros(40, 32, dtype=torch.int32, device=DEVICE)
-    panel.count(x, y, Pairs(), *units, None, 0, counts)
+    panel.count(x, y, Pairs(), units, None, 0, counts)
     assert counts.max(1).values.eq(256).all() and counts.count_nonzero(0)[[3, 31]].eq(0).sum() < 2
