@@ -36,6 +36,7 @@ def pairs_kept(choice, m: int, n: int, backend: str, device: str, tiles=None, **
     return (x.grad != 0).cpu(), x.detach().cpu()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("choice", CHOICES, ids=ids_of_choices)
 @pytest.mark.parametrize("ids", [False, True])
@@ -55,6 +56,7 @@ def test_loss_and_gradients_of_what_is_kept(backend, device, dtype, choice, ids)
         assert max(found.values()) <= 1, found
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "requires_grad",
     [
@@ -72,6 +74,7 @@ def test_only_some_inputs_require_grad(backend, device, choice, requires_grad):
     assert max(error_ratios(actual, inputs, negatives=choice).values()) <= 1
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**63 - 1])
 @pytest.mark.parametrize("keep", [0.5, 0.01])
 def test_random_pairs_are_those_of_the_definition(backend, device, keep, seed):
@@ -114,6 +117,7 @@ def thresholds_of(inputs, negatives):
     return found[0]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.1, 0.01])
 @pytest.mark.parametrize("choice", [Hardest, Easiest])
 @pytest.mark.parametrize("spread", [1.0, 0.1, 0.02], ids=["around 0", "alike", "nearly equal"])
