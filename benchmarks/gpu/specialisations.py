@@ -205,9 +205,7 @@ def rehearse(names: Sequence[str] = REHEARSED, sizes=FULL) -> tuple[list[Special
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu.specialisations", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=REHEARSED, default=REHEARSED, metavar="part")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile for sm_90, and time it"
-    )
+    parser.add_argument("--compile", action="store_true", help="compile for sm_90, and time it")
     parser.add_argument("--output", type=Path, help="also write a results file")
     args = parser.parse_args(arguments)
     if INTERPRETED:
