@@ -27,19 +27,19 @@ test: $(VENV)/ready
 
 # The laws of the loss on random calls, until a miss.
 fuzz: $(VENV)/ready
-	PYTHONPATH=tests $(RUN) -m fuzz --minutes $(MINUTES)
+	PYTHONPATH=tests $(RUN) -m soak.fuzz --minutes $(MINUTES)
 
 # The package broken on purpose, one line at a time: which test notices.
 mutations: $(VENV)/ready
-	PYTHONPATH=tests $(RUN) -m mutations
+	PYTHONPATH=tests $(RUN) -m soak.mutations
 
 # Steps of changing batch size: neither memory nor errors nor compiled graphs grow.
 longrun: $(VENV)/ready
-	PYTHONPATH=tests $(RUN) -m longrun --steps $(STEPS)
+	PYTHONPATH=tests $(RUN) -m soak.longrun --steps $(STEPS)
 
 # The Gluon panel kernel on the emulator, a random order of events each.
 soak-gluon: $(VENV)/ready
-	PYTHONPATH=tests $(RUN) -m gluon_soak --schedules $(SCHEDULES)
+	PYTHONPATH=tests $(RUN) -m soak.gluon_soak --schedules $(SCHEDULES)
 
 # Of fused_siglip/ and the torch backend, also in the processes that tests start.
 coverage: $(VENV)/ready

@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import validation
-from .distributed import exchange
-from .negatives import Negatives, kind_of
-from .operator import GLOBAL_SWEEP, SWEEP, call_operator
+from .distributed import agreement
+from .negatives import Negatives, choice_of
+from .operator import call_operator
+from .spec import GradMask, LossSpec
 
 
 def siglip_loss(
@@ -88,7 +89,7 @@ def siglip_loss(
             rank of the group is lost (gloo. With NCCL a wait returns at once and its watchdog ends
             the process at the group's timeout: docs/distributed.md has what helps).
     """
-    group = validation.check_group(group, dist_impl, exchange.DIST_IMPLS)
+    group = validation.check_group(group, dist_impl, agreement.DIST_IMPLS)
     try:
         dtype = validation.check_features(image_features, text_features)
         device = image_features.device
@@ -102,7 +103,7 @@ def siglip_loss(
     except (TypeError, ValueError):
         if group is not None:
             device = image_features.device if isinstance(image_features, Tensor) else None
-            exchange.report_bad_arguments(group, device)
+            agreement.report_bad_arguments(group, device)
         raise
 
     scale = _as_tensor(logit_scale, dtype, device)
@@ -111,28 +112,19 @@ def siglip_loss(
         image_ids, text_ids = image_ids.long(), text_ids.long()
         if negative_only:
             image_ids, text_ids = _never_equal(image_ids, text_ids)
-    if negatives is not None and negatives.keep == 1:
-        negatives = None
-    loss, *_ = call_operator(
-        SWEEP if group is None else GLOBAL_SWEEP,
-        image_features,
-        text_features,
-        scale,
-        bias,
-        image_ids,
-        text_ids,
-        negative_only,
-        *(False,) * 3,  # which gradients: their derivative decides
-        workspace_bytes,
-        backend,
-        None if group is None else group.group_name,
-        dist_impl,
-        reduction,
-        kind_of(negatives),
-        1.0 if negatives is None else float(negatives.keep),
-        getattr(negatives, "seed", 0),
-        dtype,
+    spec = LossSpec(
+        grads=GradMask(False, False, False),  # the derivative decides
+        negative_only=negative_only,
+        negatives=choice_of(negatives),
+        reduction=reduction,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        group_name=None if group is None else group.group_name,
+        dist_impl=dist_impl,
+        dtype=dtype,
     )
+    features = image_features, text_features
+    loss, *_ = call_operator(*features, scale, bias, (image_ids, text_ids), spec)
     return loss
 
 

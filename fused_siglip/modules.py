@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import scalars, validation
-from .distributed.exchange import DIST_IMPLS
+from .distributed.agreement import DIST_IMPLS
 from .distributed.groups import OMITTED, GroupRef
 from .loss import siglip_loss
 from .negatives import Negatives

@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .interface import Affine
+
 CAPABILITY = (9, 0)
 # Gluon is experimental in Triton: what is written for one release need not compile with the next.
 _GLUON = triton.__version__.startswith("3.6.")
@@ -17,7 +19,7 @@ _OPERANDS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """How hopper_kernel.py is compiled; held by tests/test_gluon_compiled.py."""
+    """How hopper_kernel.py is compiled; held by tests/triton_backend/test_gluon_compiled.py."""
 
     tile: tuple[int, int]
     stages: int  # blocks of x and y in shared memory
@@ -26,7 +28,7 @@ class HopperConfig:
     group_m: int = 16  # tile rows that share a band of y in L2
     block_k: int = 64  # features a step of the product takes
     width: int = 32  # columns a round of the epilogue takes
-    store_buffers: int = 4  # rounds of g on their way to memory; divides the rounds of a tile
+    store_buffers: int = 4  # rounds of dlogits on their way to memory; divides the rounds of a tile
 
     def tiles(self, m: int, n: int) -> int:
         """Of an (m, n) panel."""
@@ -69,14 +71,13 @@ def launch_panel(
     config: HopperConfig,
     x: Tensor,  # (m, D)
     y: Tensor,  # (n, D)
-    g: Tensor | None,  # at least (m, n), rows aligned
+    dlogits: Tensor | None,  # at least (m, n), rows aligned
     partials: Tensor,  # (3 or 1, tiles) fp32
-    logit_scale: Tensor,  # ()
-    logit_bias: Tensor,  # ()
+    affine: Affine,
     diagonal: int,
     grad_scale: float,
 ) -> None:
-    """g and the sums of a panel: see :class:`fused_siglip.kernels.Panel`."""
+    """dlogits and the sums of a panel: see :class:`fused_siglip.kernels.Panel`."""
     from .hopper_kernel import hopper_panel_kernel
 
     (m, d), n = x.shape, y.shape[0]
@@ -84,10 +85,9 @@ def launch_panel(
     hopper_panel_kernel[(min(programs, config.tiles(m, n)),)](
         descriptor(x, config.tile[0], config.block_k),
         descriptor(y, config.tile[1], config.block_k),
-        None if g is None else descriptor(g, config.tile[0], config.width),
+        None if dlogits is None else descriptor(dlogits, config.tile[0], config.width),
         partials,
-        logit_scale,
-        logit_bias,
+        *affine,
         m,
         n,
         diagonal,

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .triton_math import (
     MODERATE_LOGIT,
-    column_parts,
+    column_subtiles,
     four_sigmoids,
     join_exps,
     larger,
@@ -41,7 +41,7 @@ def tile_of(t, tiles_m, tiles_n, GROUP_M: gl.constexpr):
 def quarters(t):
     """(m, n) as four of (m / 16, 8, n / 2), without leaving registers: a thread holds rows that are
     8 apart, and columns of both halves."""
-    left, right = column_parts(t, 2)
+    left, right = column_subtiles(t, 2)
     rows: gl.constexpr = (t.shape[0] // 16, 2, 8, t.shape[1] // 2)
     a, b = gl.split(gl.permute(gl.reshape(left, rows), (0, 2, 3, 1)))
     c, d = gl.split(gl.permute(gl.reshape(right, rows), (0, 2, 3, 1)))
@@ -189,7 +189,7 @@ def rounds(
             g_bufs, GRAD_SCALE, SCALAR_GRADS,
         )  # fmt: skip
     else:
-        now, later = column_parts(s, 2)
+        now, later = column_subtiles(s, 2)
         for half in range(0, 2):
             loss, gs_sum, g_sum = rounds(
                 now, at + half * (s.shape[1] // 2), row0, col0, M, N, diagonal, scale, bias,
@@ -208,7 +208,7 @@ def epilogue(
     # NaN is the largest: four_sigmoids would spread it to pairs that do not have it
     most = gl.reduce(gl.reduce(tile, 1, larger), 0, larger) * scale + bias
     moderate = (scale > 0) & (most <= MODERATE_LOGIT)  # 0 times -inf is NaN, too
-    first = column_parts(tile, tile.shape[1] // WIDTH)[0]
+    first = column_subtiles(tile, tile.shape[1] // WIDTH)[0]
     zero = quarters(gl.full_like(first, 0.0))[0]
     loss, gs_sum, g_sum = rounds(
         tile, 0, row0, col0, M, N, diagonal, scale, bias, moderate, last_halves(zero)[0], zero,

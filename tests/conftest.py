@@ -1,14 +1,9 @@
-import os
-
 import pytest
-import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_GPU = torch.cuda.is_available()
+from support.devices import HAS_GPU, INTERPRETED
 
-
-# Beside the tests that take the fixture ``device``, those of these files run on a GPU.
-ON_THE_GPU = ("test_triton_panel.py", "test_alternative.py")
+# Beside the tests that take the fixture ``device``, those of files with these names run on a GPU.
+ON_THE_GPU = ("test_triton_", "test_alternative")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -18,7 +13,7 @@ def pytest_collection_modifyitems(config, items):
     Marks what a GPU runs: -m gpu leaves out what would only load the CPU beside it.
     """
     for item in items:
-        if "device" in item.fixturenames or item.path.name in ON_THE_GPU:
+        if "device" in item.fixturenames or item.path.name.startswith(ON_THE_GPU):
             item.add_marker("gpu")
     if config.getoption("loadgroup", False):
         for item in items:

@@ -7,9 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_siglip.kernels import BACKENDS, GRAD_SCALE, Pairs, Panel, panel_class
+from fused_siglip.kernels import (
+    BACKENDS,
+    GRAD_SCALE,
+    Affine,
+    Pairs,
+    Panel,
+    PanelSpec,
+    panel_class,
+)
 from fused_siglip.kernels.torch_products import add_product
-from fused_siglip.planner import PanelPlan, plan_panels
+from fused_siglip.planner import PanelPlan, PlanRequest, plan_panels
 
 from .workloads import Inputs
 
@@ -28,14 +36,16 @@ def plan_of(inputs: Inputs, backend: str, workspace_bytes: int | None = None) ->
     if x.is_cuda:
         multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     return plan_panels(
-        len(x),
-        len(inputs.y),
-        x.shape[1],
-        x.dtype,
-        x.device.type,
-        backend,
-        multiprocessors=multiprocessors,
-        workspace_bytes=workspace_bytes,
+        PlanRequest(
+            len(x),
+            len(inputs.y),
+            x.shape[1],
+            x.dtype,
+            x.device.type,
+            backend,
+            multiprocessors=multiprocessors,
+            workspace_bytes=workspace_bytes,
+        )
     )
 
 
@@ -49,14 +59,15 @@ def panel_call(
 ) -> PanelCall:
     """A function that computes all pairs of the features in one panel."""
     x, y, t, b = inputs
-    panel = panel_class(backend)(side or len(x), side or len(y), x.dtype, x.device, True, True)
+    spec = PanelSpec(side or len(x), side or len(y), x.dtype, True, True)
+    panel = panel_class(backend)(spec, x.device)
     sums = torch.zeros(3, device=x.device)
     if unwritten is not None:
-        panel.g.fill_(unwritten)
+        panel.dlogits.fill_(unwritten)
         sums.fill_(unwritten)
 
     def call() -> tuple[Tensor, Tensor]:
-        return panel(x, y, t, b, Pairs(diagonal=diagonal), sums), sums
+        return panel(x, y, Affine(t, b), Pairs(diagonal=diagonal), sums), sums
 
     return call
 
@@ -69,6 +80,6 @@ def gradient_products(
     dx, dy = (torch.zeros(v.shape, device=v.device) for v in (inputs.x, inputs.y))
     alpha = 1.0 / GRAD_SCALE.get(inputs.x.dtype, 1.0)
     return {
-        "dX product": lambda: add_product(dx, dlogits, inputs.y, alpha, fresh=False),
-        "dY product": lambda: add_product(dy, dlogits.T, inputs.x, alpha, fresh=False),
+        "dX product": lambda: add_product(dx, dlogits, inputs.y, alpha, accumulate=True),
+        "dY product": lambda: add_product(dy, dlogits.T, inputs.x, alpha, accumulate=True),
     }

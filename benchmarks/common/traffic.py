@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-import fused_siglip.distributed.exchange
+import fused_siglip.distributed.collectives
 
 
 @dataclass
@@ -74,8 +74,8 @@ def _scatter(tensor, scatter_list=None, src=None, group=None, **_) -> int:
 
 # Ours under the names it calls; the others as open_clip and torch.distributed.nn call them.
 _WRAPPED: list[tuple[object, str, Callable[..., int]]] = [
-    (fused_siglip.distributed.exchange, "_all_gather", _all_gather),
-    (fused_siglip.distributed.exchange, "_reduce_scatter", _reduce_scatter),
+    (fused_siglip.distributed.collectives, "all_gather", _all_gather),
+    (fused_siglip.distributed.collectives, "reduce_scatter", _reduce_scatter),
     (dist, "batch_isend_irecv", _batch_isend_irecv),
     (dist, "all_gather", _all_gather),
     (dist, "all_reduce", _all_reduce),

@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_siglip import siglip_loss
-from fused_siglip.kernels import BACKENDS, GRAD_SCALE, Pairs, Panel, multiplies_half_into_fp32
+from fused_siglip.kernels import (
+    BACKENDS,
+    GRAD_SCALE,
+    Affine,
+    Pairs,
+    Panel,
+    PanelSpec,
+    multiplies_half_into_fp32,
+)
 from fused_siglip.kernels.torch_products import add_product
 from fused_siglip.kernels.triton_configs import TILE
 from fused_siglip.kernels.triton_kernels import epilogue, meets_diagonal_or_edge, pair_masks
@@ -29,7 +37,7 @@ BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes
 @triton.jit(do_not_specialize=["M", "N", "diagonal"])
 def elementwise_kernel(
     s_ptr,  # (M, N) similarities, fp32 or the operands' dtype
-    g_ptr,  # (M, N) rounded up to whole blocks, may be s_ptr; or None
+    dlogits_ptr,  # (M, N) rounded up to whole blocks, may be s_ptr; or None
     partials_ptr,  # (3, blocks) fp32: a block's sums of softplus(u), g*s, g
     logit_scale_ptr,  # () fp32
     logit_bias_ptr,  # () fp32
@@ -49,32 +57,34 @@ def elementwise_kernel(
     s = tl.load(s_ptr + offsets).to(tl.float32)
     scale = tl.load(logit_scale_ptr)
     bias = tl.load(logit_bias_ptr)
-    g_ptrs = None
-    if g_ptr is not None:
-        g_ptrs = g_ptr + offsets
+    dlogits_ptrs = None
+    if dlogits_ptr is not None:
+        dlogits_ptrs = dlogits_ptr + offsets
     # sums of (., 8, .), as the epilogue folds them
     zero = tl.zeros((BLOCK_M // 8, 8, BLOCK_N), tl.float32)
     sums = (zero, zero, zero)
-    easy = False
+    saturated = False
     mixed = col0 < N
     if image_ids_ptr is None:
         mixed = meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, BLOCK_N)
-        easy = (scale >= 0) & (tl.max(s) * scale + bias <= SATURATED_LOGIT) & ~mixed
-    if easy:
-        sums = epilogue(s, None, None, scale, bias, sums, g_ptrs, True, True, GRAD_SCALE, 1)
+        saturated = (scale >= 0) & (tl.max(s) * scale + bias <= SATURATED_LOGIT) & ~mixed
+    if saturated:
+        sums = epilogue(s, None, None, scale, bias, sums, dlogits_ptrs, True, True, GRAD_SCALE, 1)
     elif mixed:
         positive, valid = pair_masks(
             row0, col0, M, N, diagonal, image_ids_ptr, text_ids_ptr, BLOCK_M, BLOCK_N
         )
-        sums = epilogue(s, positive, valid, scale, bias, sums, g_ptrs, False, True, GRAD_SCALE, 1)
+        sums = epilogue(
+            s, positive, valid, scale, bias, sums, dlogits_ptrs, False, True, GRAD_SCALE, 1
+        )
     elif image_ids_ptr is None:
-        sums = epilogue(s, None, None, scale, bias, sums, g_ptrs, False, True, GRAD_SCALE, 1)
-    loss, gs_sum, g_sum = sums
+        sums = epilogue(s, None, None, scale, bias, sums, dlogits_ptrs, False, True, GRAD_SCALE, 1)
+    loss, dscale_sum, dbias_sum = sums
     blocks = tl.num_programs(0) * tl.num_programs(1)
     block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(partials_ptr + block, tl.sum(loss))
-    tl.store(partials_ptr + blocks + block, tl.sum(gs_sum))
-    tl.store(partials_ptr + 2 * blocks + block, tl.sum(g_sum))
+    tl.store(partials_ptr + blocks + block, tl.sum(dscale_sum))
+    tl.store(partials_ptr + 2 * blocks + block, tl.sum(dbias_sum))
 
 
 class LibraryPanel:
@@ -85,7 +95,7 @@ class LibraryPanel:
 
     tile = TILE
     align = 1
-    gs_from_products = False
+    dscale_from_products = False
     finish = staticmethod(finish)
     in_place = False
 
@@ -98,52 +108,35 @@ class LibraryPanel:
         return tuple(triton.cdiv(k, side) * side for k, side in zip((rows, cols), BLOCK))  # noqa: B905
 
     @classmethod
-    def workspace_bytes(
-        cls,
-        rows: int,
-        cols: int,
-        dtype: torch.dtype,
-        store_dlogits: bool,
-        scalar_grads: bool,
-        filters_negatives: bool = False,
-    ) -> int:
-        elements = math.prod(cls._shape(rows, cols))
-        g = stored_dtype(dtype).itemsize if store_dlogits and not cls.in_place else 0
+    def workspace_bytes(cls, spec: PanelSpec) -> int:
+        elements = math.prod(cls._shape(spec.rows, spec.cols))
+        stored = spec.store_dlogits and not cls.in_place
+        dlogits = stored_dtype(spec.dtype).itemsize if stored else 0
         sums = 3 * torch.float32.itemsize * elements // math.prod(BLOCK)
-        return elements * (cls._similarity(dtype).itemsize + g) + sums
+        return elements * (cls._similarity(spec.dtype).itemsize + dlogits) + sums
 
-    def __init__(
-        self,
-        rows: int,
-        cols: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        store_dlogits: bool,
-        scalar_grads: bool,
-        filters_negatives: bool = False,
-    ):
-        if filters_negatives:
+    def __init__(self, spec: PanelSpec, device: torch.device):
+        if spec.filters_negatives:
             raise ValueError("benchmarks' panels take all negatives")
-        shape = self._shape(rows, cols)
+        shape, dtype = self._shape(spec.rows, spec.cols), spec.dtype
         empty = functools.partial(torch.empty, device=device)
         # zeros: what a smaller panel leaves beside it is read, though it takes no part
         self.s = torch.zeros(shape, dtype=self._similarity(dtype), device=device)
-        self.g = None
-        if store_dlogits:
-            self.g = self.s if self.in_place else empty(shape, dtype=stored_dtype(dtype))
+        self.dlogits = None
+        if spec.store_dlogits:
+            self.dlogits = self.s if self.in_place else empty(shape, dtype=stored_dtype(dtype))
         self.all_partials = empty(3 * math.prod(shape) // math.prod(BLOCK), dtype=torch.float32)
-        self.sums = 3 if scalar_grads else 1
+        self.sums = 3 if spec.scalar_grads else 1
         self.dtype = dtype
 
     def __call__(
         self,
         x: Tensor,  # (m, D)
         y: Tensor,  # (n, D)
-        logit_scale: Tensor,  # ()
-        logit_bias: Tensor,  # ()
-        positives: Pairs,
+        affine: Affine,
+        pairs: Pairs,
         sums: Tensor | None,  # (3,)
-        kept: None = None,
+        selection: None = None,
     ) -> Tensor | None:  # (m, n)
         m, n = x.shape[0], y.shape[0]
         s = self.s[:m, :n]
@@ -159,15 +152,14 @@ class LibraryPanel:
         with torch.cuda.device_of(x):
             elementwise_kernel[(blocks_n, blocks_m)](
                 self.s,
-                self.g,
+                self.dlogits,
                 partials,
-                logit_scale,
-                logit_bias,
-                positives.image_ids,
-                positives.text_ids,
+                *affine,
+                pairs.image_ids,
+                pairs.text_ids,
                 m,
                 n,
-                n if positives.diagonal is None else positives.diagonal,
+                n if pairs.diagonal is None else pairs.diagonal,
                 self.s.stride(0),
                 GRAD_SCALE=GRAD_SCALE.get(self.dtype, 1.0),
                 BLOCK_M=BLOCK[0],
@@ -176,18 +168,18 @@ class LibraryPanel:
             )
             if sums is not None:
                 torch.sum(self.partials, 1, out=sums[: self.sums])
-        return None if self.g is None else self.g[:m, :n].to(self.dtype)
+        return None if self.dlogits is None else self.dlogits[:m, :n].to(self.dtype)
 
     def add_product(
         self,
         out: Tensor,  # (m, D) or, transposed, (n, D)
-        g: Tensor,  # (m, n)
-        other: Tensor,  # (n, D) or, transposed, (m, D)
+        dlogits: Tensor,  # (m, n)
+        rhs: Tensor,  # (n, D) or, transposed, (m, D)
         alpha: float,
-        fresh: bool,
+        accumulate: bool,
         transposed: bool,
     ) -> None:
-        add_product(out, g.T if transposed else g, other, alpha, fresh)
+        add_product(out, dlogits.T if transposed else dlogits, rhs, alpha, accumulate)
 
 
 class InPlaceLibraryPanel(LibraryPanel):

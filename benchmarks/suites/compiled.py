@@ -26,7 +26,7 @@ from fused_siglip.kernels.triton_configs import PanelConfig, count_config, panel
 from fused_siglip.kernels.triton_kernels import count_kernel, panel_kernel
 from fused_siglip.kernels.triton_math import SATURATED_LOGIT
 from fused_siglip.kernels.triton_panel import count_constants
-from fused_siglip.kernels.triton_products import product_constants, product_kernel
+from fused_siglip.kernels.triton_products import ProductConfig, product_kernel
 
 from ..common.machine_code import basic_blocks, disassemble
 from ..common.results import environment, write_results
@@ -92,11 +92,11 @@ def compile_panel(
         **config.constants(),
     }
     absent = [] if ids else ["image_ids_ptr", "text_ids_ptr"]
-    absent += [] if kept == "hash" else ["image_keys_ptr", "text_keys_ptr", "below"]
-    absent += [] if kept == "logit" else ["centres_ptr", "factors_ptr", "least_ptr"]
+    absent += [] if kept == "hash" else ["image_keys_ptr", "text_keys_ptr", "hash_cutoff"]
+    absent += [] if kept == "logit" else ["center_ptr", "inv_radius_ptr", "threshold_ptr"]
     if not store_dlogits:
-        absent += ["g_ptr"]
-        constants["stride_gm"] = 0
+        absent += ["dlogits_ptr"]
+        constants["stride_zm"] = 0
     if not (kept and store_dlogits):
         absent += ["flags_ptr"]
     compiled = _compile(panel_kernel, target, dtype, constants, absent, config)
@@ -119,7 +119,7 @@ def compile_count(
         **config.tile_constants(),
     }
     absent = [] if ids else ["image_ids_ptr", "text_ids_ptr"]
-    absent += [] if step else ["selected_ptr"]
+    absent += [] if step else ["prefix_ptr"]
     pointers = {"counts_ptr": "*u8"} if constants["TALLIED"] else {}
     return _compile(count_kernel, target, dtype, constants, absent, config, pointers=pointers)
 
@@ -131,18 +131,20 @@ def compile_product(
     *,
     transposed: bool,
     skips: bool = True,
-    fresh: bool = False,
+    accumulate: bool = True,
     d: int = 768,
 ) -> Compiled:
-    """The product of g, or (transposed) of g^T, that skips tiles or takes them all."""
+    """The product of dlogits (or their transpose) that skips tiles or takes them all."""
     config = panel_config(_capability(target), dtype, precision, store_dlogits=True)
+    tile = config.tile[::-1] if transposed else config.tile
+    product = ProductConfig(config, tile, precision)
     constants = {
         "stride_od": 1,
-        "stride_gm" if transposed else "stride_gk": 1,
+        "stride_zm" if transposed else "stride_zk": 1,
         "stride_yd": 1,
-        "FRESH": fresh,
+        "ACCUMULATE": accumulate,
         "INPUT_PRECISION": precision,
-        **product_constants(config, config.tile[::-1] if transposed else config.tile),
+        **product.constants(),
     }
     absent = [] if skips else ["lists_ptr"]
     return _compile(product_kernel, target, dtype, constants, absent, config, d)
@@ -155,7 +157,7 @@ def _capability(target: str) -> tuple[int, int] | str:
 _POINTERS = {
     "image_ids_ptr": "*i64",
     "text_ids_ptr": "*i64",
-    **dict.fromkeys(("image_keys_ptr", "text_keys_ptr", "selected_ptr"), "*i32"),
+    **dict.fromkeys(("image_keys_ptr", "text_keys_ptr", "prefix_ptr"), "*i32"),
     **dict.fromkeys(("flags_ptr", "lists_ptr", "counts_ptr"), "*i32"),
 }
 
@@ -173,7 +175,7 @@ def _compile(
     """absent: arguments that are None. pointers: types of them that depend on the call."""
     constants = constants | dict.fromkeys(absent)
     pointers = _POINTERS | (pointers or {})
-    pointers |= dict.fromkeys(("x_ptr", "y_ptr", "g_ptr"), "*" + _TYPES[dtype])
+    pointers |= dict.fromkeys(("x_ptr", "y_ptr", "dlogits_ptr"), "*" + _TYPES[dtype])
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         pointer = name.endswith("_ptr")

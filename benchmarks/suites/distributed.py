@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import fused_siglip
 from fused_siglip.estimate import cost
-from tests.launch import launch, returned
+from tests.support.processes import launch, returned
 
 from ..common.baselines import open_clip_loss_module
 from ..common.memory import hold_no_freed_memory, peak_bytes
@@ -70,8 +70,8 @@ def peak_of_step(rank: int, world_size: int, rows: int, dim: int, whose: str, im
 def peak_of_collectives(rank: int, world_size: int, rows: int, dim: int) -> dict[str, int]:
     """What gloo itself allocates at most, beyond the tensors it is given."""
     hold_no_freed_memory()
-    all_gather = fused_siglip.distributed.exchange._all_gather
-    reduce_scatter = fused_siglip.distributed.exchange._reduce_scatter
+    all_gather = fused_siglip.distributed.collectives.all_gather
+    reduce_scatter = fused_siglip.distributed.collectives.reduce_scatter
     right, left = (rank + 1) % world_size, (rank - 1) % world_size
 
     def exchange(out: Tensor, into: Tensor) -> None:

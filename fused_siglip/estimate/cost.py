@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..planner import PanelPlan, plan_panels
+from ..planner import PanelPlan, PlanRequest, plan_panels
 
 
 class Link(NamedTuple):
@@ -117,9 +117,8 @@ def _sweep_plan(
 ) -> PanelPlan:
     """Of the texts that are swept at once: a rank's, or everybody's."""
     columns = rows if impl == "ring" else world_size * rows
-    return plan_panels(
-        rows, columns, dim, dtype, device_type, backend, multiprocessors=multiprocessors
-    )
+    request = PlanRequest(rows, columns, dim, dtype, device_type, backend)
+    return plan_panels(request._replace(multiprocessors=multiprocessors))
 
 
 def peak_bytes(

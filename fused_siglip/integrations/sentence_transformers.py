@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import validation
-from ..distributed.exchange import report_bad_arguments
+from ..distributed.agreement import report_bad_arguments
 from ..distributed.groups import WORLD, is_ready
 from ..loss import siglip_loss
 from . import require

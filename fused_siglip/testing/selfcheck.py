@@ -16,6 +16,7 @@ import torch
 from .. import __version__
 from ..kernels import (
     BACKENDS,
+    PanelSpec,
     default_backend,
     float32_products,
     multiplies_half_into_fp32,
@@ -24,7 +25,7 @@ from ..kernels import (
     why_triton_unavailable,
 )
 from ..loss import siglip_loss
-from ..planner import plan_panels
+from ..planner import PlanRequest, plan_panels
 from ..validation import FEATURE_DTYPES
 from .reference import eager_siglip_loss
 from .rounding import excess, rounding_errors
@@ -77,7 +78,7 @@ def describe(device: str) -> str:
     for dtype in FEATURE_DTYPES:
         backend = default_backend(device, dtype)
         options = {"multiprocessors": multiprocessors}
-        plan = plan_panels(rows, rows, d, dtype, device, backend, **options)
+        plan = plan_panels(PlanRequest(rows, rows, d, dtype, device, backend, **options))
         lines.append(
             f"  {_name(dtype):<9} {backend:<7} {plan.rows} x {plan.cols}, workspace "
             f"{plan.workspace_bytes / 2**20:.0f} MiB, at most {plan.peak_bytes / 2**20:.0f} MiB "
@@ -118,8 +119,8 @@ def measure(call: str, backend: str, dtype: torch.dtype, device: str) -> list[fl
         }
     accumulate = torch.promote_types(dtype, torch.float32)
     inputs = [*features, *(torch.tensor(v, dtype=accumulate, device=device) for v in (t, b))]
-    operand = plan_panels(1, 1, 1, dtype, device, backend).operand_dtype
-    workspace = panel_class(backend).workspace_bytes(256, 256, operand, True, True)
+    operand = plan_panels(PlanRequest(1, 1, 1, dtype, device, backend)).operand_dtype
+    workspace = panel_class(backend).workspace_bytes(PanelSpec(256, 256, operand, True, True))
 
     def run(loss_function, values, **options) -> list[torch.Tensor]:
         leaves = [v.detach().clone().requires_grad_() for v in values]

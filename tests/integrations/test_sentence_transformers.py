@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from launch import launch, returned
 from packaging.version import Version
 from sentence_models import (
     HERE,
@@ -41,7 +40,8 @@ from fused_siglip.integrations.sentence_transformers import (
 )
 from fused_siglip.testing import eager_siglip_loss
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
-from helpers import error
+from support.processes import launch, returned
+from support.tolerances import error
 
 KINDS = {"plain": SigLipLoss, "cached": lambda m, **o: CachedSigLipLoss(m, mini_batch_size=5, **o)}
 both = pytest.mark.parametrize("kind", list(KINDS))

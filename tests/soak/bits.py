@@ -60,7 +60,10 @@ def inputs(m: int, n: int, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tens
 
 def run(function: Callable, tensors: Sequence[Tensor], needs: Sequence[int], **options) -> str:
     """A hash of the loss and of the gradients that are needed."""
-    leaves = [t.detach().clone().requires_grad_(bool(need)) for t, need in zip(tensors, needs)]
+    leaves = [
+        t.detach().clone().requires_grad_(bool(need))
+        for t, need in zip(tensors, needs, strict=True)
+    ]
     loss = function(*leaves, **options)
     out = [loss.detach()]
     if loss.requires_grad:

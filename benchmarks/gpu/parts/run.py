@@ -80,8 +80,8 @@ FULL = Sizes(
     determinism=(5000, 768),
     runs=100,
     tests=(
-        "tests/test_hopper.py", "tests/test_triton_panel.py", "tests/test_loss.py",
-        "tests/test_autograd.py",
+        "tests/triton_backend/test_hopper.py", "tests/triton_backend/test_triton_panel.py", "tests/core/test_loss.py",
+        "tests/core/test_autograd.py",
     ),
 )  # fmt: skip
 QUICK = Sizes(
@@ -96,7 +96,7 @@ QUICK = Sizes(
     million=(1024, 32),
     determinism=(300, 32),
     runs=3,
-    tests=("tests/test_loss.py", "-k", "diagonal and float32"),
+    tests=("tests/core/test_loss.py", "-k", "diagonal and float32"),
 )
 
 

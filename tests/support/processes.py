@@ -1,0 +1,61 @@
+"""Run a function in several real processes that share a gloo group on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(seconds=20)
+
+
+def _run(rank: int, world_size: int, directory: str, function, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(directory, "store")), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    try:
+        result = function(rank, world_size, *arguments)
+        torch.save(("returned", result), Path(directory, f"{rank}.pt"))
+    except Exception as error:
+        torch.save(("raised", f"{type(error).__name__}: {error}"), Path(directory, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def launch(function, world_size: int, *arguments, limit: float = 120.0) -> list[tuple]:
+    """[("returned", value) | ("raised", message) | ("died", exit code)] of every rank.
+
+    Processes are forked from a clean server that has torch already, so a launch takes milliseconds.
+    None of them outlives the call; one that does not end within ``limit`` seconds fails it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "fused_siglip", "support.inputs"])
+    with tempfile.TemporaryDirectory() as directory:
+        processes = [
+            context.Process(target=_run, args=(rank, world_size, directory, function, arguments))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(limit)
+                assert not process.is_alive(), "a rank hangs"
+        finally:
+            for process in processes:
+                process.kill()
+        results = []
+        for rank, process in enumerate(processes):
+            file = Path(directory, f"{rank}.pt")
+            results.append(torch.load(file) if file.exists() else ("died", process.exitcode))
+        return results
+
+
+def returned(results: list[tuple]) -> list:
+    """The ranks' return values; fails with what a rank raised instead."""
+    for kind, value in results:
+        assert kind == "returned", value
+    return [value for _, value in results]
