@@ -11,6 +11,7 @@ from fused_siglip.kernels.torch_products import add_product
 from fused_siglip.selection.thresholds import ROWS_AT_ONCE, text_center_radius
 from fused_siglip.sweep import sweep
 from support.expected_negatives import expected_selection, positives
+from support.global_batch import global_values, shard
 from support.inputs import NAMES, Inputs, loss_and_grads, make_inputs, one_tile, operand_dtype
 from support.processes import launch, returned
 from support.tolerances import error, error_ratios, oracle
@@ -322,8 +323,6 @@ SPLITS = {2: [[20, 20], [13, 0]], 3: [[9, 9, 9], [1, 0, 24]], 4: [[6, 6, 6, 6]]}
 
 
 def every_split(rank: int, world_size: int) -> None:
-    from test_distributed import global_values, shard
-
     for rows in SPLITS[world_size]:
         for ids in (False, True):
             texts = rows[::-1] if ids else rows
