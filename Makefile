@@ -5,14 +5,16 @@ TRITON ?= triton==3.6.0
 OPEN_CLIP = open_clip_torch==3.3.0
 OPEN_CLIP_NEEDS = ftfy==6.3.1 regex==2026.11.15 webdataset==1.0.2 pandas==3.1.1
 STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 accelerate==1.15.0 datasets==5.2.0
+DOCS = mkdocs-material mkdocstrings-python ruff
 VENV = .venv
+DOCS_VENV = .venv-docs
 MINUTES = 5
 STEPS = 10000
 SCHEDULES = 2000
 RUN = $(VENV)/bin/python
 CORE = $(foreach part,loss autograd checks engine properties negatives distributed long_runs modules selfcheck,tests/test_$(part).py)
 
-.PHONY: demo test paper fuzz mutations longrun soak-gluon coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations lint clean
+.PHONY: demo test paper fuzz mutations longrun soak-gluon coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations docs lint clean
 
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
@@ -86,12 +88,16 @@ bench-integrations:
 	$(MAKE) VENV=$(VENV) $(VENV)/stacks
 	PYTHONPATH=tests:tests/integrations $(RUN) -m benchmarks.suites.integrations
 
+# The documentation as a site, in build/site. Nothing is imported: it needs no torch.
+docs: $(DOCS_VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info
+	rm -rf .venv .venv-docs .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info
 
 # torch first and pinned: any other package would bring its own choice. open_clip without its
 # dependencies: the tests load its loss, which needs torch alone.
@@ -107,4 +113,10 @@ $(VENV)/ready: setup.py Makefile .ci/constraints.txt
 $(VENV)/stacks: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TORCH) $(STACKS) $(OPEN_CLIP_NEEDS)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 torchvision==0.28.0
+	touch $@
+
+# setup.py's docs extra, without the package itself.
+$(DOCS_VENV)/ready: Makefile .ci/constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(DOCS)
 	touch $@

@@ -30,6 +30,8 @@ STACKS = {
     "sentence-transformers": ["sentence-transformers[train]>=6.0,<7"],
 }
 EXTRAS["dev"] = sorted({name for extra in EXTRAS.values() for name in extra} | {"ruff"})
+# Beside dev, not in it: the site is built without importing the package (make docs).
+EXTRAS["docs"] = ["mkdocs-material", "mkdocstrings-python", "ruff"]
 
 setup(
     name="fused-siglip",
