@@ -90,7 +90,7 @@ bench-integrations:
 
 # The documentation as a site, in build/site. Nothing is imported: it needs no torch.
 docs: $(DOCS_VENV)/ready
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
