@@ -31,7 +31,7 @@ class HopperConfig:
     store_buffers: int = 4  # rounds of dlogits on their way to memory; divides the rounds of a tile
 
     def tiles(self, m: int, n: int) -> int:
-        """Of an (m, n) panel."""
+        """The number of tiles of an (m, n) panel."""
         return triton.cdiv(m, self.tile[0]) * triton.cdiv(n, self.tile[1])
 
 

@@ -77,7 +77,7 @@ def run(cell: dict) -> dict:
 
 
 def _values(rows: list[dict], loss: str, batch_size: int, metric: str = "mrr") -> list[float]:
-    """On the test's modules, one value a seed."""
+    """A metric on the modules of the test, one value a seed."""
     found = [row for row in rows if (row["loss"], row["batch_size"]) == (loss, batch_size)]
     return [row["test"][metric] for row in sorted(found, key=lambda row: row["seed"])]
 

@@ -87,7 +87,7 @@ def _of(rows: list[dict], role: str, language: str) -> list[float]:
 
 
 def _gains(rows: list[dict]) -> dict[str, list[float]]:
-    """By language, accuracy of the mix minus that of the language alone, one value a seed."""
+    """Accuracy of the mix minus that of the language alone, by language, one value a seed."""
     return {
         name: _minus(_of(rows, "mix", name), _of(rows, "alone", name))
         for name in LANGUAGES

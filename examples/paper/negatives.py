@@ -60,7 +60,7 @@ def cells(quick: bool) -> list[dict]:
 
 
 def chooser(cell: dict) -> Callable[[int], Random | Hardest | Easiest | None]:
-    """By step, which negatives take part."""
+    """A function of the step: which negatives take part."""
     kind, keep = cell["negatives"], cell["keep"]
     if kind == "all":
         return lambda step: None

@@ -102,7 +102,7 @@ def run(cell: dict) -> dict:
 
 
 def _lead(rows: list[dict], kind: str, p: float) -> dict[int, float]:
-    """By seed, accuracy with the sigmoid loss minus that with the softmax loss."""
+    """Accuracy with the sigmoid loss minus that with the softmax loss, by seed."""
     of = {(r["loss"], r["seed"]): r["accuracy"] for r in rows if (r["kind"], r["p"]) == (kind, p)}
     seeds = sorted({seed for _, seed in of})
     return {seed: of["sigmoid", seed] - of["softmax", seed] for seed in seeds}

@@ -95,7 +95,7 @@ def _gains(rows: list[dict], better: Start, worse: Start) -> list[float]:
 
 
 def _claims(rows: list[dict]) -> list[str]:
-    """Of one schedule."""
+    """The claims about one schedule."""
     large, small = (_gains(rows, (-10.0, t), (0.0, t)) for t in (10.0, 1.0))
     more = [a - b for a, b in zip(small, large, strict=True)]
     none, factor = _gains(rows, PAPERS, (None, 10.0)), _gains(rows, PAPERS, (-10.0, 1.0))
@@ -160,7 +160,7 @@ def _plot(rows: list[dict], path: Path) -> None:
 
 
 def _lines(rows: list[dict]) -> list[tuple[str, ...]]:
-    """Of one schedule."""
+    """The lines of a table about one schedule."""
 
     def share(start: Start, metric: str) -> str:
         values = _values(rows, start, metric)

@@ -46,7 +46,7 @@ RANKS_PER_NODE = 8  # DGX and HGX of all three
 def _device(
     half: float, single: float, nvlink: float, network: float, multiprocessors: int
 ) -> Device:
-    """From peak TFLOP/s of half precision and fp32, and GB/s in one direction."""
+    """A device, from peak TFLOP/s of half precision and fp32 and from GB/s in one direction."""
     flops = {torch.bfloat16: half, torch.float16: half, torch.float32: single}
     return Device(
         {dtype: SUSTAINED * peak * 1e12 for dtype, peak in flops.items()},
@@ -70,9 +70,9 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one rank in one step."""
+    """What one rank spends in one step."""
 
-    peak_bytes: int  # beyond the features; the gradients that are returned are in it
+    peak_bytes: int  # beyond the features, the gradients that are returned included
     bytes_sent: int
     flops: int
     compute_seconds: float
@@ -85,7 +85,7 @@ class Cost:
 
 
 def _chunk_bytes(rows: int, dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Of one rank's texts, and of their gradient."""
+    """The bytes of one rank's texts, and those of their gradient."""
     accumulate = torch.promote_types(dtype, torch.float32)
     return rows * dim * dtype.itemsize, rows * dim * accumulate.itemsize
 
@@ -101,7 +101,7 @@ def bytes_sent(impl: str, world_size: int, rows: int, dim: int, dtype: torch.dty
 
 
 def step_flops(world_size: int, rows: int, dim: int) -> int:
-    """Three products of this rank's images with all texts."""
+    """FLOPs of the three products of this rank's images with all texts."""
     return 6 * rows * (world_size * rows) * dim
 
 
@@ -115,7 +115,7 @@ def _sweep_plan(
     backend: str,
     multiprocessors: int | None,
 ) -> PanelPlan:
-    """Of the texts that are swept at once: a rank's, or everybody's."""
+    """The plan for the texts that are swept at once: those of one rank, or of all."""
     columns = rows if impl == "ring" else world_size * rows
     request = PlanRequest(rows, columns, dim, dtype, device_type, backend)
     return plan_panels(request._replace(multiprocessors=multiprocessors))
@@ -133,7 +133,7 @@ def peak_bytes(
 ) -> int:
     """Peak memory beyond the features, the returned gradients included.
 
-    What torch allocates for the loss: the transport's own buffers are not in it.
+    This is what torch allocates for the loss. The transport's own buffers are not in it.
     """
     texts, grads = _chunk_bytes(rows, dim, dtype)
     plan = _sweep_plan(impl, world_size, rows, dim, dtype, device_type, backend, multiprocessors)
@@ -157,7 +157,17 @@ def predict(
     device: Device,
     backend: str = "torch",
 ) -> Cost:
-    """The cost on a cluster of a GPU device. ``impl`` is "ring" or "gather"."""
+    """The cost of a step on a cluster.
+
+    Args:
+        impl: "ring" or "gather".
+        world_size: number of ranks.
+        rows: images, and texts, on each rank.
+        dim: D, the dimension of the features.
+        dtype: of the features.
+        device: one of ``DEVICES``, or rates of your own.
+        backend: whose panels are planned.
+    """
     texts, grads = _chunk_bytes(rows, dim, dtype)
     link = device.node if world_size <= RANKS_PER_NODE else device.network
     others = world_size - 1
