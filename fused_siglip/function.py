@@ -60,7 +60,7 @@ class SigLipFunction(torch.autograd.Function):
             slots = ctx._raw_saved_tensors
             if ctx.factor_may_be_one and factor.item() == 1:
                 factor = None
-        grads = [None] * 4
+        grads: list[Tensor | None] = [None] * 4
         if ctx.grads.image:
             grads[0] = _multiply(grad_x, factor, x_dtype, slots[1])
         if ctx.grads.text:
@@ -81,7 +81,7 @@ def _multiply(saved: Tensor, factor: Tensor | None, dtype: torch.dtype, slot) ->
     create_graph, and where a hook packed it.
     """
     if slot is None:
-        return saved.mul(factor).to(dtype)
+        return (saved if factor is None else saved.mul(factor)).to(dtype)
     if dtype != saved.dtype:
         if factor is None:
             return saved.to(dtype)

@@ -44,7 +44,7 @@ class TorchPanel:
     tile = (64, 64)
     align = 1
     finish = staticmethod(finish)
-    count_bits = (10, 10)
+    count_bits: tuple[int, ...] = (10, 10)
 
     @staticmethod
     def workspace_bytes(spec: PanelSpec) -> int:
@@ -73,7 +73,7 @@ class TorchPanel:
         selection: RandomMask | ScoreThreshold | None = None,
     ) -> Tensor | None:  # (m, n)
         m, step = x.shape[0], self.strip_rows
-        plain = pairs.image_ids is None and selection is None
+        plain = pairs.ids is None and selection is None
         # On a CPU scale and bias go into the product; elsewhere the host would wait for them.
         scales = self.on_cpu and x.dtype == self.acc
         scales &= plain and (self.dscale_from_products or not self.scalar_grads)
@@ -145,7 +145,7 @@ class TorchPanel:
 
     def _logits(self, s: Tensor, affine: Affine, pairs: Pairs) -> Tensor:  # (m, n)
         u = self._view("u", *s.shape) if self.scalar_grads else s
-        if pairs.image_ids is None and self.on_cpu:
+        if pairs.ids is None and self.on_cpu:
             return torch.add(affine.bias, s, alpha=affine.scale.item(), out=u)
         torch.mul(s, affine.scale, out=u)
         self._add_bias(u, affine.bias, pairs)
@@ -234,9 +234,9 @@ class TorchPanel:
             torch.eq(first, prefix[:, None], out=counted)
             bins.bitwise_and_(2**bits - 1)
         _except_positives(counted, self._positive(s, pairs))
-        if pairs.image_ids is not None:
-            counted.logical_and_(pairs.image_ids[:, None] >= 0)
-            counted.logical_and_(pairs.text_ids >= 0)
+        if pairs.ids is not None:
+            counted.logical_and_(pairs.ids.images[:, None] >= 0)
+            counted.logical_and_(pairs.ids.texts >= 0)
         rows = torch.arange(m, dtype=torch.int32, device=s.device) << bits
         bins.add_(rows[:, None])
         ones = self._scratch(m, n).copy_(counted)
@@ -282,24 +282,24 @@ class TorchPanel:
                 h.bitwise_xor_(part).mul_(factor)
             torch.ge(h, selection.hash_cutoff, out=dropped)
         _except_positives(dropped, positive)
-        return torch.count_nonzero(dropped).item() if self.on_cpu else 0
+        return int(torch.count_nonzero(dropped)) if self.on_cpu else 0
 
     def _positive(self, s: Tensor, pairs: Pairs) -> Tensor | int | None:
         """Which pairs are positive: (m, n) bool, the number of a diagonal, or None."""
-        if pairs.image_ids is None:
+        if pairs.ids is None:
             return pairs.diagonal
         # padding is -1 among images and -2 among texts: never a positive pair
-        images = pairs.image_ids.clamp(min=-1)
-        texts = torch.where(pairs.text_ids < 0, -2, pairs.text_ids)
+        images = pairs.ids.images.clamp(min=-1)
+        texts = torch.where(pairs.ids.texts < 0, -2, pairs.ids.texts)
         return torch.eq(images[:, None], texts, out=self._view("positive", *s.shape))
 
     def _add_bias(self, u: Tensor, logit_bias: Tensor, pairs: Pairs) -> None:
         """u += b; -inf (loss 0, gradient 0) in padded rows and columns."""
-        if pairs.image_ids is None:
+        if pairs.ids is None:
             u.add_(logit_bias)
             return
-        u.add_(torch.where(pairs.text_ids < 0, -torch.inf, logit_bias))
-        u.add_(torch.where(pairs.image_ids < 0, -torch.inf, 0.0).to(u.dtype)[:, None])
+        u.add_(torch.where(pairs.ids.texts < 0, -torch.inf, logit_bias))
+        u.add_(torch.where(pairs.ids.images < 0, -torch.inf, 0.0).to(u.dtype)[:, None])
 
     def _negate_positives(self, values: Tensor, positive: Tensor | int | None) -> None:
         """values = -l * values, l = +1 for a positive pair and -1 otherwise."""

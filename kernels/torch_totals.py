@@ -20,12 +20,12 @@ def finish(
 ) -> tuple[Tensor, Tensor]:  # (), (3,)
     """See :meth:`fused_siglip.kernels.Panel.finish`."""
     if partials.is_cpu:  # fewer torch calls, and additions in float64
-        loss, *scalars = (sum(parts) for parts in partials.tolist())
-        scalars = (*(scalars or (0.0, 0.0)), logit_scale.item() / factor)
+        total, *scalars = (sum(parts) for parts in partials.tolist())
+        scalars = [*(scalars or (0.0, 0.0)), logit_scale.item() / factor]
         divisor = float(divisor)
         factors = numbers([value / divisor for value in scalars], partials.dtype)
-        return torch.scalar_tensor(loss / divisor, dtype=partials.dtype, device="cpu"), factors
-    loss, *scalars = partials.sum(1).unbind()
-    if not scalars:
-        scalars = [torch.zeros_like(loss)] * 2
-    return loss / divisor, torch.stack((*scalars, logit_scale / factor)).div_(divisor)
+        return torch.scalar_tensor(total / divisor, dtype=partials.dtype, device="cpu"), factors
+    loss, *sums = partials.sum(1).unbind()
+    if not sums:
+        sums = [torch.zeros_like(loss)] * 2
+    return loss / divisor, torch.stack((*sums, logit_scale / factor)).div_(divisor)

@@ -20,16 +20,19 @@ BLOCK_D = 128  # features a program of the product computes
 LISTED = 128  # tiles that a program of the list looks at together
 
 
-@triton.jit
-def _bound(number):
-    """The end of a loop, as the interpreter takes it too."""
+def _same(number):
     return number
 
 
-if not isinstance(_bound, triton.JITFunction):
+def _index(number):
     # The interpreter holds numbers as arrays of one, which NumPy 2.4 does not take for an index.
-    def _bound(number):
-        return number.handle.data.item()
+    return number.handle.data.item()
+
+
+# The end of a loop, as the interpreter takes it too.
+_bound = triton.jit(_same)
+if not isinstance(_bound, triton.JITFunction):
+    _bound = _index
 
 
 @triton.jit(do_not_specialize=["tiles", "stride_line", "stride_tile", "stride_list"])

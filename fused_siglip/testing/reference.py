@@ -28,7 +28,8 @@ def eager_siglip_loss(
     if logit_bias is not None:
         logits += logit_bias
     labels = -torch.ones_like(logits, requires_grad=False)
-    if image_ids is not None:
+    count: int | Tensor
+    if image_ids is not None and text_ids is not None:
         if not negative_only:
             labels[image_ids[:, None] == text_ids] = 1
         real = (image_ids[:, None] >= 0) & (text_ids >= 0)
