@@ -11,7 +11,7 @@ from torch.fx.node import has_side_effect
 
 from . import transforms
 from .compute import loss_and_grads
-from .function import SigLipFunction, below_autograd, is_eager
+from .function import Outputs, SigLipFunction, below_autograd, is_eager
 from .kernels import Affine, Ids, Pairs
 from .spec import SCHEMA, GradMask, LossSpec
 
@@ -24,8 +24,6 @@ _SCHEMA = (
     f"Tensor? text_ids, {SCHEMA}) "
     "-> (Tensor loss, Tensor factors, Tensor grad_x, Tensor grad_y)"
 )
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _compute(

@@ -17,7 +17,7 @@ from .interface import (
 )
 from .registry import float32_products
 from .torch_products import add_product
-from .torch_totals import finish, numbers
+from .torch_totals import TorchTotals, numbers
 from .torch_workspace import Workspace, workspace_bytes
 
 # torch's softplus returns u itself beyond its threshold; at 40 that is exact in float64 too
@@ -34,7 +34,7 @@ _FOLDED = 1 << 16  # pairs from which on that is the faster way
 _SPARSE_SHARE = 1 / 16
 
 
-class TorchPanel:
+class TorchPanel(TorchTotals):
     """A :class:`fused_siglip.kernels.Panel` of plain torch operations.
 
     Everything is written in place or into the workspace. After the product a panel is taken a strip
@@ -43,7 +43,6 @@ class TorchPanel:
 
     tile = (64, 64)
     align = 1
-    finish = staticmethod(finish)
     count_bits: tuple[int, ...] = (10, 10)
 
     @staticmethod

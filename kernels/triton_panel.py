@@ -25,7 +25,7 @@ from .torch_products import add_product
 from .triton_configs import TILE, PanelConfig, count_config, panel_config
 from .triton_kernels import count_kernel, panel_kernel
 from .triton_products import ProductConfig, TileLists, add_tiled_product, list_elements
-from .triton_totals import finish
+from .triton_totals import TritonTotals
 
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
 
@@ -104,7 +104,7 @@ def count_constants(step: int) -> CountConstants:
     }
 
 
-class TritonPanel:
+class TritonPanel(TritonTotals):
     """A :class:`fused_siglip.kernels.Panel` in one fused kernel.
 
     The logits are fp32 and never leave the registers. What is written is dlogits, three sums a tile
@@ -114,7 +114,6 @@ class TritonPanel:
     tile = TILE
     align = 16  # what Triton tells apart: only then are loads wide
     dscale_from_products = False  # dlogits are rounded before they enter the products
-    finish = staticmethod(finish)
     hopper = hopper.HOPPER
     hopper_tiles = 2  # a program at least: with fewer there is nothing to overlap
     count_bits: tuple[int, ...] = COUNT_BITS

@@ -43,25 +43,32 @@ def finish_kernel(
     tl.store(factors_ptr + 2, tl.div_rn(tl.load(logit_scale_ptr), divisor))
 
 
-def finish(
-    partials: Tensor, logit_scale: Tensor, divisor: float | Tensor, factor: float = 1.0
-) -> tuple[Tensor, Tensor]:  # (), (3,)
-    """See :meth:`fused_siglip.kernels.Panel.finish`."""
-    loss, factors = partials.new_empty(()), partials.new_empty(3)
-    if factor != 1:
-        logit_scale = logit_scale / factor
-    known = not isinstance(divisor, Tensor)
-    with torch.cuda.device_of(partials):  # Triton launches on the current device
-        finish_kernel[(1,)](
-            partials,
-            logit_scale,
-            None if known else divisor,
-            float(divisor) if known else None,
-            loss,
-            factors,
-            partials.shape[1],
-            *partials.stride(),
-            SUMS=partials.shape[0],
-            BLOCK=BLOCK,
-        )
-    return loss, factors
+class TritonTotals:
+    """The part of a panel that adds its sums up, in Triton."""
+
+    @staticmethod
+    def finish(
+        partials: Tensor,
+        logit_scale: Tensor,
+        divisor: float | Tensor,
+        factor: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # (), (3,)
+        """See :meth:`fused_siglip.kernels.Panel.finish`."""
+        loss, factors = partials.new_empty(()), partials.new_empty(3)
+        if factor != 1:
+            logit_scale = logit_scale / factor
+        known = not isinstance(divisor, Tensor)
+        with torch.cuda.device_of(partials):  # Triton launches on the current device
+            finish_kernel[(1,)](
+                partials,
+                logit_scale,
+                None if known else divisor,
+                float(divisor) if known else None,
+                loss,
+                factors,
+                partials.shape[1],
+                *partials.stride(),
+                SUMS=partials.shape[0],
+                BLOCK=BLOCK,
+            )
+        return loss, factors

@@ -30,7 +30,7 @@ from fused_siglip.kernels.triton_kernels import epilogue
 from fused_siglip.kernels.triton_math import SATURATED_LOGIT
 from fused_siglip.kernels.triton_panel import TritonPanel, stored_dtype
 from fused_siglip.kernels.triton_tiles import meets_diagonal_or_edge, pair_masks
-from fused_siglip.kernels.triton_totals import finish
+from fused_siglip.kernels.triton_totals import TritonTotals
 
 BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes
 
@@ -88,7 +88,7 @@ def elementwise_kernel(
     tl.store(partials_ptr + 2 * blocks + block, tl.sum(dbias_sum))
 
 
-class LibraryPanel:
+class LibraryPanel(TritonTotals):
     """A :class:`fused_siglip.kernels.Panel`: library product, then one elementwise kernel.
 
     Similarities stay fp32, in a buffer of their own beside g.
@@ -97,7 +97,6 @@ class LibraryPanel:
     tile = TILE
     align = 1
     dscale_from_products = False
-    finish = staticmethod(finish)
     in_place = False
 
     @classmethod
