@@ -55,7 +55,7 @@ class LossSpec(NamedTuple):
         )  # fmt: skip
 
     @classmethod
-    def from_op(
+    def from_op(  # noqa: PLR0913, an operator takes no bundles
         cls,
         negative_only: bool,
         image: bool,

@@ -73,15 +73,7 @@ class TorchPanel(TorchTotals):
     ) -> Tensor | None:  # (m, n)
         m, step = x.shape[0], self.strip_rows
         plain = pairs.ids is None and selection is None
-        # On a CPU scale and bias go into the product; elsewhere the host would wait for them.
-        scales = self.on_cpu and x.dtype == self.acc
-        scales &= plain and (self.dscale_from_products or not self.scalar_grads)
-        scale = affine.scale.item() if scales else 0.0
-        if scale:  # with 0 the product would not be looked at, NaN or not
-            values = self._view("s", m, y.shape[0])
-            torch.addmm(affine.bias, x, y.t(), alpha=scale, out=values)
-        else:
-            values = self._similarities(x, y)
+        values, are_logits = self._product(x, y, affine, plain)
         half = self.store_dlogits and x.dtype != self.acc
         dlogits = self._view("dlogits", *values.shape) if half else values
         parts, dropped = [], 0
@@ -93,7 +85,7 @@ class TorchPanel(TorchTotals):
             positive = self._positive(s, in_strip)
             if selected is not None:
                 dropped += self._drop(s, positive, selected)
-            u = s if scale else self._logits(s, affine, in_strip)
+            u = s if are_logits else self._logits(s, affine, in_strip)
             if plain and self._is_saturated(u):
                 loss = self._saturated_strip(u, in_strip.diagonal)
             else:
@@ -112,6 +104,21 @@ class TorchPanel(TorchTotals):
             share = 1 - dropped / dlogits.numel()
             return dlogits.to_sparse() if share < _SPARSE_SHARE else dlogits
         return dlogits
+
+    def _product(
+        self, x: Tensor, y: Tensor, affine: Affine, plain: bool
+    ) -> tuple[Tensor, bool]:  # (m, n)
+        """Logits and True, or similarities and False.
+
+        On a CPU scale and bias go into the product; elsewhere the host would wait for them.
+        """
+        scales = self.on_cpu and x.dtype == self.acc
+        scales &= plain and (self.dscale_from_products or not self.scalar_grads)
+        scale = affine.scale.item() if scales else 0.0
+        if not scale:  # with 0 the product would not be looked at, NaN or not
+            return self._similarities(x, y), False
+        values = self._view("s", x.shape[0], y.shape[0])
+        return torch.addmm(affine.bias, x, y.t(), alpha=scale, out=values), True
 
     def _sums(self, loss: Tensor, s: Tensor, dlogits: Tensor) -> list[Tensor]:
         """A strip's sums of the loss and, where they are needed, of dlogits * s and dlogits."""

@@ -59,7 +59,7 @@ def list_tiles_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "K", "stride_list"])
-def product_kernel(
+def product_kernel(  # noqa: PLR0913, a kernel's pointers, sizes and strides
     out_ptr,  # (M, D) fp32
     dlogits_ptr,  # (M, K) rounded up to whole tiles
     y_ptr,  # (K, D)

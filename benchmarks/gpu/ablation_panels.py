@@ -36,7 +36,7 @@ BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes
 
 
 @triton.jit(do_not_specialize=["M", "N", "diagonal"])
-def elementwise_kernel(
+def elementwise_kernel(  # noqa: PLR0913, a kernel's pointers, sizes and strides
     s_ptr,  # (M, N) similarities, fp32 or the operands' dtype
     dlogits_ptr,  # (M, N) rounded up to whole blocks, may be s_ptr; or None
     partials_ptr,  # (3, blocks) fp32: a block's sums of softplus(u), g*s, g

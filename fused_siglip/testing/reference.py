@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def eager_siglip_loss(
+def eager_siglip_loss(  # noqa: PLR0913, the arguments of siglip_loss
     image_features: Tensor,  # (M, D)
     text_features: Tensor,  # (N, D)
     logit_scale: float | Tensor,
