@@ -1,4 +1,4 @@
-"""The panel kernel for Hopper in Gluon: persistent, warp-specialised, fed by the copy engine.
+"""The panel kernel for Hopper in Gluon: persistent, warp-specialized, fed by the copy engine.
 
 One producer warp copies blocks of x and y into a ring of shared-memory stages. Two consumers of
 eight warps take turns (ping-pong): each owns whole tiles, and one multiplies while the other turns
