@@ -84,7 +84,7 @@ def panel_errors(
     bound = exact.abs() * (2.0**-8 + 2.0**-20 * logit)
     found = {"g": ((g.double() - exact).abs() / bound).max().item()}
     drift = 2.0**-20 * (exact.abs() * logit).sum()
-    terms = {"loss": softplus, "gs_sum": exact * s, "g_sum": exact}
+    terms = {"loss": softplus, "dscale_sum": exact * s, "dbias_sum": exact}
     for (name, term), total in zip(terms.items(), sums.double(), strict=True):
         found[name] = ((total - term.sum()).abs() / (2e-6 * term.abs().sum() + drift)).item()
     return {k: float("inf") if v != v else v for k, v in found.items()}

@@ -233,7 +233,7 @@ def summary(row: dict) -> str:
     """What tells a specialisation apart at a glance."""
     kinds = {kind for kind in row["types"].values() if kind.startswith(("*bf", "*fp16", "tensor"))}
     half = ", ".join(sorted(kind.split("[")[0] for kind in kinds)) or "*fp32"
-    shown = ("D", "SCALAR_GRADS", "INPUT_PRECISION", "g_ptr", "g_desc", "image_ids_ptr")
+    shown = ("D", "SCALAR_GRADS", "INPUT_PRECISION", "dlogits_ptr", "out_desc", "image_ids_ptr")
     constants = (f"{k}={row['constants'][k]}" for k in shown if k in row["constants"])
     return f"{half}  {' '.join(constants)}  num_warps={row['num_warps']}"
 

@@ -81,11 +81,11 @@ def compile_gluon(
         "num_warps": config.num_warps,
     }
     if not store_dlogits:
-        constants["g_desc"] = None
+        constants["out_desc"] = None
     kinds = {
         "x_desc": descriptor(config.tile[0], config.block_k),
         "y_desc": descriptor(config.tile[1], config.block_k),
-        "g_desc": descriptor(config.tile[0], config.width),
+        "out_desc": descriptor(config.tile[0], config.width),
         **dict.fromkeys(("partials_ptr", "scale_ptr", "bias_ptr"), "*fp32"),
     }
     signature, attributes = {}, {}
