@@ -77,8 +77,8 @@ def thin_out(items: list[pytest.Item]) -> None:
     tests: dict[tuple, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("covering") and hasattr(item, "callspec"):
-            backend = item.callspec.params.get("backend")
-            tests.setdefault((item.parent, item.originalname, backend), []).append(item)
+            test = (item.parent, item.originalname, needs_triton(item))
+            tests.setdefault(test, []).append(item)
     for group in tests.values():
         strength = group[0].get_closest_marker("covering").args[0]
         for item in set(group) - set(covering(group, strength)):

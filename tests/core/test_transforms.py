@@ -69,6 +69,7 @@ def compiler(backend):
     return lambda function: torch.compile(function, backend=backend)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
     "name,form", [pytest.param(n, f, id=n) for row in COMPILED for n, f in EXACT[row].items()]
