@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fused_siglip import Hardest, Random, siglip_loss
 from fused_siglip.testing import eager_siglip_loss
 from support.inputs import make_inputs
+from support.refused_transforms import REFUSED
 from support.tolerances import error
-from support.transforms import EXACT, REFUSED, B, T, X, Y, same
+from support.transforms import EXACT, B, T, X, Y, same
 
 pytestmark = [  # of torch itself
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),

@@ -14,7 +14,8 @@ TIMEOUT = timedelta(seconds=20)
 # Optimizers import dynamo too.
 PRELOADED = [
     "torch",
-    "torch._dynamo",
+    "torch._dynamo.backends.common",
+    "torch._functorch.aot_autograd",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
@@ -28,11 +29,8 @@ def _run(rank: int, world_size: int, directory: str, function, arguments: tuple)
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(directory, "store")), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    try:
-        result = function(rank, world_size, *arguments)
-        torch.save(("returned", result), Path(directory, f"{rank}.pt"))
-    except Exception as error:
-        torch.save(("raised", f"{type(error).__name__}: {error}"), Path(directory, f"{rank}.pt"))
+    result = outcome(function, rank, world_size, *arguments)
+    torch.save(result, Path(directory, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
@@ -64,6 +62,27 @@ def launch(function, world_size: int, *arguments, limit: float = 120.0) -> list[
             file = Path(directory, f"{rank}.pt")
             results.append(torch.load(file) if file.exists() else ("died", process.exitcode))
         return results
+
+
+def outcome(function, *arguments) -> tuple:
+    """("returned", value) or ("raised", message)."""
+    try:
+        return "returned", function(*arguments)
+    except Exception as error:
+        return "raised", f"{type(error).__name__}: {error}"
+
+
+def _run_each(rank: int, world_size: int, function, cases: list[tuple]) -> list[tuple]:
+    return [outcome(function, rank, world_size, *case) for case in cases]
+
+
+def launch_each(function, world_size: int, cases: list[tuple]) -> dict[tuple, list[tuple]]:
+    """What :func:`launch` returns for each case, from one group that runs one after the other.
+
+    Where a case raises it must raise on every rank, before or after the same exchanges.
+    """
+    ranks = returned(launch(_run_each, world_size, function, cases))
+    return {case: [rank[k] for rank in ranks] for k, case in enumerate(cases)}
 
 
 def returned(results: list[tuple]) -> list:
