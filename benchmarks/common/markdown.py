@@ -1,4 +1,4 @@
-"""Pieces of Markdown."""
+"""Tables and other pieces of text, for pages in Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -26,11 +26,6 @@ def number(value: float | None, spec: str = ".2f", factor: float = 1.0) -> str:
 def aligned(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     """A table for the terminal: the first column flush left, the others right."""
     rows = [list(header), *map(list, lines)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    line = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in widths)])
+    return "\n".join(line.format(*row) for row in rows)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from ..common.markdown import aligned
 from ..common.results import RESULTS, environment, results_path, write_results
 from .acceptance import targets
 from .part_process import Event, PartProcess, events
@@ -142,9 +143,9 @@ def _last_line(why: str | None) -> str:
 
 
 def report(rows: list[dict]) -> str:
-    line = "{:<48} {:>30} {:>13} {:>4}".format
-    lines = [line("", "measured", "target", "met")]
-    lines += [line(t.what, t.measured, t.target, t.verdict) for t in targets(rows)]
+    """Every figure that the run has to show, beside its target; what failed comes last."""
+    found = ([t.what, t.measured, t.target, t.verdict] for t in targets(rows))
+    lines = [aligned(["", "measured", "target", "met"], found)]
     failed = [row["part"] for row in rows if row.get("status") == "failed"]
     skipped = [row["part"] for row in rows if row.get("status") == "skipped"]
     lines.append(f"failed: {', '.join(failed) or 'none'}; skipped: {', '.join(skipped) or 'none'}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.baselines import BASELINES, default_fused, obstacles
+from ..common.markdown import aligned, number
 from ..common.reference import (
     LossAndGrads,
     float64_reference,
@@ -23,7 +24,7 @@ from ..common.reference import (
     rounded_once,
     sampled_reference,
 )
-from ..common.results import environment, write_results
+from ..common.results import MIB, environment, write_results
 from ..common.timing import measure, obstacle
 from ..common.workloads import Case, make_inputs
 
@@ -126,46 +127,28 @@ def heading(row: dict) -> str:
 def cost_table(rows: list[dict], fused: str) -> str:
     """Time and memory; ``fused`` names the loss that the others are compared with."""
     base = next((r["seconds"] for r in rows if (r["loss"], r["mode"]) == (fused, "full")), None)
-    line = "{:<13} {:<8} {:>9} {:>19} {:>10} {:>6} {:>8} {:>10}".format
-    lines = [line("loss", "mode", "ms", "p10 - p90", "floor ms", "r", "/ fused", "extra MiB")]
-    for r in rows:
-        if r["skipped"]:
-            lines.append(f"{r['loss']:<13} {r['mode']:<8} skipped: {r['skipped']}")
-            continue
-        spread = f"{_ms(r['seconds_p10'])} - {_ms(r['seconds_p90'])}" if r["seconds"] else "-"
-        lines.append(
-            line(
-                r["loss"],
-                r["mode"],
-                _ms(r["seconds"]),
-                spread,
-                _ms(r["floor_seconds"]),
-                _number(r["ratio_to_floor"], ".2f"),
-                _number(r["seconds"] / base if r["seconds"] and base else None, ".2f"),
-                _number(r["peak_extra_bytes"], ".1f", 2.0**-20),
-            )
-        )
-    return "\n".join(lines)
+    lines = [
+        [
+            r["loss"],
+            r["mode"],
+            *(number(r[name], ".2f", 1e3) for name in ("seconds", "seconds_p10", "seconds_p90")),
+            number(r["floor_seconds"], ".2f", 1e3),
+            number(r["ratio_to_floor"]),
+            number(r["seconds"] / base if r["seconds"] and base else None),
+            number(r["peak_extra_bytes"], ".1f", 1 / MIB),
+        ]
+        for r in rows
+    ]
+    header = ("loss", "mode", "ms", "p10", "p90", "floor ms", "x floor", "/ fused", "extra MiB")
+    left_out = [f"{r['loss']} {r['mode']} skipped: {r['skipped']}" for r in rows if r["skipped"]]
+    return "\n".join([aligned(header, lines), *left_out])
 
 
 def accuracy_table(rows: list[dict]) -> str:
-    names = ("loss", "image_grad", "text_grad", "scale_grad", "bias_grad")
-    columns = [("loss", "max"), *((n, k) for n in names[1:3] for k in ("max", "rms"))]
-    columns += [(n, "max") for n in names[3:]]
-    headers = ("loss", "dX max", "dX rms", "dY max", "dY rms", "dt", "db")
-    line = ("{:<13}" + " {:>9}" * len(columns)).format
-    lines = [line("", *headers)]
-    for r in rows:
-        lines.append(line(r["loss"], *(f"{r['errors'][n][k]:.1e}" for n, k in columns)))
-    return "\n".join(lines)
-
-
-def _number(value: float | None, spec: str, factor: float = 1.0) -> str:
-    return "-" if value is None else format(value * factor, spec)
-
-
-def _ms(seconds: float | None) -> str:
-    return _number(seconds, ".2f", 1e3)
+    feature_grads = product(("image_grad", "text_grad"), ("max", "rms"))
+    columns = [("loss", "max"), *feature_grads, ("scale_grad", "max"), ("bias_grad", "max")]
+    lines = ([r["loss"], *(f"{r['errors'][n][k]:.1e}" for n, k in columns)] for r in rows)
+    return aligned(["", "loss", "dX max", "dX rms", "dY max", "dY rms", "dt", "db"], lines)
 
 
 def run(plan: Plan, device: str, parts: Sequence[str]) -> list[dict]:

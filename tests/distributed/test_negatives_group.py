@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import global_values, shard
 
 from fused_siglip import Easiest, Hardest, Random, siglip_loss
 from support.expected_negatives import expected_selection
+from support.global_batch import global_values, shard
 from support.inputs import NAMES, loss_and_grads, make_inputs, one_tile
 from support.processes import launch, returned
 from support.tolerances import error, oracle

@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import shard
 
 from fused_siglip import siglip_loss
+from support.global_batch import shard
 from support.inputs import loss_and_grads, make_inputs
 from support.processes import launch, launch_each, returned
 

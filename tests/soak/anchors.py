@@ -1,7 +1,7 @@
 """Places in the package, named by a function and an expression or statement in it.
 
-A reformatted line, a new comment or a function that moved to another file changes nothing. In a
-pattern ``ANY`` stands for any expression, ``ANY1`` to ``ANY9`` likewise: such a name stands for the
+A reformatted line, a new comment, a function that moved to another file or that became private
+changes nothing. In a pattern ``ANY`` stands for any expression, ``ANY1`` to ``ANY9`` likewise: such a name stands for the
 same expression throughout, and in the replacement for its text. ``*ANY`` and ``**ANY`` stand for
 the other arguments of a call.
 """
@@ -94,7 +94,7 @@ def functions(tree: ast.Module, name: str) -> Iterator[ast.AST]:
         scopes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == owner]
     for scope in scopes:
         for node in ast.walk(scope):
-            if isinstance(node, ast.FunctionDef) and node.name == method:
+            if isinstance(node, ast.FunctionDef) and node.name.strip("_") == method.strip("_"):
                 yield node
 
 

@@ -150,13 +150,14 @@ def test_the_most_valuable_parts_come_first():
 def test_calls_share_a_file(monkeypatch, tmp_path, capsys):
     parts = {"bad": Part(bad, 1), "good": Part(good, 1)}
     monkeypatch.setattr(device, "PARTS", parts)
-    here = ["--device", "cpu", "--output-dir", str(tmp_path)]
-    assert device.main([*here, "--only", "bad", "--commit", "0" * 40]) == 1
+    here = ["--device", "cpu", "--output-dir", str(tmp_path), "--commit", "0" * 40]
+    assert device.main([*here, "--only", "bad"]) == 1
     (path,) = tmp_path.glob("*.json")
     assert device.main([*here, "--only", "good", "--into", str(path)]) == 1  # bad is still bad
     # bad is mended: its rows are replaced
     monkeypatch.setitem(parts, "bad", Part(good, 1))
     assert device.main([*here, "--only", "bad", "--into", str(path)]) == 0
+    assert json.loads(path.read_text())["environment"]["commit"] == "0" * 40  # not git's
     rows = json.loads(path.read_text())["rows"]
     ended = {row["part"]: row["status"] for row in rows if row["kind"] == "part"}
     assert ended == {"start": "ok", "good": "ok", "bad": "ok"}

@@ -1,0 +1,73 @@
+"""The rehearsal of a device run: which kernels it would compile, found on a CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from support.devices import HAS_GPU, INTERPRETED
+
+pytest.importorskip("triton")
+pytest.importorskip("tqdm")
+if INTERPRETED or HAS_GPU:
+    pytest.skip("a GPU is pretended, which the interpreter cannot", allow_module_level=True)
+
+from benchmarks.gpu.parts.run import FULL
+from benchmarks.gpu.specialisations import rehearse
+from fused_siglip import siglip_loss
+from fused_siglip.kernels.hopper import HOPPER, suits
+
+# Two panels' worth of one dim: a small batch takes the portable kernel, a large one Hopper's.
+SIZES = replace(FULL, latency=(1024, 8192), panels=(8192, 768), determinism=(5000, 768), runs=2)
+KERNEL = "hopper_panel_kernel" if suits((9, 0), torch.bfloat16) else "panel_kernel"
+
+
+def kernels(found):
+    return [(made.part, made.kernel.__name__, made.row()["constants"].get("D")) for made in found]
+
+
+def test_kernels_by_part():
+    found, ended = rehearse(("latency", "determinism", "sanitizer"), SIZES)
+    assert ended == [(name, "ok", None) for name in ("latency", "determinism", "sanitizer")]
+    names = kernels(found)
+    assert ("latency", "panel_kernel", "768") in names
+    assert ("latency", KERNEL, "768") in names
+    assert ("sanitizer", "panel_kernel", "80") in names  # D = 72, padded
+    assert not [name for name in names if name[0] == "determinism" and name[1] == KERNEL]
+    rows = [json.loads(json.dumps(made.row())) for made in found]
+    fp32 = [row for row in rows if row["types"].get("x_ptr") == "*fp32"]
+    assert {row["constants"]["INPUT_PRECISION"] for row in fp32} == {"ieee"}
+    ids = [row for row in rows if "image_ids_ptr" in row["types"]]
+    assert [row["part"] for row in ids] == ["sanitizer"]
+
+
+def test_no_kernel_is_compiled_for_a_batch_size():
+    one, _ = rehearse(("latency",), replace(SIZES, latency=(300, 9000)))
+    several, _ = rehearse(("latency",), replace(SIZES, latency=(257, 300, 511, 1000, 8192, 9999)))
+    assert len(one) == len(several)
+    assert len({str(made.row()) for made in one}) == len(one)
+
+
+def test_a_specialisation_compiles():
+    found, _ = rehearse(("latency",), replace(SIZES, latency=(64,)))
+    (finish,) = [made for made in found if made.kernel.__name__ == "finish_kernel"]
+    finish.compile()
+    assert finish.row()["compile_seconds"] > 0
+
+
+def test_a_hopper_panel_is_compiled_as_shipped():
+    if KERNEL == "panel_kernel":
+        pytest.skip("this release of Triton compiles the portable kernel alone")
+    found, _ = rehearse(("latency",), replace(SIZES, latency=(8192,)))
+    (made,) = [made for made in found if made.kernel.__name__ == KERNEL]
+    constants = made.row()["constants"]
+    assert (constants["STAGES"], constants["GROUP_M"]) == (str(HOPPER.stages), str(HOPPER.group_m))
+
+
+def test_nothing_is_left_behind():
+    rehearse(("latency",), replace(SIZES, latency=(64,)))
+    x, y = torch.randn(2, 4, 8)
+    loss = siglip_loss(x, y, torch.tensor(1.0), torch.tensor(0.0))
+    assert loss.device.type == "cpu" and loss.isfinite()
