@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from support.devices import HAS_GPU, INTERPRETED
 
 pytest.importorskip("triton")
