@@ -34,7 +34,7 @@ def pairs_kept(choice, m: int, n: int, backend: str, device: str, tiles=None, **
     return (x.grad != 0).cpu(), x.detach().cpu()
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("choice", CHOICES, ids=ids_of_choices)
 @pytest.mark.parametrize("ids", [False, True])

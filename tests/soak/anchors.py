@@ -1,9 +1,9 @@
 """Places in the package, named by a function and an expression or statement in it.
 
 A reformatted line, a new comment, a function that moved to another file or that became private
-changes nothing. In a pattern ``ANY`` stands for any expression, ``ANY1`` to ``ANY9`` likewise: such a name stands for the
-same expression throughout, and in the replacement for its text. ``*ANY`` and ``**ANY`` stand for
-the other arguments of a call.
+changes nothing. In a pattern ``ANY`` stands for any expression, ``ANY1`` to ``ANY9`` likewise: such
+a name stands for the same expression throughout, and in the replacement for its text. ``*ANY`` and
+``**ANY`` stand for the other arguments of a call.
 """
 
 from __future__ import annotations
