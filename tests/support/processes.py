@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=60)  # a rank that died is noticed at once; one may be slow
 # Optimizers import dynamo too.
 PRELOADED = [
     "torch",
@@ -27,6 +28,8 @@ PRELOADED = [
 
 def _run(rank: int, world_size: int, directory: str, function, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)  # as they were when the server started, by whatever test
     store = dist.FileStore(str(Path(directory, "store")), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     result = outcome(function, rank, world_size, *arguments)
@@ -34,7 +37,7 @@ def _run(rank: int, world_size: int, directory: str, function, arguments: tuple)
     dist.destroy_process_group()
 
 
-def launch(function, world_size: int, *arguments, limit: float = 120.0) -> list[tuple]:
+def launch(function, world_size: int, *arguments, limit: float = 300.0) -> list[tuple]:
     """[("returned", value) | ("raised", message) | ("died", exit code)] of every rank.
 
     Processes are forked from a clean server that has what is slow to import, so a launch takes
