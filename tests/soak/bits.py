@@ -32,6 +32,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fused_siglip import Easiest, Hardest, Random, siglip_loss
+from support.memory import peak_allocated
 
 DTYPES = {
     "float32": torch.float32,
@@ -78,25 +79,6 @@ def run(function: Callable, tensors: Sequence[Tensor], needs: Sequence[int], **o
     return digest.hexdigest()[:16]
 
 
-def peak(function: Callable) -> int:
-    """Most bytes that torch held at one time, beyond those before the call."""
-    with (
-        torch.profiler.profile(profile_memory=True) as profile,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
-    changes = [
-        e["args"]["Bytes"]
-        for e in sorted(events, key=lambda e: e.get("ts", 0))
-        if e["name"] == "[memory]"
-    ]
-    return max(itertools.accumulate(changes), default=0)
-
-
 def calls(sizes: Sequence[tuple[int, int]], dtypes: Sequence[str]) -> Iterator[tuple[str, dict]]:
     """Names of calls, and what they take."""
     for (m, n), dtype, pairs, negatives in itertools.product(sizes, dtypes, PAIRS, NEGATIVES):
@@ -120,7 +102,7 @@ def one_process(backend: str, sizes: Sequence[tuple[int, int]]) -> Iterator[tupl
             options = {"backend": backend, "workspace_bytes": workspace}
             found = run(siglip_loss, **call, **options)
             if backend == "torch":
-                found += f" {peak(lambda: run(siglip_loss, **call, **options))}"  # noqa: B023
+                found += f" {peak_allocated(lambda: run(siglip_loss, **call, **options))}"  # noqa: B023
             yield f"{backend} {name} workspace={workspace}", found
     x = inputs(130, 130, torch.float32)[0]
     with torch.autocast("cpu", torch.bfloat16):

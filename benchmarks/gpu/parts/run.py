@@ -80,8 +80,10 @@ FULL = Sizes(
     determinism=(5000, 768),
     runs=100,
     tests=(
-        "tests/triton_backend/test_hopper.py", "tests/triton_backend/test_triton_panel.py", "tests/core/test_loss.py",
-        "tests/core/test_autograd.py",
+        "tests/triton_backend/test_hopper.py",
+        *(f"tests/triton_backend/test_triton_{name}.py"
+          for name in ("panel", "math", "selection", "products")),
+        "tests/core/test_loss.py", "tests/core/test_autograd.py",
     ),
 )  # fmt: skip
 QUICK = Sizes(

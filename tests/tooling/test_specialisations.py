@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import HAS_GPU, INTERPRETED
+
+from support.devices import HAS_GPU, INTERPRETED
 
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
