@@ -80,7 +80,9 @@ FULL = Sizes(
     determinism=(5000, 768),
     runs=100,
     tests=(
-        "tests/triton_backend/test_hopper.py", "tests/triton_backend/test_triton_panel.py", "tests/core/test_loss.py",
+        "tests/triton_backend/test_hopper.py", "tests/triton_backend/test_triton_panel.py",
+        "tests/triton_backend/test_triton_math.py", "tests/triton_backend/test_triton_products.py",
+        "tests/triton_backend/test_triton_selection.py", "tests/core/test_loss.py",
         "tests/core/test_autograd.py",
     ),
 )  # fmt: skip

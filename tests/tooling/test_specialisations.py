@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import HAS_GPU, INTERPRETED
+
+from support.devices import HAS_GPU, INTERPRETED
 
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 if INTERPRETED or HAS_GPU:
     pytest.skip("a GPU is pretended, which the interpreter cannot", allow_module_level=True)
 
-from benchmarks.gpu.parts.run import FULL
-from benchmarks.gpu.specialisations import rehearse
+from benchmarks.gpu.candidate_checks import check
+from benchmarks.gpu.parts.run import FULL, Point
+from benchmarks.gpu.specialisations import REHEARSED, pretended_gpu, recorded, rehearse
+from benchmarks.gpu.tune_parts import products, small, steps
 from fused_siglip import siglip_loss
 from fused_siglip.kernels.hopper import HOPPER, suits
 
@@ -41,6 +45,26 @@ def test_kernels_by_part():
     assert {row["constants"]["INPUT_PRECISION"] for row in fp32} == {"ieee"}
     ids = [row for row in rows if "image_ids_ptr" in row["types"]]
     assert [row["part"] for row in ids] == ["sanitizer"]
+
+
+def test_every_part_runs_on_a_gpu_that_is_pretended():
+    """Down to the last row: what only a GPU asks for is called, too."""
+    sizes = replace(SIZES, speed=[Point(8192, 768, modes=True)], accuracy=[(256, 64)], sampled=[])
+    sizes = replace(sizes, alternative=[(8192, 768)], million=(16384, 768))
+    _, ended = rehearse(REHEARSED, sizes)
+    assert ended == [(name, "ok", None) for name in REHEARSED]
+
+
+def test_tuning_runs_on_a_gpu_that_is_pretended(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("go"))  # on to the timing
+    found = {}
+    with pretended_gpu(), recorded(found, "tune"):
+        checked = list(check("group_8", (768,), "cuda"))
+        kinds = {row["kind"] for part in (products, steps, small) for row in part([], "cuda")}
+    assert [row["kind"] for row in checked] == ["checked"] * 3 + ["ready"] + ["panel"] * 2
+    assert {"product", "step", "small"} <= kinds
+    groups = [made.row()["constants"].get("GROUP_M") for made in found.values()]
+    assert KERNEL == "panel_kernel" or {"8", str(HOPPER.group_m)} <= set(groups)
 
 
 def test_no_kernel_is_compiled_for_a_batch_size():
