@@ -77,7 +77,7 @@ def compile_panel(
     scalar_grads: bool = True,
     d: int = 768,
 ) -> Compiled:
-    """Compile as a launch on contiguous (.., d) features does.
+    """Compile the panel kernel as a launch on contiguous (.., d) features does.
 
     kept: how negatives are chosen, by "hash" or by "logit"; None: all are kept.
     """
@@ -172,7 +172,10 @@ def _compile(
     d: int = 768,
     pointers: dict[str, str] | None = None,
 ) -> Compiled:
-    """absent: arguments that are None. pointers: types of them that depend on the call."""
+    """Compile a kernel and read its machine code.
+
+    absent: arguments that are None. pointers: types of arguments that depend on the call.
+    """
     constants = constants | dict.fromkeys(absent)
     pointers = _POINTERS | (pointers or {})
     pointers |= dict.fromkeys(("x_ptr", "y_ptr", "dlogits_ptr"), "*" + _TYPES[dtype])
