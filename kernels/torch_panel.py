@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -20,13 +18,11 @@ from .interface import (
 from .registry import float32_products
 from .torch_products import add_product
 from .torch_totals import finish, numbers
+from .torch_workspace import Workspace, workspace_bytes
 
 # torch's softplus returns u itself beyond its threshold; at 40 that is exact in float64 too
 # (the default, 20, drops 2e-9).
 _SOFTPLUS_THRESHOLD = 40.0
-
-# Pairs of a strip: 1 MiB in fp32.
-_STRIP = 1 << 18
 
 # Up to this logit softplus is taken from four pairs at a time: see _saturated_strip. Their product
 # of 1 - sigmoid is at least 0.28, and its logarithm errs little more than its argument.
@@ -51,56 +47,21 @@ class TorchPanel:
     count_bits = (10, 10)
 
     @staticmethod
-    @functools.cache
-    def _buffers(
-        dtype: torch.dtype, store_dlogits: bool, scalar_grads: bool, filters_negatives: bool
-    ) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
-        """The dtypes of the buffers for a whole panel, and for a strip."""
-        acc = torch.promote_types(dtype, torch.float32)
-        whole = {"s": acc}  # which becomes dlogits where the dtypes agree
-        if store_dlogits and dtype != acc:
-            whole["dlogits"] = dtype
-        strip = {"terms": acc, "positive": torch.bool}
-        if scalar_grads:
-            strip["u"] = acc  # beside s, for the sum of dlogits * s
-        if filters_negatives:
-            strip |= {"bits": torch.int32, "dropped": torch.bool}
-        return whole, strip
-
-    @staticmethod
     def workspace_bytes(spec: PanelSpec) -> int:
-        whole, strip = (
-            sum(d.itemsize for d in buffers.values()) for buffers in TorchPanel._buffers(*spec[2:])
-        )
-        return spec.cols * (spec.rows * whole + _strip_rows(spec.rows, spec.cols) * strip)
+        return workspace_bytes(spec)
 
     def __init__(self, spec: PanelSpec, device: torch.device):
         self.store_dlogits, self.scalar_grads = spec.store_dlogits, spec.scalar_grads
-        self.device = device = torch.device(device)
+        device = torch.device(device)
         self.acc = torch.promote_types(spec.dtype, torch.float32)
-        self.shape = spec.rows, spec.cols
-        self.strip_rows = _strip_rows(*self.shape)
-        self.whole, self.strip = self._buffers(*spec[2:])
-        self.buffers: dict[str, Tensor] = {}  # made when they are first needed
+        self.workspace = Workspace(spec, device)
+        self.strip_rows = self.workspace.strip_rows
+        self._view, self._scratch = self.workspace.view, self.workspace.scratch
         self.on_cpu = device.type == "cpu"
         self.dscale_from_products = spec.store_dlogits and spec.dtype == self.acc and self.on_cpu
         if self.dscale_from_products and spec.dtype == torch.float32:
             # products may be rounded further; their sum must not be
             self.dscale_from_products = float32_products("cpu") == "ieee"
-
-    def _view(self, name: str, m: int, n: int) -> Tensor:  # (m, n)
-        # flat buffers, so that the smaller panels at the edge are contiguous too
-        buffer = self.buffers.get(name)
-        if buffer is None:
-            rows, cols = self.shape
-            if name in self.strip:
-                shape, dtype = (self.strip_rows, cols), self.strip[name]
-            else:
-                shape, dtype = (rows, cols), self.whole[name]
-            self.buffers[name] = buffer = torch.empty(shape, dtype=dtype, device=self.device)
-        if buffer.shape == (m, n):
-            return buffer
-        return buffer.view(-1)[: m * n].view(m, n)
 
     def __call__(
         self,
@@ -303,9 +264,6 @@ class TorchPanel:
         value = torch.sub(s, normalizer.center[:, None], out=out)
         return value.mul_(normalizer.inv_radius[:, None])
 
-    def _scratch(self, m: int, n: int) -> Tensor:  # (m, n) int32, until "terms" is written
-        return self._view("terms", m, n).view(-1).view(torch.int32)[: m * n].view(m, n)
-
     def _drop(
         self, s: Tensor, positive: Tensor | int | None, selection: RandomMask | ScoreThreshold
     ) -> int:
@@ -350,11 +308,6 @@ class TorchPanel:
             torch.where(positive, negated, values, out=values)
         elif positive is not None:
             values.diagonal(positive).neg_()
-
-
-def _strip_rows(rows: int, cols: int) -> int:
-    """Rows of a panel that are taken at one time: few strips, or what fits a core's cache."""
-    return min(rows, max(_STRIP // max(cols, 1), -(-rows // 16), 1))
 
 
 def _except_positives(pairs: Tensor, positive: Tensor | int | None) -> None:

@@ -14,81 +14,7 @@ from .triton_math import (
     saturated_softplus_sigmoid,
     softplus_sigmoid,
 )
-
-
-@triton.jit
-def _grouped_tile(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column of tile ``pid``: down the columns of bands GROUP_M tiles high, so that the
-    programs running at one time share few blocks of x and y, and these stay in L2."""
-    band = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first = pid // band * GROUP_M
-    height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP_M)
-    return first + pid % band % height, pid % band // height
-
-
-@triton.jit
-def _similarity(
-    x_ptr,  # (M, D)
-    y_ptr,  # (N, D)
-    row0,
-    col0,
-    M,
-    N,
-    stride_xm,
-    stride_xd,
-    stride_yn,
-    stride_yd,
-    D: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # (BLOCK_M, BLOCK_N) fp32
-    """x y^T of a tile's rows and columns."""
-    # Past the end the last row is read again: no mask on the loads, the epilogue drops the pairs.
-    rows = tl.minimum(row0 + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
-    cols = tl.minimum(col0 + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D).to(tl.int64)
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + d[None, :] * stride_xd
-    y_ptrs = y_ptr + cols[None, :] * stride_yn + d[:, None] * stride_yd
-    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        if D % BLOCK_D == 0:
-            x = tl.load(x_ptrs)
-            y = tl.load(y_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=d[None, :] < D - start, other=0.0)
-            y = tl.load(y_ptrs, mask=d[:, None] < D - start, other=0.0)
-        s = tl.dot(x, y, s, input_precision=INPUT_PRECISION)
-        x_ptrs += BLOCK_D * stride_xd
-        y_ptrs += BLOCK_D * stride_yd
-    return s
-
-
-@triton.jit
-def pair_masks(
-    row0,
-    col0,
-    M,
-    N,
-    diagonal,
-    image_ids_ptr,  # (M,) or None
-    text_ids_ptr,  # (N,) or None
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Which pairs of a block are positive and which take part at all; (BLOCK_M, BLOCK_N) each."""
-    rows = row0 + tl.arange(0, BLOCK_M)
-    cols = col0 + tl.arange(0, BLOCK_N)
-    if image_ids_ptr is None:
-        positive = (rows + diagonal)[:, None] == cols[None, :]
-        valid = (rows < M)[:, None] & (cols < N)[None, :]
-    else:
-        image_ids = tl.load(image_ids_ptr + rows, mask=rows < M, other=-1)
-        text_ids = tl.load(text_ids_ptr + cols, mask=cols < N, other=-1)
-        positive = image_ids[:, None] == text_ids[None, :]
-        valid = (image_ids >= 0)[:, None] & (text_ids >= 0)[None, :]
-    return positive, valid
+from .triton_tiles import grouped_tile, meets_diagonal_or_edge, pair_masks, similarity
 
 
 @triton.jit
@@ -113,15 +39,6 @@ def selected_negatives(
         image_keys = tl.load(image_keys_ptr + rows, mask=rows < M, other=0)
         text_keys = tl.load(text_keys_ptr + cols, mask=cols < N, other=0)
         return pair_hash(image_keys[:, None], text_keys[None, :]) < hash_cutoff
-
-
-@triton.jit
-def meets_diagonal_or_edge(
-    row0, col0, M, N, diagonal, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Whether a block holds a pair on the diagonal, or one past the last row or column."""
-    meets = (row0 + diagonal < col0 + BLOCK_N) & (col0 < row0 + diagonal + BLOCK_M)
-    return meets | (row0 + BLOCK_M > M) | (col0 + BLOCK_N > N)
 
 
 @triton.jit
@@ -219,9 +136,9 @@ def panel_kernel(
 ):
     """One tile of a panel: dlogits, and the three sums over its pairs."""
     pid = tl.program_id(0)
-    tile_m, tile_n = _grouped_tile(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = grouped_tile(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row0 = tile_m * BLOCK_M
-    tile = _similarity(
+    tile = similarity(
         x_ptr, y_ptr, row0, tile_n * BLOCK_N, M, N, stride_xm, stride_xd, stride_yn, stride_yd,
         D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
@@ -329,9 +246,9 @@ def count_kernel(
     every image's tally of the tile, four bins to a word, is stored once. With many bins that is too
     much to add; but then few pairs have the bits that are known, and those are added in memory.
     """
-    tile_m, tile_n = _grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row0 = tile_m * BLOCK_M
-    tile = _similarity(
+    tile = similarity(
         x_ptr, y_ptr, row0, tile_n * BLOCK_N, M, N, stride_xm, stride_xd, stride_yn, stride_yd,
         D, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip

@@ -26,9 +26,10 @@ from fused_siglip.kernels import (
 )
 from fused_siglip.kernels.torch_products import add_product
 from fused_siglip.kernels.triton_configs import TILE
-from fused_siglip.kernels.triton_kernels import epilogue, meets_diagonal_or_edge, pair_masks
+from fused_siglip.kernels.triton_kernels import epilogue
 from fused_siglip.kernels.triton_math import SATURATED_LOGIT
 from fused_siglip.kernels.triton_panel import TritonPanel, stored_dtype
+from fused_siglip.kernels.triton_tiles import meets_diagonal_or_edge, pair_masks
 from fused_siglip.kernels.triton_totals import finish
 
 BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes

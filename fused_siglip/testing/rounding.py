@@ -53,19 +53,10 @@ def rounding_errors(
     u = UNIT_ROUNDOFF[accumulate] + UNIT_ROUNDOFF[torch.float64]
     u_sum = 2 * u if x.is_cuda else u
     (m, d), n = x.shape, y.shape[0]
-
-    positive = torch.zeros(m, n, dtype=torch.bool, device=x.device)
-    valid, images = ~positive, m
-    if image_ids is not None:
-        valid = (image_ids >= 0)[:, None] & (text_ids >= 0)
-        images = int((image_ids >= 0).sum())
-        x = torch.where(image_ids[:, None] < 0, 0, x)  # padding may hold anything
+    if image_ids is not None and text_ids is not None:  # padding may hold anything
+        x = torch.where(image_ids[:, None] < 0, 0, x)
         y = torch.where(text_ids[:, None] < 0, 0, y)
-        positive = image_ids[:, None] == text_ids
-    elif not negative_only:
-        positive.fill_diagonal_(True)
-    if negative_only:
-        positive = torch.zeros_like(positive)
+    positive, valid, images = _pair_masks(x, y, image_ids, text_ids, negative_only)
     if kept is not None:
         valid = valid & (kept | positive if unsure is None else kept | positive | unsure)
     divisor = max(images, 1) if reduction == "mean" else 1
@@ -75,13 +66,10 @@ def rounding_errors(
     v = torch.where(positive, -z, z)
     ds = d * u_sum * (x.abs() @ y.T.abs())
     dz = t.abs() * ds + u * (t.abs() * s.abs() + 3 * z.abs())
-    p, q = v.sigmoid(), (-v).sigmoid()
-    softplus = v.clamp(min=0) + torch.log1p(torch.exp(-v.abs()))
-    grown = torch.expm1(dz.clamp(max=700))  # sigmoid'(v) is p q, and changes by exp(dz) at most
     tiny = torch.finfo(accumulate).tiny  # exponentials may be flushed to 0 below
-    d_term = torch.minimum(p * grown, dz) + 8 * u * softplus + tiny
-    d_g = (p * q * grown).clamp(max=1) + 8 * u * p + tiny
-    p, softplus, d_term, d_g = (torch.where(valid, w, 0) for w in (p, softplus, d_term, d_g))
+    p, softplus, d_term, d_g = (
+        torch.where(valid, w, 0) for w in _log_sigmoid_errors(v, dz, u, tiny)
+    )
     if unsure is not None:
         d_term, d_g = d_term + unsure * softplus, d_g + unsure * p
     stored = d_g  # in the dtype of the products
@@ -99,6 +87,39 @@ def rounding_errors(
         d_g.sum() + pairs * u * p.sum(),
     ]
     return [e / divisor for e in errors]
+
+
+def _pair_masks(
+    x: Tensor,
+    y: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    negative_only: bool,
+) -> tuple[Tensor, Tensor, int]:  # (M, N) bool, (M, N) bool
+    """Which pairs are positive, which take part, and how many images are no padding."""
+    positive = torch.zeros(len(x), len(y), dtype=torch.bool, device=x.device)
+    valid, images = ~positive, len(x)
+    if image_ids is not None and text_ids is not None:
+        valid = (image_ids >= 0)[:, None] & (text_ids >= 0)
+        images = int((image_ids >= 0).sum())
+        if not negative_only:
+            positive = image_ids[:, None] == text_ids
+    elif not negative_only:
+        positive.fill_diagonal_(True)
+    return positive, valid, images
+
+
+def _log_sigmoid_errors(
+    v: Tensor, dz: Tensor, u: float, tiny: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M, N) each
+    """sigmoid(v) and softplus(v), and what errors ``dz`` of v and rounding do to softplus and
+    sigmoid."""
+    p, q = v.sigmoid(), (-v).sigmoid()
+    softplus = v.clamp(min=0) + torch.log1p(torch.exp(-v.abs()))
+    grown = torch.expm1(dz.clamp(max=700))  # sigmoid'(v) is p q, and changes by exp(dz) at most
+    d_term = torch.minimum(p * grown, dz) + 8 * u * softplus + tiny
+    d_g = (p * q * grown).clamp(max=1) + 8 * u * p + tiny
+    return p, softplus, d_term, d_g
 
 
 def smallest(dtype: torch.dtype) -> float:

@@ -11,6 +11,7 @@ from fused_siglip.kernels.torch_products import add_product
 from fused_siglip.selection.thresholds import ROWS_AT_ONCE, text_center_radius
 from fused_siglip.sweep import sweep
 from support.expected_negatives import expected_selection, positives
+from support.global_batch import global_values, shard
 from support.inputs import NAMES, Inputs, loss_and_grads, make_inputs, one_tile, operand_dtype
 from support.processes import launch, returned
 from support.tolerances import error, error_ratios, oracle
@@ -36,6 +37,7 @@ def pairs_kept(choice, m: int, n: int, backend: str, device: str, tiles=None, **
     return (x.grad != 0).cpu(), x.detach().cpu()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("choice", CHOICES, ids=ids_of_choices)
 @pytest.mark.parametrize("ids", [False, True])
@@ -55,6 +57,7 @@ def test_loss_and_gradients_of_what_is_kept(backend, device, dtype, choice, ids)
         assert max(found.values()) <= 1, found
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "requires_grad",
     [
@@ -72,6 +75,7 @@ def test_only_some_inputs_require_grad(backend, device, choice, requires_grad):
     assert max(error_ratios(actual, inputs, negatives=choice).values()) <= 1
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**63 - 1])
 @pytest.mark.parametrize("keep", [0.5, 0.01])
 def test_random_pairs_are_those_of_the_definition(backend, device, keep, seed):
@@ -114,6 +118,7 @@ def thresholds_of(inputs, negatives):
     return found[0]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.1, 0.01])
 @pytest.mark.parametrize("choice", [Hardest, Easiest])
 @pytest.mark.parametrize("spread", [1.0, 0.1, 0.02], ids=["around 0", "alike", "nearly equal"])
@@ -318,8 +323,6 @@ SPLITS = {2: [[20, 20], [13, 0]], 3: [[9, 9, 9], [1, 0, 24]], 4: [[6, 6, 6, 6]]}
 
 
 def every_split(rank: int, world_size: int) -> None:
-    from test_distributed import global_values, shard
-
     for rows in SPLITS[world_size]:
         for ids in (False, True):
             texts = rows[::-1] if ids else rows

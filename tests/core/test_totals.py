@@ -6,6 +6,7 @@ import torch
 from fused_siglip.kernels import panel_class
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("divisor", [1, 3.5, torch.tensor(7)], ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("count", [1, 5, 1024, 2500])

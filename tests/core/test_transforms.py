@@ -79,6 +79,7 @@ def test_exact_when_compiled(name, form, backend):
     assert_exact(form, compiler(backend))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("name", ["backward", "one tensor twice", "grad", "vmap of grad"])
 def test_exact_with_inductor(name):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import IMPLS, assert_global
 
 from fused_siglip import siglip_loss
 from fused_siglip.distributed import agreement, exchange
+from support.global_batch import IMPLS, assert_global
 from support.inputs import make_inputs
 from support.processes import launch, returned
 

@@ -7,11 +7,11 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import shard
 
 from fused_siglip import LearnableSigLipLoss, SigLipLoss, siglip_loss
 from fused_siglip.distributed.groups import GroupRef
 from fused_siglip.testing import eager_siglip_loss
+from support.global_batch import shard
 from support.inputs import make_inputs
 from support.processes import launch, returned
 

@@ -11,6 +11,17 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=20)
+# Optimizers import dynamo too.
+PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.testing",
+    "fused_siglip",
+    "support.tolerances",
+]
 
 
 def _run(rank: int, world_size: int, directory: str, function, arguments: tuple) -> None:
@@ -28,11 +39,12 @@ def _run(rank: int, world_size: int, directory: str, function, arguments: tuple)
 def launch(function, world_size: int, *arguments, limit: float = 120.0) -> list[tuple]:
     """[("returned", value) | ("raised", message) | ("died", exit code)] of every rank.
 
-    Processes are forked from a clean server that has torch already, so a launch takes milliseconds.
+    Processes are forked from a clean server that has what is slow to import, so a launch takes
+    milliseconds, not seconds.
     None of them outlives the call; one that does not end within ``limit`` seconds fails it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "fused_siglip", "support.inputs"])
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as directory:
         processes = [
             context.Process(target=_run, args=(rank, world_size, directory, function, arguments))

@@ -27,6 +27,7 @@ runs_triton = pytest.mark.skipif(
 )
 
 
+@pytest.mark.interpreter
 @runs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("ids", [False, True], ids=["diagonal", "ids"])
@@ -46,6 +47,7 @@ def test_variant_agrees_with_the_shipped_panel(name, ids, dtype):
         assert error(a, x) <= 1.5 * error(e, x) + slack
 
 
+@pytest.mark.interpreter
 @runs_triton
 @pytest.mark.parametrize("panel", [LibraryPanel, InPlaceLibraryPanel], ids=lambda p: p.__name__)
 def test_triton_workspace_is_what_is_allocated(panel):

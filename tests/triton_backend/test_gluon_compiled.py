@@ -25,6 +25,8 @@ from benchmarks.suites.compiled import SHARED
 from benchmarks.suites.compiled_hopper import compile_gluon
 from fused_siglip.kernels.hopper import HOPPER
 
+pytestmark = pytest.mark.exhaustive
+
 
 class Most(NamedTuple):
     """What was counted, and is no longer to grow."""

@@ -25,6 +25,8 @@ from benchmarks.suites.compiled import (
     shipped,
 )
 
+pytestmark = pytest.mark.exhaustive
+
 SHARE_A_CONFIG = ("sm_86", "sm_89", "sm_120")
 MATRIX_INSTRUCTION = {
     **dict.fromkeys(("sm_80", *SHARE_A_CONFIG), "HMMA"),

@@ -32,6 +32,7 @@ from support.triton_panels import (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "m, n, d",
@@ -49,6 +50,7 @@ def test_diagonals(diagonal):
     check(*features(150, 300, 16, torch.float32), positives=Pairs(diagonal=diagonal))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [(False, True), (True, False)])
 def test_strides(transposed, dtype):
@@ -81,6 +83,7 @@ def test_ids_with_repeats_and_padding(dtype):
     assert not sums.any() and not g.any()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t, b", [(100.0, -10.0), (100.0, 0.0), (1.0, 0.0), (0.0, -40.0)])
 def test_scales_and_biases(t, b, dtype):
@@ -96,6 +99,7 @@ def test_extreme_logits_are_finite(t, b):
     assert g.abs().max() <= 1 and g.isfinite().all()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("shape", [(10, 20), (130, 256)])
 def test_nan_and_inf_propagate_as_in_torch(shape, value):
@@ -148,6 +152,7 @@ def off_by_one(tensor):
     return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("ids", [None, "off by one", "every second"])
 def test_the_sweep_launches_nothing_at_an_odd_address(monkeypatch, ids, dtype):

@@ -70,6 +70,7 @@ def check_product(panel, g, other, transposed, alpha=0.5):
     return fresh
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("transposed", [False, True])
@@ -83,6 +84,7 @@ def test_products(transposed, positives, dtype):
     check_product(panel, g, other.T.contiguous().T, transposed)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("positives", ["diagonal", "ids"])
 @pytest.mark.parametrize("transposed", [False, True])
@@ -97,6 +99,7 @@ def test_products_where_the_library_has_none(transposed, positives, dtype):
     check_product(panel, g, x if transposed else y, transposed)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("m, n, d", [(1, 1, 1), (130, 257, 200), (257, 1, 16), (128, 128, 128)])
 def test_products_of_smaller_panels_in_the_same_workspace(m, n, d, transposed):
@@ -106,6 +109,7 @@ def test_products_of_smaller_panels_in_the_same_workspace(m, n, d, transposed):
     check_product(panel, g, x if transposed else y, transposed)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_tile_in_which_nothing_is_kept_is_not_read(transposed, dtype):

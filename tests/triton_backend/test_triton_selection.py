@@ -33,6 +33,7 @@ from support.triton_panels import (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("choice", ["hash", "logit"])
@@ -46,6 +47,7 @@ def test_chosen_negatives(b, choice, positives, dtype):
     assert torch.equal(g != 0, valid) and 0.2 < valid.double().mean() < 0.4
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("m, n, d", [(1, 1, 1), (127, 129, 48), (129, 1, 16), (128, 256, 16)])
 @pytest.mark.parametrize("keep", [0.01, 0.99])
 def test_sizes_of_chosen_negatives(m, n, d, keep):
@@ -62,6 +64,7 @@ def test_the_least_and_the_most_that_a_hash_keeps(cutoff):
     assert (g != 0).sum() == (130 if cutoff < 0 else 130**2)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("choice", ["hash", "logit"])
 @pytest.mark.parametrize("positives", ["diagonal", "ids"])
 def test_variants_of_a_choice_agree_and_repeat_to_the_bit(positives, choice):
@@ -116,6 +119,7 @@ def histogram(bins, counted, size):
     )
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("factor", [4e-3, -2e-3, 2.0], ids=["up", "down", "past the range"])
