@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 
 # The paper's claims at a small scale: runs what is missing, writes docs/paper.md.
 paper: $(VENV)/ready
-	$(RUN) -m examples.paper --all
+	$(RUN) -m benchmarks.studies --all
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -n 2 --dist loadgroup

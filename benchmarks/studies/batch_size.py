@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.common.markdown import table
 from examples.report import label_ends
 
+from ..common.markdown import table
 from . import retrieval
 from .functions import NEAR, PACKAGES
 from .losses import LOSSES

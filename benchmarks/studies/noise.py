@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common.markdown import table
-
+from ..common.markdown import table
 from .plots import COLORS, percent, plt, save, spread
 from .study import Study, above, claim, interval
 from .towers import VOCABULARY, Captions, TextTower, accuracy, train

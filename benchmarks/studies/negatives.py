@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.markdown import table
 from examples.report import label_ends
 from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random
 
+from ..common.markdown import table
 from . import retrieval
 from .functions import PACKAGES
 from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, spread

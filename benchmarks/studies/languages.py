@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.markdown import table
-
+from ..common.markdown import table
 from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, seeds
 from .study import Study, above, claim, interval
 from .towers import VOCABULARY, WIDTH, Captions, TextTower, accuracy, train
