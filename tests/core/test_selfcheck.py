@@ -42,7 +42,7 @@ def test_says_why_it_falls_back(on_the_cpu, monkeypatch, capsys):
     )
     assert "for float64: it has no float64" in output
     assert "half features are converted to float32 in panels: cpu has no product" in output
-    monkeypatch.setattr("fused_siglip.kernels._TRITON_INSTALLED", False)
+    monkeypatch.setattr("fused_siglip.kernels.registry._TRITON_INSTALLED", False)
     assert selfcheck.main() == 0
     assert "instead of triton: triton is not installed" in capsys.readouterr().out
 

@@ -23,6 +23,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler prints a line a call otherwise
+
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
@@ -187,14 +189,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.record:
         args.record.write_text(json.dumps(lines, indent=0))
         print(f"{len(lines)} calls recorded")
-    if args.compare:
-        before = json.loads(args.compare.read_text())
-        different = [k for k in before.keys() | lines.keys() if before.get(k) != lines.get(k)]
-        for key in sorted(different)[:40]:
-            print(f"{key}: {before.get(key)} -> {lines.get(key)}")
-        print(f"{len(lines) - len(different)} of {len(lines)} calls as before")
-        return 1 if different else 0
-    return 0
+    return compare(json.loads(args.compare.read_text()), lines) if args.compare else 0
+
+
+def compare(before: dict[str, str], after: dict[str, str]) -> int:
+    """Print what has changed; 1 where bits differ or a peak has grown."""
+    names = sorted(before.keys() | after.keys())
+    other_bits = [n for n in names if _bits(before.get(n)) != _bits(after.get(n))]
+    grown = [n for n in names if _peak(after.get(n)) > _peak(before.get(n))]
+    for name in (other_bits + grown)[:40]:
+        print(f"{name}: {before.get(name)} -> {after.get(name)}")
+    print(f"{len(names) - len(other_bits)} of {len(names)} calls give the bits of before")
+    print(f"{len(grown)} of {len(names)} take more memory at their peak")
+    return 1 if other_bits or grown else 0
+
+
+def _bits(line: str | None) -> str | None:
+    return line and line.split()[0]
+
+
+def _peak(line: str | None) -> int:
+    return int(line.split()[1]) if line and " " in line else 0
 
 
 if __name__ == "__main__":
