@@ -22,7 +22,7 @@ demo: $(VENV)/ready
 
 # The paper's claims at a small scale: runs what is missing, writes docs/paper.md.
 paper: $(VENV)/ready
-	$(RUN) -m examples.paper --all
+	$(RUN) -m benchmarks.studies --all
 
 # The product's own tests, in five minutes. What is marked as exhaustive is left out (tests/conftest.py).
 test: $(VENV)/ready
