@@ -12,10 +12,15 @@ SCHEDULES = 2000
 RUN = $(VENV)/bin/python
 CORE = $(foreach part,loss autograd checks engine properties negatives distributed long_runs modules selfcheck,tests/test_$(part).py)
 
-.PHONY: demo test paper fuzz mutations longrun soak-gluon coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations lint clean
+.PHONY: demo demo-full test paper fuzz mutations longrun soak-gluon coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations lint clean
 
+# One to two minutes on two cores; writes to build/demo.
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
+
+# About five minutes. With `--full --record` by hand it replaces what docs/ shows.
+demo-full: $(VENV)/ready
+	$(RUN) -m examples.digits --full
 
 # The paper's claims at a small scale: runs what is missing, writes docs/paper.md.
 paper: $(VENV)/ready
