@@ -12,7 +12,7 @@ SCHEDULES = 2000
 RUN = $(VENV)/bin/python
 CORE = $(foreach part,loss autograd checks engine properties negatives distributed long_runs modules selfcheck,tests/test_$(part).py)
 
-.PHONY: demo demo-full test paper fuzz mutations longrun soak-gluon coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations lint clean
+.PHONY: demo demo-full test paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-oldest test-newest bench bench-integrations lint clean
 
 # One to two minutes on two cores; writes to build/demo.
 demo: $(VENV)/ready
@@ -61,6 +61,13 @@ test-integrations: VENV = .venv-integrations
 test-integrations:
 	$(MAKE) VENV=$(VENV) $(VENV)/stacks
 	cd tests/integrations && ../../$(RUN) -m pytest -n 2 --dist loadfile
+
+# The peers' own tests on this loss, from their source distributions; docs/trust.md counts them.
+test-peers: VENV = .venv-integrations
+test-peers:
+	$(MAKE) VENV=$(VENV) $(VENV)/peers
+	cd tests/peers && ../../$(RUN) sources.py
+	cd tests/peers && ../../$(RUN) -m pytest -n 2
 
 # The kernels again, on the newest release of triton.
 test-newest-triton: TRITON = triton
@@ -112,4 +119,9 @@ $(VENV)/ready: setup.py Makefile .ci/constraints.txt
 $(VENV)/stacks: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TORCH) $(STACKS) $(OPEN_CLIP_NEEDS)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 torchvision==0.28.0
+	touch $@
+
+# What transformers' tests import besides.
+$(VENV)/peers: $(VENV)/stacks
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check parameterized==0.9.0
 	touch $@
