@@ -298,10 +298,10 @@ def hopper_panel_kernel(
     tiles_n = gl.cdiv(N, BLOCK_N)
     gl.warp_specialize([
         (consumer, (0, x_bufs, y_bufs, out_bufs0, full, empty, turn, partials_ptr, out_desc,
-                    scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M, WIDTH, GRAD_SCALE,
-                    SCALAR_GRADS)),
+                    scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M, WIDTH,
+                    GRAD_SCALE, SCALAR_GRADS)),
         (consumer, (1, x_bufs, y_bufs, out_bufs1, full, empty, turn, partials_ptr, out_desc,
-                    scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M, WIDTH, GRAD_SCALE,
-                    SCALAR_GRADS)),
+                    scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M, WIDTH,
+                    GRAD_SCALE, SCALAR_GRADS)),
         (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
     ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip
