@@ -15,14 +15,19 @@ PRODUCT = tests/core tests/triton_backend tests/distributed
 QUICK_INTERPRETER = HYPOTHESIS_PROFILE=quick TRITON_INTERPRET=1 $(RUN) -m pytest $(PRODUCT) \
 	-m "interpreter and not exhaustive" -n 2 --dist loadgroup
 
-.PHONY: demo test test-all paper fuzz mutations longrun soak-gluon coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations lint clean
+.PHONY: demo demo-full test test-all paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-oldest test-newest bench bench-integrations lint clean
 
+# One to two minutes on two cores; writes to build/demo.
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
 
+# About five minutes. With `--full --record` by hand it replaces what docs/ shows.
+demo-full: $(VENV)/ready
+	$(RUN) -m examples.digits --full
+
 # The paper's claims at a small scale: runs what is missing, writes docs/paper.md.
 paper: $(VENV)/ready
-	$(RUN) -m examples.paper --all
+	$(RUN) -m benchmarks.studies --all
 
 # The product's own tests, in five minutes. What is marked as exhaustive is left out (tests/conftest.py).
 test: $(VENV)/ready
@@ -65,6 +70,13 @@ test-integrations: VENV = .venv-integrations
 test-integrations:
 	$(MAKE) VENV=$(VENV) $(VENV)/stacks
 	cd tests/integrations && ../../$(RUN) -m pytest -n 2 --dist loadfile
+
+# The peers' own tests on this loss, from their source distributions; docs/trust.md counts them.
+test-peers: VENV = .venv-integrations
+test-peers:
+	$(MAKE) VENV=$(VENV) $(VENV)/peers
+	cd tests/peers && ../../$(RUN) sources.py
+	cd tests/peers && ../../$(RUN) -m pytest -n 2
 
 # The kernels again, on the newest release of triton.
 test-newest-triton: TRITON = triton
@@ -116,4 +128,9 @@ $(VENV)/ready: setup.py Makefile .ci/constraints.txt
 $(VENV)/stacks: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TORCH) $(STACKS) $(OPEN_CLIP_NEEDS)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 torchvision==0.28.0
+	touch $@
+
+# What transformers' tests import besides.
+$(VENV)/peers: $(VENV)/stacks
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check parameterized==0.9.0
 	touch $@

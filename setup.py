@@ -11,7 +11,6 @@ VERSION = re.search(
 EXTRAS = {
     "test": [
         "pytest",
-        "pytest-benchmark",
         "pytest-xdist",
         "hypothesis",
         "coverage",

@@ -39,7 +39,7 @@ def siglip_loss(
     needed; backward only multiplies by the upstream gradient.
 
     Args:
-        image_features: (M, D), normally L2-normalised; float32, bfloat16, float16, or float64
+        image_features: (M, D), normally L2-normalized; float32, bfloat16, float16, or float64
             (torch backend). Any strides.
         text_features: (N, D), of the same dtype and device. Under autocast both are cast as
             ``torch.matmul`` casts its operands, so float32 and bfloat16 may meet there.

@@ -234,7 +234,7 @@ class LearnableSigLipLoss(_WithGroup):
         text_ids: Tensor | None = None,  # (N,)
         negatives: Negatives | None = None,
     ) -> Tensor:  # ()
-        """The loss of L2-normalised features; ids and negatives as in :func:`siglip_loss`."""
+        """The loss of L2-normalized features; ids and negatives as in :func:`siglip_loss`."""
         return siglip_loss(
             image_features,
             text_features,
@@ -290,9 +290,9 @@ class LearnableSigLipLoss(_WithGroup):
 
     @property
     def _is_hf_initialized(self) -> bool:
-        """What transformers asks before it initialises a module whose weights a checkpoint lacks.
+        """What transformers asks before it initializes a module whose weights a checkpoint lacks.
 
-        Its own initialiser knows torch's modules only and would leave whatever memory holds. It
+        Its own initializer knows torch's modules only and would leave whatever memory holds. It
         marks the parameters that it has loaded, which ``reset_parameters`` spares.
         """
         if self._made_on_meta and not self.logit_scale.is_meta:

@@ -19,7 +19,7 @@ _OPERANDS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """How hopper_kernel.py is compiled; held by tests/triton_backend/test_gluon_compiled.py."""
+    """How hopper_kernel.py is compiled; checked by tests/triton_backend/test_gluon_compiled.py."""
 
     tile: tuple[int, int]
     stages: int  # blocks of x and y in shared memory
@@ -31,7 +31,7 @@ class HopperConfig:
     store_buffers: int = 4  # rounds of dlogits on their way to memory; divides the rounds of a tile
 
     def tiles(self, m: int, n: int) -> int:
-        """Of an (m, n) panel."""
+        """The number of tiles of an (m, n) panel."""
         return triton.cdiv(m, self.tile[0]) * triton.cdiv(n, self.tile[1])
 
 

@@ -229,7 +229,7 @@ class TritonPanel:
         )
 
     def _on_hopper(self, x: Tensor, y: Tensor) -> bool:
-        """Whether the warp-specialised kernel takes this panel."""
+        """Whether the warp-specialized kernel takes this panel."""
         if not hopper.suits(self.target, self.dtype) or not (hopper.reads(x) and hopper.reads(y)):
             return False
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count

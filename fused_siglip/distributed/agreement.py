@@ -18,7 +18,7 @@ from . import collectives
 from .collectives import comm_errors
 
 # What each name runs. open_clip's four give the same numbers by other exchanges: those that pass
-# features on from neighbour to neighbour mean the ring, those that collect them mean gather.
+# features on from neighbor to neighbor mean the ring, those that collect them mean gather.
 DIST_IMPLS = {
     "ring": "ring",
     "gather": "gather",

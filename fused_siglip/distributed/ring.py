@@ -8,11 +8,11 @@ from torch import Tensor
 from .collectives import comm_errors
 from .exchange import GroupExchange, Texts, Visit
 
-_TEXTS, _IDS, _GRADS = range(3)  # the channels between two neighbours
+_TEXTS, _IDS, _GRADS = range(3)  # the channels between two neighbors
 
 
 class RingComm:
-    """Exchanges with the two neighbours: send to the right, receive from the left."""
+    """Exchanges with the two neighbors: send to the right, receive from the left."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group

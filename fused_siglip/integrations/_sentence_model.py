@@ -95,7 +95,7 @@ class _WithScaleAndBias:
 def _packed(embeddings: Tensor, values: Tensor) -> Tensor:  # (b, D), (2,) -> (b + 2, D)
     """Scale and bias in rows below the embeddings, each a direction: (value, 1, 0, ...).
 
-    What MatryoshkaLoss takes for embeddings is cut to fewer columns and normalised; a direction is
+    What MatryoshkaLoss takes for embeddings is cut to fewer columns and normalized; a direction is
     what remains. In float32 at least, which the values need.
     """
     if embeddings.shape[1] < 2:

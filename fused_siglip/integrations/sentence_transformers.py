@@ -156,7 +156,7 @@ class SigLipLoss(nn.Module):
         return self._loss(embeddings, logit_scale, logit_bias)
 
     def _loss(self, columns: list[Tensor], logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-        """Loss of the embeddings of all columns, each (B, D) and not normalised."""
+        """Loss of the embeddings of all columns, each (B, D) and not normalized."""
         columns = [_normalized(column) for column in columns]
         anchors, texts = columns[0], columns[1]
         options = {"group": WORLD} if self.gather_across_devices else {}

@@ -57,7 +57,7 @@ def patch_siglip(
     """Let a SigLIP model of transformers compute its loss without the matrix of logits.
 
     With ``return_loss=True`` the model's ``loss`` is :func:`fused_siglip.siglip_loss` of its
-    normalised embeddings, and ``logits_per_image`` and ``logits_per_text`` are None, since they are
+    normalized embeddings, and ``logits_per_image`` and ``logits_per_text`` are None, since they are
     the (B, B) matrix; all other outputs are the model's own. Without ``return_loss`` the model's
     own forward runs, untouched. Parameters, state dict, config and class name stay as they are.
 
@@ -222,7 +222,7 @@ def _fused(original: Callable) -> Callable:
 
 @can_return_tuple
 def _forward_with_loss(self: nn.Module, settings: _Settings, /, return_loss: bool, **given):
-    """The model's outputs with the loss and without logits; normalises as the model does."""
+    """The model's outputs with the loss and without logits; normalizes as the model does."""
     text, image = (
         {name: given.pop(name) for name in names if name in given} for names in (_TEXT, _IMAGE)
     )
