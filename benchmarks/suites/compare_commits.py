@@ -1,7 +1,7 @@
 """Time one CPU step of two commits in turn, and print the ratio of each pair of runs.
 
-``python -m benchmarks.suites.compare_commits HASH`` compares that commit with the working tree
-at B = 1024, D = 768, float32. Each run is a process of its own, and a commit is read from git into a
+``python -m benchmarks.suites.compare_commits HASH`` compares that commit with the working tree at
+B = 1024, D = 768, float32. Each run is a process of its own, and a commit is read from git into a
 temporary folder. On a busy machine the ratios scatter: the quartiles say how far.
 """
 
