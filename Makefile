@@ -12,22 +12,36 @@ MINUTES = 5
 STEPS = 10000
 SCHEDULES = 2000
 RUN = $(VENV)/bin/python
-CORE = $(foreach part,loss autograd checks engine properties negatives distributed long_runs modules selfcheck,tests/test_$(part).py)
+PRODUCT = tests/core tests/triton_backend tests/distributed
+# Triton's kernels in its interpreter.
+QUICK_INTERPRETER = HYPOTHESIS_PROFILE=quick TRITON_INTERPRET=1 $(RUN) -m pytest $(PRODUCT) \
+	-m "interpreter and not exhaustive" -n 2 --dist loadgroup
 
-.PHONY: demo test paper fuzz mutations longrun soak-gluon coverage test-integrations test-newest-triton test-oldest test-newest bench bench-integrations docs lint clean
+.PHONY: demo demo-full test test-all paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-oldest test-newest bench bench-integrations docs lint clean
 
+# One to two minutes on two cores; writes to build/demo.
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
 
+# About five minutes. With `--full --record` by hand it replaces what docs/ shows.
+demo-full: $(VENV)/ready
+	$(RUN) -m examples.digits --full
+
 # The paper's claims at a small scale: runs what is missing, writes docs/paper.md.
 paper: $(VENV)/ready
-	$(RUN) -m examples.paper --all
+	$(RUN) -m benchmarks.studies --all
 
+# The product's own tests, in five minutes. What is marked as exhaustive is left out (tests/conftest.py).
 test: $(VENV)/ready
-	$(RUN) -m pytest -n 2 --dist loadgroup
-	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton -n 2
+	HYPOTHESIS_PROFILE=quick $(RUN) -m pytest $(PRODUCT) -m "not exhaustive" -n 2 --dist loadgroup
+	$(QUICK_INTERPRETER)
 
-# The laws of the loss on random calls, until a miss.
+# Everything: those again at full length, the tooling, slices of the soak tests, the studies.
+test-all: $(VENV)/ready
+	$(RUN) -m pytest -n 2 --dist loadgroup
+	TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreter -n 2 --dist loadgroup
+
+# The invariants of the loss on random calls, until one does not hold.
 fuzz: $(VENV)/ready
 	PYTHONPATH=tests $(RUN) -m soak.fuzz --minutes $(MINUTES)
 
@@ -59,13 +73,20 @@ test-integrations:
 	$(MAKE) VENV=$(VENV) $(VENV)/stacks
 	cd tests/integrations && ../../$(RUN) -m pytest -n 2 --dist loadfile
 
+# The peers' own tests on this loss, from their source distributions; docs/trust.md counts them.
+test-peers: VENV = .venv-integrations
+test-peers:
+	$(MAKE) VENV=$(VENV) $(VENV)/peers
+	cd tests/peers && ../../$(RUN) sources.py
+	cd tests/peers && ../../$(RUN) -m pytest -n 2
+
 # The kernels again, on the newest release of triton.
 test-newest-triton: TRITON = triton
 test-newest-triton: VENV = .venv-newest
 test-newest-triton:
 	$(MAKE) VENV=$(VENV) TRITON=$(TRITON) $(VENV)/ready
-	$(RUN) -m pytest tests/test_triton_compiled.py -n 2
-	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton -n 2
+	$(RUN) -m pytest tests/triton_backend/test_triton_compiled.py -n 2
+	$(QUICK_INTERPRETER)
 
 # The ends of what setup.py allows. Both are CUDA builds: gigabytes, minutes to install.
 test-oldest: TORCH = torch==2.10.0
@@ -77,8 +98,8 @@ test-newest: VENV = .venv-newest-torch
 test-oldest test-newest:
 	$(MAKE) VENV=$(VENV) TORCH=$(TORCH) TRITON=$(TRITON) $(VENV)/ready
 	$(RUN) -m fused_siglip
-	$(RUN) -m pytest $(CORE)
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(CORE) -k triton
+	HYPOTHESIS_PROFILE=quick $(RUN) -m pytest tests/core tests/distributed -m "not exhaustive" -n 2 --dist loadgroup
+	$(QUICK_INTERPRETER)
 
 bench: $(VENV)/ready
 	$(RUN) -m benchmarks.suites.loss
@@ -95,6 +116,7 @@ docs: $(DOCS_VENV)/ready
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 clean:
 	rm -rf .venv .venv-docs .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info
@@ -114,6 +136,10 @@ $(VENV)/stacks: $(VENV)/ready
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TORCH) $(STACKS) $(OPEN_CLIP_NEEDS)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 torchvision==0.28.0
 	touch $@
+
+# What transformers' tests import besides.
+$(VENV)/peers: $(VENV)/stacks
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check parameterized==0.9.0
 
 # setup.py's docs extra, without the package itself.
 $(DOCS_VENV)/ready: Makefile .ci/constraints.txt

@@ -1,4 +1,4 @@
-"""What the demo shows: tables for the terminal, plots for docs/."""
+"""What the demo shows: tables for the terminal, and plots."""
 
 from __future__ import annotations
 

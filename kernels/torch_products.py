@@ -14,7 +14,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: boo
     ``a`` may be sparse: then only what it holds is multiplied.
     """
     if a.is_sparse and not accumulate:
-        out.zero_()  # which torch leaves undone where nothing is held
+        out.zero_()  # which torch leaves undone where the matrix holds nothing
         accumulate = True
     beta = 1 if accumulate else 0
     if a.dtype != out.dtype and multiplies_half_into_fp32(out.device.type):

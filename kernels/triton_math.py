@@ -58,7 +58,7 @@ SATURATED_LOGIT = tl.constexpr(-4.5)
 
 @triton.jit
 def saturated_softplus_sigmoid(u):
-    """softplus_sigmoid for u of at most SATURATED_LOGIT, in half the operations."""
+    """softplus_sigmoid where every u is at most SATURATED_LOGIT, in half the operations."""
     # softplus = e (1 + e (a0 + a1 e)), sigmoid = e (1 + e (b0 + b1 e)), e in [0, exp(-4.5)]:
     # minimax on the relative error, 1.3e-8 and 5.2e-8, coefficients rounded to fp32 as above.
     e = _exp(u)

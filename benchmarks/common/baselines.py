@@ -1,4 +1,4 @@
-"""The baselines: each computes the same loss of (x, y, t, b)."""
+"""The losses that are compared: each computes the same of (x, y, t, b)."""
 
 from __future__ import annotations
 
@@ -153,5 +153,5 @@ def obstacles(device: str) -> dict[str, str | None]:
 
 
 def default_fused(device: str) -> str:
-    """The baseline a user gets who names no backend."""
+    """The fused loss that a user gets who names no backend."""
     return f"fused_{default_backend(device, torch.float32)}"

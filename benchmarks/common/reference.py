@@ -27,9 +27,9 @@ def float64_reference(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> LossAndGrad
     size = x.shape[0]
     image_grad, text_grad = torch.empty_like(x), torch.zeros_like(y)
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)
-    for chunk, part, g in _chunks(x, y, t, b):
-        image_grad[chunk] = g @ y
-        text_grad += g.T @ x[chunk]
+    for chunk, part, dlogits in _chunks(x, y, t, b):
+        image_grad[chunk] = dlogits @ y
+        text_grad += dlogits.T @ x[chunk]
         sums += part
     loss, scale_grad, bias_grad = sums
     grads = (t * image_grad, t * text_grad, scale_grad, bias_grad)
@@ -38,37 +38,37 @@ def float64_reference(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> LossAndGrad
 
 @torch.no_grad()
 def sampled_reference(x: Tensor, y: Tensor, t: Tensor, b: Tensor, sample: Tensor) -> LossAndGrads:
-    """As :func:`float64_reference`, but of both feature gradients only the rows in ``sample``.
+    """:func:`float64_reference` with only the rows in ``sample`` of both feature gradients.
 
     Those rows need one product each over the whole batch, in memory of their own size; the loss and
     the gradients of t and b still take every pair into account.
     """
     x, y, t, b = (v.double() for v in (x, y, t, b))
     size = x.shape[0]
-    image_grad = _sums_and_g(x[sample] @ y.T, t, b, sample)[1] @ y
-    text_grad = _sums_and_g(y[sample] @ x.T, t, b, sample)[1] @ x
+    image_grad = _sums_and_dlogits(x[sample] @ y.T, t, b, sample)[1] @ y
+    text_grad = _sums_and_dlogits(y[sample] @ x.T, t, b, sample)[1] @ x
     loss, scale_grad, bias_grad = sum(part for _, part, _ in _chunks(x, y, t, b))
     grads = (t * image_grad, t * text_grad, scale_grad, bias_grad)
     return LossAndGrads(*(v / size for v in (loss, *grads)))
 
 
 def _chunks(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For chunks of rows: which they are, and :func:`_sums_and_g`."""
+    """Yields chunks of rows, each with its :func:`_sums_and_dlogits`."""
     size = x.shape[0]
     rows = max(CHUNK_BYTES // (8 * size), 1)
     for chunk in torch.arange(size, device=x.device).split(rows):
-        yield chunk, *_sums_and_g(x[chunk] @ y.T, t, b, chunk)
+        yield chunk, *_sums_and_dlogits(x[chunk] @ y.T, t, b, chunk)
 
 
-def _sums_and_g(s: Tensor, t: Tensor, b: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, dL/dt, dL/db) of these pairs, and g = dL/dz; ``positive``: each row's one column."""
+def _sums_and_dlogits(s: Tensor, t: Tensor, b: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, dL/dt, dL/db) of these pairs, and dL/dz; ``positive``: each row's one column."""
     z = (t * s).add_(b)
     at = (torch.arange(len(positive), device=s.device), positive)
     # threshold: beyond it softplus(z) is z; the default, 20, drops 2e-9
     loss = F.softplus(z, threshold=40.0).sum() - z[at].sum()
-    g = z.sigmoid_()
-    g[at] -= 1
-    return torch.stack([loss, (g * s).sum(), g.sum()]), g
+    dlogits = z.sigmoid_()
+    dlogits[at] -= 1
+    return torch.stack([loss, (dlogits * s).sum(), dlogits.sum()]), dlogits
 
 
 def rounded_once(exact: LossAndGrads, dtype: torch.dtype) -> LossAndGrads:

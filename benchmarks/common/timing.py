@@ -100,14 +100,14 @@ def floors(
     """
     x, y = (torch.randn(rows, d, dtype=dtype, device=device) for rows in (m, n))
     dx, dy = torch.empty_like(x), torch.empty_like(y)
-    g = torch.empty(m, n, dtype=dtype, device=device)
+    dlogits = torch.empty(m, n, dtype=dtype, device=device)
 
     def run(products: int) -> None:
-        torch.mm(x, y.T, out=g)
+        torch.mm(x, y.T, out=dlogits)
         if products >= 2:
-            torch.mm(g.T, x, out=dy)
+            torch.mm(dlogits.T, x, out=dy)
         if products >= 3:
-            torch.mm(g, y, out=dx)
+            torch.mm(dlogits, y, out=dx)
 
     return {products: functools.partial(run, products) for products in (1, 2, 3)}
 

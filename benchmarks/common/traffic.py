@@ -19,7 +19,7 @@ import fused_siglip.distributed.collectives
 
 @dataclass
 class Traffic:
-    """Of this rank, since the last reset.
+    """What this rank exchanged since the last reset.
 
     Bytes of a collective are the least a rank can send in it: W - 1 blocks in an all-gather, a
     reduce-scatter or a scatter of W blocks, 2 (W - 1) / W of the tensor in an all-reduce.

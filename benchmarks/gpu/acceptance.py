@@ -1,4 +1,4 @@
-"""What the GPU run has to show, each target beside what its rows say."""
+"""The targets of the GPU run, each beside what the rows say."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def _speed(rows: list[dict]) -> Iterator[Target]:
     fused = fused_name(rows)
     for dim, size, t in product((768, 1152), (32768, 65536), (10.0, 100.0)):
         at = REFERENCE | {"batch_size": size, "dim": dim, "logit_scale": t}
-        r = _cost(rows, fused, "ratio_to_floor", **at)
-        yield _at_most(f"x floor, B = {size}, D = {dim}, t = {t:g}", r, 1.10)
+        floor_ratio = _cost(rows, fused, "ratio_to_floor", **at)
+        yield _at_most(f"x floor, B = {size}, D = {dim}, t = {t:g}", floor_ratio, 1.10)
     full = _cost(rows, fused, "seconds", **REFERENCE)
     frozen = _cost(rows, fused, "seconds", mode="frozen", **REFERENCE)
     yield _at_most("frozen tower / full, B = 32768", _over(frozen, full), 0.72)

@@ -28,7 +28,7 @@ BIAS = -10.0
 
 
 def check(name: str, dims: Sequence[int], device: str) -> Iterator[dict]:
-    """Compile a candidate and compare g and the sums of ragged panels with float64.
+    """Compile a candidate and compare dlogits and the sums of ragged panels with float64.
 
     Then, once told to on the standard input, time it alone beside the plain product.
     """
@@ -52,8 +52,10 @@ def check(name: str, dims: Sequence[int], device: str) -> Iterator[dict]:
 
 
 def timed_panel(name: str, inputs: Inputs, t: float, repeats: int = 15) -> dict:
-    """A panel kernel beside the plain product with half output, from CUDA graphs: what a launch
-    costs the host is not the question."""
+    """Time a panel kernel beside the plain product with half output.
+
+    Both are replayed from CUDA graphs, so that what a launch costs the host does not count.
+    """
     (size, dim), device = inputs.x.shape, str(inputs.x.device)
     plain = torch.empty(size, size, dtype=inputs.x.dtype, device=device)
     functions: dict[str, Callable] = {
@@ -71,9 +73,9 @@ def timed_panel(name: str, inputs: Inputs, t: float, repeats: int = 15) -> dict:
 
 
 def panel_errors(
-    x: Tensor, y: Tensor, t: float, diagonal: int, g: Tensor, sums: Tensor
+    x: Tensor, y: Tensor, t: float, diagonal: int, dlogits: Tensor, sums: Tensor
 ) -> dict[str, float]:
-    """Errors over their bounds: the largest of g (one rounding to bf16), and of each sum."""
+    """Errors over their bounds: the largest of dlogits (one rounding to bf16), and of each sum."""
     s = x.double() @ y.double().T
     rows, cols = (torch.arange(n, device=x.device) for n in s.shape)
     sign = torch.where(rows[:, None] + diagonal == cols, -1.0, 1.0)
@@ -82,9 +84,9 @@ def panel_errors(
     softplus = torch.nn.functional.softplus(u, threshold=700)
     logit = abs(t) * s.abs() + abs(BIAS)  # which tensor cores may cut off at 2^-20 of itself
     bound = exact.abs() * (2.0**-8 + 2.0**-20 * logit)
-    found = {"g": ((g.double() - exact).abs() / bound).max().item()}
+    found = {"g": ((dlogits.double() - exact).abs() / bound).max().item()}
     drift = 2.0**-20 * (exact.abs() * logit).sum()
-    terms = {"loss": softplus, "gs_sum": exact * s, "g_sum": exact}
+    terms = {"loss": softplus, "dscale_sum": exact * s, "dbias_sum": exact}
     for (name, term), total in zip(terms.items(), sums.double(), strict=True):
         found[name] = ((total - term.sum()).abs() / (2e-6 * term.abs().sum() + drift)).item()
     return {k: float("inf") if v != v else v for k, v in found.items()}

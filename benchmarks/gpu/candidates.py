@@ -1,4 +1,4 @@
-"""Configurations of the Hopper kernel that a device is to choose among: see tune.py.
+"""Configurations of the Hopper kernel that tune.py compares on a device.
 
 The one that wins is HOPPER in kernels/hopper.py.
 """

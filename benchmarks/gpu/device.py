@@ -102,7 +102,7 @@ def run_parts(
 
 
 def _deadlines(parts: dict[str, Part], run: Run) -> dict[str, float]:
-    """Until when each part may run: its share of the time, and what those before it leave."""
+    """When each part has to end: it has its share of the time and what earlier parts leave."""
     now, total = time.monotonic(), sum(part.seconds for part in parts.values())
     stretch = max(run.seconds_left() / total, 1.0) if parts else 1.0
     ends = itertools.accumulate(part.seconds for part in parts.values())

@@ -1,4 +1,4 @@
-"""Runs generators of rows in a process of its own: it may crash, hang or lose its GPU context."""
+"""Runs parts in a process of its own, which may crash, hang or lose its GPU context."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def events(rows: Rows, run: Run) -> Iterator[Event]:
 
 
 def _settle() -> None:
-    """What a part left on the GPU: its errors surface here, and its memory is for the next."""
+    """Wait for what a part left on the GPU: its errors surface here, the next has its memory."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""A process of its own for what may crash or hang: its rows are read as they come."""
+"""Runs what may crash or hang in a process of its own, and reads its rows as they come."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def in_time(command: list[str], run: Run, **options: object) -> subprocess.Compl
 
 
 def ncu_command(sections: Sequence[str], *options: str) -> list[str]:
-    """ncu that reads these sections of one launch of the panel kernel, as CSV."""
+    """The command for ncu to read these sections of one launch of the panel kernel, as CSV."""
     # clock control would set the card's clocks, which are not ours to set
     command = [cuda_tool("ncu"), "--csv", "--clock-control", "none", "--launch-count", "1"]
     command += ["--kernel-name", "regex:.*panel_kernel.*", *options]

@@ -72,7 +72,7 @@ def run_parts(
     deadline: float,
     take: Callable[[dict], None],
 ) -> None:
-    """The parts in one process, and in a fresh one what follows a part that failed or hung."""
+    """Run the parts in one process; after one that failed or hung, the rest in a fresh one."""
     parts = list(parts)
     while parts and time.monotonic() < deadline - 5:
         begun = {"part": parts[0]}
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show(row: dict) -> str:
-    """One line."""
+    """A row in one line."""
     left_out = ("seconds_p10", "seconds_p90", "kind")
     values = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()
               if k not in left_out and v is not None)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What compiled code says, without a GPU: of the kernel for Hopper and of the portable one."""
+"""The section of docs/performance.md on compiled code: the kernel for Hopper, the portable one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _fits(row: dict) -> str:
 
 
 def _hopper(gluon: Results | None) -> list[str]:
-    """The kernel for Hopper: what is counted in its code."""
+    """What is counted in the code of the kernel for Hopper."""
     if gluon is None:
         return []
     (row,) = select(gluon.rows, kind="gluon", dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""What the tests do not run, and why: from coverage's report to a results file.
+"""Writes a results file of the lines that no test runs, and why, from coverage's report.
 
 ``make coverage`` calls ``python -m benchmarks.report.coverage_report REPORT.json``. The exit status
 is 1 where a line that no test runs has no reason here.

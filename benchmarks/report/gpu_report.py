@@ -16,8 +16,8 @@ NOTES = {
         "configuration which `python -m benchmarks.gpu.tune` had just chosen, and is the one "
         "since.",
         "The test that failed is `test_nan_and_inf_propagate_as_in_torch[nan]` of "
-        "tests/test_hopper.py: a NaN in the features spread to the gradients of the row eight "
-        "below it. The kernel has been mended since; no device has run it again.",
+        "tests/triton_backend/test_hopper.py: a NaN in the features spread to the gradients "
+        "of the row eight below it. The kernel has been mended since; no device has run it again.",
         'The gradient error over eager\'s is that of float32 with `matmul_precision` "high" at '
         "t = 100. Tensor cores cut float32 operands off to tf32 where the library rounds them; the "
         "kernel's operands are rounded first since, which no device has run yet. "

@@ -63,7 +63,7 @@ def _operands(row: dict) -> str:
 
 
 def shapes_table(rows: list[dict], shown: Iterable[tuple[str, str]]) -> str:
-    """A line for each operands, shape and t that was timed; the ``shown`` (loss, column) of it."""
+    """A line for each dtype, shape and t that was timed; ``shown`` are (loss, column) pairs."""
     full = select(rows, mode="full")
     keys = ("dtype", "matmul_precision", "dim", "logit_scale", "batch_size")
     main = [row[key] for row in full[:1] for key in keys[:2]]
@@ -87,7 +87,7 @@ def shapes_table(rows: list[dict], shown: Iterable[tuple[str, str]]) -> str:
 
 
 def accuracy_table(rows: list[dict], **fields: object) -> str:
-    """Root mean square errors of the feature gradients, relative to those gradients'."""
+    """Root mean square errors of the feature gradients, over those of the gradients themselves."""
     chosen = select(rows, kind="accuracy", **fields)
     names = ordered(row["loss"] for row in chosen)
     keys = ("dtype", "matmul_precision", "logit_scale", "batch_size", "dim")

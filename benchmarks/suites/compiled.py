@@ -8,13 +8,12 @@ Not in interpreter mode (TRITON_INTERPRET), which replaces the compiler.
 from __future__ import annotations
 
 import argparse
-import re
-import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,7 +27,7 @@ from fused_siglip.kernels.triton_math import SATURATED_LOGIT
 from fused_siglip.kernels.triton_panel import count_constants
 from fused_siglip.kernels.triton_products import ProductConfig, product_kernel
 
-from ..common.machine_code import basic_blocks, disassemble
+from ..common.machine_code import Compiled, inspect_amd, inspect_cuda
 from ..common.results import environment, write_results
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -39,34 +38,17 @@ OPERANDS = (
     (torch.float32, "tf32"),
     (torch.float32, "ieee"),
 )
-# shared memory in bytes: of a multiprocessor, and the most one program may take
-SHARED = {"sm_80": (167936, 166912)}
-SHARED |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), (102400, 101376))
-SHARED |= dict.fromkeys(("sm_90", "sm_100"), (233472, 232448))
-SHARED["gfx942"] = (65536, 65536)
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """One compiled kernel."""
+class Source(NamedTuple):
+    """What is compiled."""
 
+    ast: ASTSource
     config: PanelConfig
-    registers: int  # a thread (AMD: vector registers)
-    stack_bytes: int  # a thread
-    spills: int  # instructions that load or store the stack (AMD: spilled registers)
-    shared_bytes: int  # a program
-    tensor_core: str  # the matrix instruction, "" for none
-    async_copies: int  # instructions from global to shared memory
-    arithmetic: int  # other floating-point instructions (CUDA: F..., without the matrix units')
-    special: int  # special-function instructions
-    instructions: int
-    occupancy: int | None  # programs a multiprocessor holds (CUDA)
-    # instructions a pair in the epilogue's three forms, by the name of the form: see _epilogues
-    epilogue: dict[str, float]
 
 
-def compile_panel(
+def panel_source(
     target: str,
     dtype: torch.dtype,
     precision: str,
@@ -76,8 +58,8 @@ def compile_panel(
     store_dlogits: bool = True,
     scalar_grads: bool = True,
     d: int = 768,
-) -> Compiled:
-    """Compile as a launch on contiguous (.., d) features does.
+) -> Source:
+    """The panel kernel as a launch on contiguous (.., d) features compiles it.
 
     kept: how negatives are chosen, by "hash" or by "logit"; None: all are kept.
     """
@@ -94,19 +76,14 @@ def compile_panel(
     absent = [] if ids else ["image_ids_ptr", "text_ids_ptr"]
     absent += [] if kept == "hash" else ["image_keys_ptr", "text_keys_ptr", "hash_cutoff"]
     absent += [] if kept == "logit" else ["center_ptr", "inv_radius_ptr", "threshold_ptr"]
-    if not store_dlogits:
-        absent += ["dlogits_ptr"]
-        constants["stride_zm"] = 0
-    if not (kept and store_dlogits):
-        absent += ["flags_ptr"]
-    compiled = _compile(panel_kernel, target, dtype, constants, absent, config)
-    # every form of a choice selects: they cannot be told apart by that
-    return replace(compiled, epilogue={}) if kept else compiled
+    absent += [] if store_dlogits else ["dlogits_ptr"]
+    absent += [] if kept and store_dlogits else ["flags_ptr"]
+    return Source(_ast(panel_kernel, dtype, constants, absent), config)
 
 
-def compile_count(
+def count_source(
     target: str, dtype: torch.dtype, precision: str, *, ids: bool = False, step: int = 2
-) -> Compiled:
+) -> Source:
     """The kernel that counts logits, in one of its three steps."""
     step_constants = count_constants(step)
     config = count_config(_capability(target), dtype, precision, step_constants["TALLIED"])
@@ -121,10 +98,10 @@ def compile_count(
     absent = [] if ids else ["image_ids_ptr", "text_ids_ptr"]
     absent += [] if step else ["prefix_ptr"]
     pointers = {"counts_ptr": "*u8"} if constants["TALLIED"] else {}
-    return _compile(count_kernel, target, dtype, constants, absent, config, pointers=pointers)
+    return Source(_ast(count_kernel, dtype, constants, absent, pointers=pointers), config)
 
 
-def compile_product(
+def product_source(
     target: str,
     dtype: torch.dtype,
     precision: str,
@@ -133,21 +110,37 @@ def compile_product(
     skips: bool = True,
     accumulate: bool = True,
     d: int = 768,
-) -> Compiled:
+) -> Source:
     """The product of dlogits (or their transpose) that skips tiles or takes them all."""
     config = panel_config(_capability(target), dtype, precision, store_dlogits=True)
     tile = config.tile[::-1] if transposed else config.tile
-    product = ProductConfig(config, tile, precision)
     constants = {
         "stride_od": 1,
         "stride_zm" if transposed else "stride_zk": 1,
         "stride_yd": 1,
         "ACCUMULATE": accumulate,
         "INPUT_PRECISION": precision,
-        **product.constants(),
+        **ProductConfig(config, tile, precision).constants(),
     }
     absent = [] if skips else ["lists_ptr"]
-    return _compile(product_kernel, target, dtype, constants, absent, config, d)
+    return Source(_ast(product_kernel, dtype, constants, absent, d), config)
+
+
+def compile_panel(target: str, dtype: torch.dtype, precision: str, **options: object) -> Compiled:
+    """Compile a :func:`panel_source`."""
+    compiled = _compile(panel_source(target, dtype, precision, **options), target)
+    # every form of a choice selects: they cannot be told apart by that
+    return replace(compiled, epilogue={}) if options.get("kept") else compiled
+
+
+def compile_count(target: str, dtype: torch.dtype, precision: str, **options: object) -> Compiled:
+    """Compile a :func:`count_source`."""
+    return _compile(count_source(target, dtype, precision, **options), target)
+
+
+def compile_product(target: str, dtype: torch.dtype, precision: str, **options: object) -> Compiled:
+    """Compile a :func:`product_source`."""
+    return _compile(product_source(target, dtype, precision, **options), target)
 
 
 def _capability(target: str) -> tuple[int, int] | str:
@@ -162,17 +155,19 @@ _POINTERS = {
 }
 
 
-def _compile(
+def _ast(
     kernel: triton.JITFunction,
-    target: str,
     dtype: torch.dtype,
     constants: dict,
     absent: list[str],
-    config: PanelConfig,
     d: int = 768,
     pointers: dict[str, str] | None = None,
-) -> Compiled:
-    """absent: arguments that are None. pointers: types of them that depend on the call."""
+) -> ASTSource:
+    """A kernel with its arguments' types, constants and what Triton knows of their divisors.
+
+    absent: arguments that are None. pointers: types of arguments that depend on the call.
+    tests/tooling/test_specialisations.py compares it with what a launch asks for.
+    """
     constants = constants | dict.fromkeys(absent)
     pointers = _POINTERS | (pointers or {})
     pointers |= dict.fromkeys(("x_ptr", "y_ptr", "dlogits_ptr"), "*" + _TYPES[dtype])
@@ -181,84 +176,22 @@ def _compile(
         pointer = name.endswith("_ptr")
         kind = pointers.get(name, "*fp32" if pointer else "fp32" if name == "alpha" else "i32")
         signature[name] = "constexpr" if name in constants else kind
-        # What the launcher sees: torch's pointers are aligned, and so are the rows of features
-        # that the sweep pads, and of g. Strides of lists are not specialised.
-        row = name in ("stride_xm", "stride_yn", "stride_yk", "stride_gm", "stride_gk")
+        # torch's pointers are aligned, and so are the rows of dlogits and of features, which the
+        # sweep pads. Strides of lists are not specialised.
+        row = name in ("stride_xm", "stride_yn", "stride_yk", "stride_zm", "stride_zk")
         of_out = name in ("D", "stride_om") and d % 16 == 0
         if name not in constants and (pointer or row or of_out):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def _compile(source: Source, target: str) -> Compiled:
     if target.startswith("gfx"):
-        gpu, inspect = GPUTarget("hip", target, 64), _inspect_amd
+        gpu, inspect = GPUTarget("hip", target, 64), inspect_amd
     else:
-        gpu, inspect = GPUTarget("cuda", int(target.removeprefix("sm_")), 32), _inspect_cuda
-    return inspect(triton.compile(source, target=gpu, options=config.options()), config, target)
-
-
-def _inspect_cuda(kernel, config: PanelConfig, target: str) -> Compiled:
-    code = disassemble(kernel)
-    opcodes = code.opcodes
-    shared = kernel.metadata.shared
-    threads = 32 * config.num_warps
-    matrix = ("HGMMA", "UTCHMMA", "HMMA")
-    return Compiled(
-        config,
-        registers=code.registers,
-        stack_bytes=code.stack_bytes,
-        spills=sum(op in ("LDL", "STL") for op in opcodes),
-        shared_bytes=shared,
-        tensor_core=next((op for op in matrix if op in opcodes), ""),
-        async_copies=opcodes.count("LDGSTS"),
-        arithmetic=sum(op[0] == "F" and op != "FENCE" for op in opcodes),
-        special=opcodes.count("MUFU"),
-        instructions=len(opcodes),
-        # registers come in eights, and the system takes 1 KiB of shared memory a program
-        occupancy=min(
-            65536 // (threads * -(-code.registers // 8) * 8), SHARED[target][0] // (shared + 1024)
-        ),
-        epilogue=_epilogues(code.sass),
-    )
-
-
-def _epilogues(sass: str) -> dict[str, float]:
-    """Instructions a pair, from the basic blocks that hold exponentials: a part of a tile each.
-
-    "easy" has one special function a pair and selects nothing; "plain" has two, and selects once;
-    "masked" also tells pairs apart. What comes once a tile (its maximum, the last sums) is not in.
-    """
-    found: dict[str, list[float]] = {}
-    for block in basic_blocks(sass):
-        block = [re.match(r"[A-Z0-9]+", op)[0] for op in block]
-        special, selects = block.count("MUFU"), block.count("FSEL")
-        if special < 4:
-            continue
-        pairs = special / 2 if selects else special
-        form = "easy" if not selects else "plain" if selects <= pairs else "masked"
-        found.setdefault(form, []).append(len(block) / pairs)
-    return {form: statistics.median(costs) for form, costs in found.items()}
-
-
-def _inspect_amd(kernel, config: PanelConfig, target: str) -> Compiled:
-    text = kernel.asm["amdgcn"]
-
-    def field(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
-
-    opcodes = re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", text, re.M)
-    return Compiled(
-        config,
-        registers=field("vgpr_count"),
-        stack_bytes=field("private_segment_fixed_size"),
-        spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
-        shared_bytes=kernel.metadata.shared,
-        tensor_core=next((op for op in opcodes if op.startswith("v_mfma")), ""),
-        async_copies=sum(op.endswith("_lds") for op in opcodes),
-        arithmetic=sum(op.startswith("v_") and "_f32" in op for op in opcodes),
-        special=sum(op.startswith(("v_exp_f32", "v_rsq_f32")) for op in opcodes),
-        instructions=len(opcodes),
-        occupancy=None,
-        epilogue={},
-    )
+        gpu, inspect = GPUTarget("cuda", int(target.removeprefix("sm_")), 32), inspect_cuda
+    options = source.config.options()
+    return inspect(triton.compile(source.ast, target=gpu, options=options), source.config, target)
 
 
 def shipped() -> list[tuple[str, torch.dtype, str]]:

@@ -1,4 +1,4 @@
-"""What the compiler makes of the Gluon panel kernel, for Hopper and without one.
+"""What the compiler makes of the panel kernel for Hopper; no GPU is needed.
 
 python -m benchmarks.suites.compiled_hopper     # as it is shipped: a results file
 """
@@ -29,7 +29,7 @@ from ..common.results import environment, write_results
 
 @dataclass(frozen=True)
 class Compiled:
-    """Counts of instructions are of the whole kernel: both consumers and the producer."""
+    """What was found in the code of the whole kernel: both consumers and the producer."""
 
     registers: int  # a thread, when the kernel starts
     threads: int
@@ -62,7 +62,7 @@ def compile_gluon(
     store_dlogits: bool = True,
     scalar_grads: bool = True,
 ) -> Compiled:
-    """As a launch on contiguous (.., d) features does."""
+    """Compile the kernel as a launch on contiguous (.., d) features does."""
     kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
 
     def descriptor(*block: int) -> str:
@@ -81,11 +81,11 @@ def compile_gluon(
         "num_warps": config.num_warps,
     }
     if not store_dlogits:
-        constants["g_desc"] = None
+        constants["out_desc"] = None
     kinds = {
         "x_desc": descriptor(config.tile[0], config.block_k),
         "y_desc": descriptor(config.tile[1], config.block_k),
-        "g_desc": descriptor(config.tile[0], config.width),
+        "out_desc": descriptor(config.tile[0], config.width),
         **dict.fromkeys(("partials_ptr", "scale_ptr", "bias_ptr"), "*fp32"),
     }
     signature, attributes = {}, {}

@@ -102,7 +102,7 @@ def peak_of_collectives(rank: int, world_size: int, rows: int, dim: int) -> dict
 def times_and_traffic(
     rank: int, world_size: int, rows: int, dim: int, repeats: int
 ) -> dict[tuple[str, str], dict]:
-    """Of every mode: this rank's seconds of each step, those inside exchanges, and bytes sent."""
+    """For every mode this rank's seconds of each step, those inside exchanges, and bytes sent."""
     steps = {mode: make_step(*mode, rank, world_size, rows, dim) for mode in MODES}
     inside: dict[tuple[str, str], list[float]] = {mode: [] for mode in MODES}
     sent, losses = {}, {}

@@ -62,7 +62,7 @@ def largest_errors(actual: Sequence[torch.Tensor], exact: Sequence) -> dict[str,
 
 
 def measure(names: Sequence[str], dtype: str, point: dict, device: str) -> list[dict]:
-    """A row for each baseline at one point."""
+    """A row for each loss at one point."""
     t = point["t"]
     inputs = make_inputs(point["batch_size"], point["dim"], dtype, device, t, BIAS)
     if dtype == "float64":

@@ -1,4 +1,4 @@
-"""What a call costs the host: a batch so small that nothing else takes time, beside eager.
+"""What a call costs the host, on a batch so small that nothing else takes time.
 
     python -m benchmarks.suites.host      # prints; microseconds depend on the machine, ratios less
 

@@ -25,7 +25,7 @@ DIM = 256  # of the losses that are measured alone
 
 
 def _cases(size: int) -> Iterator[tuple[dict, Callable[[], int]]]:
-    """Of one batch size: the row's fields, and what measures it."""
+    """For each row of one batch size its fields, and the function that measures it."""
     for loss, name in (("open_clip", "SigLipLoss of open_clip"), ("fused_torch", "SigLipLoss")):
         row = {"stack": "open_clip", "what": "loss alone", "loss": name, "dim": DIM}
         yield row, partial(peak_extra_bytes, Case(loss, size, DIM))

@@ -70,7 +70,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What one rank spends in one step."""
+    """What one step costs one rank."""
 
     peak_bytes: int  # beyond the features, the gradients that are returned included
     bytes_sent: int
@@ -85,7 +85,7 @@ class Cost:
 
 
 def _chunk_bytes(rows: int, dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """The bytes of one rank's texts, and those of their gradient."""
+    """Bytes of one rank's texts, and of their gradient."""
     accumulate = torch.promote_types(dtype, torch.float32)
     return rows * dim * dtype.itemsize, rows * dim * accumulate.itemsize
 
@@ -115,7 +115,7 @@ def _sweep_plan(
     backend: str,
     multiprocessors: int | None,
 ) -> PanelPlan:
-    """The plan for the texts that are swept at once: those of one rank, or of all."""
+    """The panels of a sweep over the texts that come together: one rank's, or all."""
     columns = rows if impl == "ring" else world_size * rows
     request = PlanRequest(rows, columns, dim, dtype, device_type, backend)
     return plan_panels(request._replace(multiprocessors=multiprocessors))

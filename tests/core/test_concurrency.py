@@ -1,4 +1,4 @@
-"""Many steps, other threads, streams and processes beside the loss, and Ctrl-C in the middle."""
+"""Streams and processes beside the loss, and Ctrl-C in the middle of it."""
 
 import os
 import signal
@@ -10,22 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fused_siglip import siglip_loss
 from fused_siglip.kernels.torch_panel import TorchPanel
-from soak.longrun import run
 from support.devices import HAS_GPU
-from support.inputs import loss_and_grads, make_inputs
-
-pytest.importorskip("tqdm")  # of benchmarks.common.timing
-
-
-def test_steps_of_changing_size_neither_grow_nor_drift_nor_compile_again():
-    """A slice of `make longrun`: docs/trust.md has 10,000 steps."""
-    early, *later = run(steps=80, checkpoints=4)
-    assert [row["step"] for row in later] == [20, 40, 60, 80]
-    for row in later:
-        assert row["same_bits"] and row["share"] <= 1
-        assert row["graphs"] == 4  # with and without ids: the first size, then every other
-        assert row["objects"] <= 1.01 * later[0]["objects"]
-    assert early["graphs"] <= 4
+from support.inputs import loss_and_grads, make_inputs, one_tile
 
 
 class Batches(Dataset):
@@ -86,8 +72,9 @@ def ctrl_c():
 @pytest.mark.parametrize("grads", [False, True])
 def test_ctrl_c_ends_a_large_loss_at_once_and_the_next_is_right(ctrl_c, monkeypatch, grads):
     """The signal arrives from another thread while a panel is computed; no other is begun."""
-    inputs = make_inputs(4000, 4000, 32, requires_grad=(grads,) * 4)
-    expected = loss_and_grads(siglip_loss, inputs)
+    inputs = make_inputs(1024, 1024, 32, requires_grad=(grads,) * 4)
+    options = {"workspace_bytes": 16 * one_tile("torch", torch.float32)}
+    expected = loss_and_grads(siglip_loss, inputs, **options)
     panels, started = [], threading.Event()
     compute = TorchPanel.__call__
 
@@ -110,10 +97,10 @@ def test_ctrl_c_ends_a_large_loss_at_once_and_the_next_is_right(ctrl_c, monkeypa
     thread = threading.Thread(target=press)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        siglip_loss(*inputs.tensors())
+        siglip_loss(*inputs.tensors(), **options)
     thread.join()
-    assert len(panels) == 3  # of 16
+    assert len(panels) == 3  # of 16 or more
     monkeypatch.undo()
-    actual = loss_and_grads(siglip_loss, inputs)
+    actual = loss_and_grads(siglip_loss, inputs, **options)
     for a, e in zip(actual, expected, strict=True):
         assert a is e or torch.equal(a, e)

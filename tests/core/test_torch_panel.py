@@ -26,6 +26,7 @@ def saturated_strips(monkeypatch):
     return seen
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("d", [8, 1100], ids=["N > D", "N < D"])
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fused_siglip import Hardest, Random, siglip_loss
 from fused_siglip.testing import eager_siglip_loss
 from support.inputs import make_inputs
+from support.refused_transforms import REFUSED
 from support.tolerances import error
-from support.transforms import EXACT, REFUSED, B, T, X, Y, same
+from support.transforms import EXACT, B, T, X, Y, same
 
 pytestmark = [  # of torch itself
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
@@ -69,6 +70,7 @@ def compiler(backend):
     return lambda function: torch.compile(function, backend=backend)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
     "name,form", [pytest.param(n, f, id=n) for row in COMPILED for n, f in EXACT[row].items()]

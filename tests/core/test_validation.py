@@ -247,7 +247,7 @@ def test_triton_asked_for_on_a_cpu(monkeypatch):
     ],
 )
 def test_what_a_cuda_device_gets_by_default(monkeypatch, capability, dtype, expected):
-    monkeypatch.setattr("fused_siglip.kernels._TRITON_INSTALLED", True)
+    monkeypatch.setattr("fused_siglip.kernels.registry._TRITON_INSTALLED", True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     found = SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: found)
@@ -263,7 +263,7 @@ def test_what_a_cuda_device_gets_by_default(monkeypatch, capability, dtype, expe
 
 
 def test_triton_asked_for_where_it_is_not_installed(monkeypatch):
-    monkeypatch.setattr("fused_siglip.kernels._TRITON_INSTALLED", False)
+    monkeypatch.setattr("fused_siglip.kernels.registry._TRITON_INSTALLED", False)
     with pytest.raises(ValueError, match="triton is not installed"):
         siglip_loss(X, X, 1.0, backend="triton")
 

@@ -1,5 +1,6 @@
 """The loss of the global batch in real processes, against the float64 oracle of the whole batch."""
 
+import functools
 import os
 import random
 
@@ -11,7 +12,7 @@ from fused_siglip import SigLipLoss, siglip_loss
 from fused_siglip.testing import eager_siglip_loss
 from support.global_batch import IMPLS, assert_global, global_values, shard
 from support.inputs import loss_and_grads, make_inputs
-from support.processes import launch, returned
+from support.processes import launch, launch_each, returned
 from support.tolerances import error, oracle
 
 # rows on each rank: equal, uneven, with empty ranks
@@ -145,78 +146,6 @@ def test_same_inputs_same_bits():
     returned(launch(same_bits, 3))
 
 
-# --- inside training stacks ---
-
-
-class TwoTowers(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.image, self.text = torch.nn.Linear(12, 8), torch.nn.Linear(12, 8)
-        self.scale = torch.nn.Parameter(torch.tensor([10.0]).log())
-        self.bias = torch.nn.Parameter(torch.tensor([-10.0]))
-
-    def forward(self, images, texts):
-        normalize = torch.nn.functional.normalize
-        return (
-            normalize(self.image(images)),
-            normalize(self.text(texts)),
-            self.scale.exp(),
-            self.bias,
-        )
-
-
-def train(model, rows: slice, steps: int = 5, **options) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        images, texts = (torch.randn(24, 12, generator=generator).double() for _ in range(2))
-        optimizer.zero_grad()
-        siglip_loss(*model(images[rows], texts[rows]), **options).backward()
-        optimizer.step()
-
-
-def wrap(model: torch.nn.Module, how: str) -> torch.nn.Module:
-    if how == "fully_shard":
-        return torch.distributed.fsdp.fully_shard(model)
-    if how == "compiled":
-        model = torch.compile(model, backend="aot_eager")
-    return torch.nn.parallel.DistributedDataParallel(model)
-
-
-def trains_as_one_rank(rank: int, world_size: int, how: str, impl: str) -> None:
-    alone = TwoTowers().double()
-    train(alone, slice(None))
-    model = wrap(TwoTowers().double(), how)
-    rows = slice(0, 12) if rank == 0 else slice(12, 24)
-    train(model, rows, group=dist.group.WORLD, dist_impl=impl)
-    for expected, parameter in zip(alone.parameters(), model.parameters(), strict=True):
-        value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("impl", ["ring", "gather"])
-@pytest.mark.parametrize("how", ["ddp", "fully_shard", "compiled"])
-def test_two_ranks_train_as_one_on_the_same_data(how, impl):
-    returned(launch(trains_as_one_rank, 2, how, impl))
-
-
-def compiled_loss(rank: int, world_size: int) -> None:
-    inputs = shard(make_inputs(12, 12, 8), rank, [6, 6], [6, 6])
-    expected = loss_and_grads(siglip_loss, inputs, dist_impl="ring")
-
-    def loss(*tensors):
-        return siglip_loss(*tensors, dist_impl="ring")
-
-    actual = loss_and_grads(torch.compile(loss, backend="aot_eager"), inputs)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e)
-
-
-def test_compiled_loss_of_the_global_batch():
-    returned(launch(compiled_loss, 2))
-
-
 # --- failures ---
 
 
@@ -249,11 +178,16 @@ DISAGREEMENTS = {
 }
 
 
+@functools.cache
+def refused() -> dict[tuple, list[tuple]]:
+    return launch_each(disagreeing, 3, [(what,) for what in (*DISAGREEMENTS, "bad arguments")])
+
+
 @pytest.mark.parametrize("what", DISAGREEMENTS)
 def test_disagreement_is_an_error_on_every_rank(what):
     mine, other = DISAGREEMENTS[what]
     name = what.split()[0]
-    for kind, message in launch(disagreeing, 3, what):
+    for kind, message in refused()[(what,)]:
         assert kind == "raised"
         assert message.startswith(
             f"ValueError: ranks disagree on {name}: {mine} on rank 0 and {other} on rank 1 of the"
@@ -261,7 +195,7 @@ def test_disagreement_is_an_error_on_every_rank(what):
 
 
 def test_bad_arguments_on_one_rank_are_an_error_on_every_rank():
-    results = launch(disagreeing, 3, "bad arguments")
+    results = refused()[("bad arguments",)]
     assert [kind for kind, _ in results] == ["raised"] * 3
     messages = [message for _, message in results]
     assert "text_features has D = 3 and image_features D = 8" in messages[1]
@@ -292,13 +226,16 @@ def one_dies(rank: int, world_size: int, impl: str, moment: int) -> None:
         siglip_loss(*inputs.tensors(), dist_impl=impl).backward()
 
 
+@pytest.mark.parametrize(
+    "trials", [slice(0, 2), pytest.param(slice(2, 10), marks=pytest.mark.exhaustive)], ids=str
+)
 @pytest.mark.parametrize("impl", ["ring", "gather"])
-def test_a_rank_that_dies_in_mid_step_is_an_error_on_every_other(impl):
+def test_a_rank_that_dies_in_mid_step_is_an_error_on_every_other(impl, trials):
     """20 trials in all, at moments drawn from all steps of the exchange."""
     draw = random.Random(0)
-    for _ in range(10):
-        # never in the last of the four losses: those who have all of it may well return
-        moment = draw.randrange(3 if impl == "gather" else 12)
+    # never in the last of the four losses: those who have all of it may well return
+    moments = [draw.randrange(3 if impl == "gather" else 12) for _ in range(10)]
+    for moment in moments[trials]:
         results = launch(one_dies, 4, impl, moment)
         assert results[1] == ("died", 7)
         for rank in (0, 2, 3):

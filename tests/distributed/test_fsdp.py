@@ -17,7 +17,7 @@ from torch.distributed.fsdp import (
 )
 
 from fused_siglip import LearnableSigLipLoss
-from support.processes import launch, returned
+from support.processes import launch, outcome, returned
 
 
 class Model(nn.Module):
@@ -95,17 +95,36 @@ def sharded(rank: int, world_size: int, how: str, expected: dict) -> None:
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
-HOW = ["fully_shard", "fully_shard, loss apart", "fully_shard, meta", "FSDP1", "FSDP1, original"]
+def all_sharded(rank: int, world_size: int, hows: list[str], expected: dict) -> list[tuple]:
+    """One group for all of them."""
+    return [outcome(sharded, rank, world_size, how, expected) for how in hows]
 
 
-@pytest.mark.parametrize("how", [*HOW, "FSDP1, meta, original"])
-def test_sharded_training_is_that_of_one_process(how, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    alone = Model()
-    alone.load_state_dict(first_weights())
-    train(alone, slice(None))
+HOW = [
+    "fully_shard",
+    "fully_shard, loss apart",
+    "fully_shard, meta",
+    "FSDP1",
+    "FSDP1, original",
+    "FSDP1, meta, original",
+]
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[tuple, list[tuple]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WORLD_SIZE", raising=False)
+        alone = Model()
+        alone.load_state_dict(first_weights())
+        train(alone, slice(None))
     expected = {name: p.detach() for name, p in alone.named_parameters()}
-    returned(launch(sharded, 2, how, expected))
+    ranks = returned(launch(all_sharded, 2, HOW, expected))
+    return {how: [rank[k] for rank in ranks] for k, how in enumerate(HOW)}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_sharded_training_is_that_of_one_process(trained, how):
+    returned(trained[how])
 
 
 def half_precision(rank: int, world_size: int) -> None:

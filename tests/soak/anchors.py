@@ -1,9 +1,9 @@
 """Places in the package, named by a function and an expression or statement in it.
 
-A reformatted line, a new comment or a function that moved to another file changes nothing. In a
-pattern ``ANY`` stands for any expression, ``ANY1`` to ``ANY9`` likewise: such a name stands for the
-same expression throughout, and in the replacement for its text. ``*ANY`` and ``**ANY`` stand for
-the other arguments of a call.
+A reformatted line, a new comment, a function that moved to another file or that became private
+changes nothing. In a pattern ``ANY`` stands for any expression, ``ANY1`` to ``ANY9`` likewise: such
+a name stands for the same expression throughout, and in the replacement for its text. ``*ANY`` and
+``**ANY`` stand for the other arguments of a call.
 """
 
 from __future__ import annotations
@@ -83,8 +83,11 @@ def _loaded(node: ast.AST) -> ast.AST:
     return ast.parse(ast.unparse(node), mode="eval").body
 
 
-def functions(tree: ast.Module, name: str) -> Iterator[ast.AST]:
-    """The functions of that name, "Class.method" of a class; the whole module for ""."""
+def functions(tree: ast.Module, name: str, strip: str) -> Iterator[ast.AST]:
+    """The functions of that name, "Class.method" of a class; the whole module for "".
+
+    ``strip`` is what may stand before or after the name.
+    """
     if not name:
         yield tree
         return
@@ -94,7 +97,7 @@ def functions(tree: ast.Module, name: str) -> Iterator[ast.AST]:
         scopes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == owner]
     for scope in scopes:
         for node in ast.walk(scope):
-            if isinstance(node, ast.FunctionDef) and node.name == method:
+            if isinstance(node, ast.FunctionDef) and node.name.strip(strip) == method.strip(strip):
                 yield node
 
 
@@ -113,12 +116,12 @@ def _offset(text: str, line: int, column: int) -> int:
     return before + len(lines[line - 1].encode()[:column].decode())
 
 
-def places(root: Path, function: str, pattern: str) -> list[Place]:
+def places(root: Path, function: str, pattern: str, strip: str = "") -> list[Place]:
     """Where in the package the pattern occurs, in functions of that name."""
     wanted, found = pattern_of(pattern), {}
     for path in sorted(p for folder in FOLDERS for p in (root / folder).rglob("*.py")):
         text = path.read_text()
-        for scope in functions(ast.parse(text), function):
+        for scope in functions(ast.parse(text), function, strip):
             for node in _statements(scope, function):
                 names: dict[str, ast.AST] = {}
                 if not matches(wanted, node, names):
@@ -133,7 +136,7 @@ def places(root: Path, function: str, pattern: str) -> list[Place]:
 
 def find(root: Path, function: str, pattern: str) -> Place:
     """The one place of a pattern; ValueError where there is none, or more than one."""
-    found = places(root, function, pattern)
+    found = places(root, function, pattern) or places(root, function, pattern, strip="_")
     if len(found) != 1:
         where = f"in {function}" if function else "at the top of a module"
         raise ValueError(f"{pattern!r} occurs {len(found)} times {where}: expected once")

@@ -36,7 +36,8 @@ QUICK = {
                *(f"tests/core/test_{name}.py" for name in (
                    "invariants", "loss", "negatives", "totals")),
                "-m", "interpreter"],
-    "distributed": ["tests/distributed/test_distributed.py", "tests/core/test_negatives.py",
+    "distributed": ["tests/distributed/test_distributed.py",
+                    "tests/distributed/test_negatives_group.py",
                     "-k", "test_every_split and (2 or 3)"],
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=60)  # a rank that died is noticed at once; one may be slow
 # Optimizers import dynamo too.
 PRELOADED = [
     "torch",
-    "torch._dynamo",
+    "torch._dynamo.backends.common",
+    "torch._functorch.aot_autograd",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
@@ -26,17 +28,16 @@ PRELOADED = [
 
 def _run(rank: int, world_size: int, directory: str, function, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)  # as they were when the server started, by whatever test
     store = dist.FileStore(str(Path(directory, "store")), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    try:
-        result = function(rank, world_size, *arguments)
-        torch.save(("returned", result), Path(directory, f"{rank}.pt"))
-    except Exception as error:
-        torch.save(("raised", f"{type(error).__name__}: {error}"), Path(directory, f"{rank}.pt"))
+    result = outcome(function, rank, world_size, *arguments)
+    torch.save(result, Path(directory, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
-def launch(function, world_size: int, *arguments, limit: float = 120.0) -> list[tuple]:
+def launch(function, world_size: int, *arguments, limit: float = 300.0) -> list[tuple]:
     """[("returned", value) | ("raised", message) | ("died", exit code)] of every rank.
 
     Processes are forked from a clean server that has what is slow to import, so a launch takes
@@ -64,6 +65,27 @@ def launch(function, world_size: int, *arguments, limit: float = 120.0) -> list[
             file = Path(directory, f"{rank}.pt")
             results.append(torch.load(file) if file.exists() else ("died", process.exitcode))
         return results
+
+
+def outcome(function, *arguments) -> tuple:
+    """("returned", value) or ("raised", message)."""
+    try:
+        return "returned", function(*arguments)
+    except Exception as error:
+        return "raised", f"{type(error).__name__}: {error}"
+
+
+def _run_each(rank: int, world_size: int, function, cases: list[tuple]) -> list[tuple]:
+    return [outcome(function, rank, world_size, *case) for case in cases]
+
+
+def launch_each(function, world_size: int, cases: list[tuple]) -> dict[tuple, list[tuple]]:
+    """What :func:`launch` returns for each case, from one group that runs one after the other.
+
+    Where a case raises it must raise on every rank, before or after the same exchanges.
+    """
+    ranks = returned(launch(_run_each, world_size, function, cases))
+    return {case: [rank[k] for rank in ranks] for k, case in enumerate(cases)}
 
 
 def returned(results: list[tuple]) -> list:

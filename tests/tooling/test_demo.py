@@ -53,3 +53,21 @@ def test_output_is_a_table_and_two_plots(demo):
     assert all(name in output for name in ("fused", "eager", "row-chunked"))
     for name in ("demo_training.png", "demo_scaling.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_the_full_run_is_recorded(capsys):
+    from examples.digits import main
+
+    with pytest.raises(SystemExit):
+        main(["--record"])
+    assert "expected --full" in capsys.readouterr().err
+
+
+def test_outputs_go_to_an_ignored_folder_by_default(capsys):
+    """A demo that is run in a clone leaves `git status` clean."""
+    from examples.digits import main
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "(default: build/demo)" in " ".join(capsys.readouterr().out.split())
+    assert "build/" in (ROOT / ".gitignore").read_text().splitlines()

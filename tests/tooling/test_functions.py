@@ -14,8 +14,8 @@ pytest.importorskip("sklearn", reason="the studies need the [demo] extra")
 pytest.importorskip("matplotlib", reason="the studies need the [demo] extra")
 pytest.importorskip("tqdm", reason="the studies need the [demo] extra")
 
-from examples.paper import batch_size, negatives, retrieval, starts
-from examples.paper.functions import (
+from benchmarks.studies import batch_size, negatives, retrieval, starts
+from benchmarks.studies.functions import (
     MIN_WORDS,
     NEAR,
     Pair,
@@ -159,7 +159,7 @@ def test_near_copies_are_found():
 
 def test_the_same_pairs_and_tokens_in_every_process():
     code = (
-        "import hashlib; from examples.paper.retrieval import load; h = hashlib.sha256()\n"
+        "import hashlib; from benchmarks.studies.retrieval import load; h = hashlib.sha256()\n"
         "for name, part in load(('numpy',)).items():\n"
         "    h.update(name.encode() + part.code.numpy().tobytes() + part.text.numpy().tobytes())\n"
         "print(h.hexdigest())"

@@ -15,11 +15,11 @@ pytest.importorskip("sklearn", reason="the studies need the [demo] extra")
 pytest.importorskip("matplotlib", reason="the studies need the [demo] extra")
 pytest.importorskip("tqdm", reason="the studies need the [demo] extra")
 
-from examples.paper import languages, locked, noise, page, words
-from examples.paper.__main__ import STUDIES
-from examples.paper.losses import SoftmaxLoss
-from examples.paper.page import FULL, Folders
-from examples.paper.study import (
+from benchmarks.studies import languages, locked, noise, page, words
+from benchmarks.studies.__main__ import STUDIES
+from benchmarks.studies.losses import SoftmaxLoss
+from benchmarks.studies.page import FULL, Folders
+from benchmarks.studies.study import (
     NOT_SEEN,
     OPPOSITE,
     SEEN,
@@ -31,7 +31,7 @@ from examples.paper.study import (
     interval,
     within,
 )
-from examples.paper.towers import load_pictures
+from benchmarks.studies.towers import load_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 WHERE = {"commit": "0" * 40, "device": "a CPU", "torch": "2", "date": "2026-01-02T03:04:05"}
@@ -39,7 +39,15 @@ WHERE = {"commit": "0" * 40, "device": "a CPU", "torch": "2", "date": "2026-01-0
 
 def start(folder: Path) -> subprocess.Popen:
     """To a file: workers that outlive their parent would hold a pipe open."""
-    command = [sys.executable, "-m", "examples.paper", "--all", "--quick", "--output-dir", folder]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.studies",
+        "--all",
+        "--quick",
+        "--output-dir",
+        folder,
+    ]
     with (folder / "output.txt").open("a") as output:
         return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
@@ -128,7 +136,7 @@ def test_cells_are_small_and_all_different(study: Study, quick: bool):
 
 def test_the_committed_page_is_what_the_results_say(tmp_path):
     built = page.build(STUDIES, FULL, tmp_path)
-    assert FULL.page.read_text() == built, "run python -m examples.paper --page"
+    assert FULL.page.read_text() == built, "run python -m benchmarks.studies --page"
     for plot in tmp_path.glob("*.png"):
         assert (FULL.docs / plot.name).exists()
 

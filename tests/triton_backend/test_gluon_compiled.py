@@ -21,7 +21,7 @@ if not triton.__version__.startswith("3.6."):
         allow_module_level=True,
     )
 
-from benchmarks.suites.compiled import SHARED
+from benchmarks.common.machine_code import SHARED
 from benchmarks.suites.compiled_hopper import compile_gluon
 from fused_siglip.kernels.hopper import HOPPER
 

@@ -13,6 +13,8 @@ from support.gluon.arrays import Buffer, Deadlock, Fault, Int, Pointer, Race, bf
 from support.gluon.hopper import Descriptor
 from support.gluon.schedule import RandomOrder, launch
 
+pytestmark = pytest.mark.exhaustive
+
 # A producer loads blocks of x and y, a consumer multiplies them.
 SOURCE = """
 from triton.experimental import gluon

@@ -37,7 +37,13 @@ def launches(config: str) -> Iterator[tuple[Case, int]]:
         yield replace(Case(**shape), **CONFIGS[config]), seed
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        name if name == "shipped" else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in CONFIGS
+    ],
+)
 def test_against_float64(kernel, config):
     """Each form of the epilogue runs."""
     ran = set()
@@ -46,6 +52,7 @@ def test_against_float64(kernel, config):
     assert ran == set(FORMS)
 
 
+@pytest.mark.exhaustive
 def test_blocks_as_on_a_device(kernel):
     pytest.importorskip("triton")
     from fused_siglip.kernels.hopper import HOPPER
@@ -81,12 +88,14 @@ def test_log1p_wide():
     assert (deviation <= np.where(e <= 1, 2.8, 4.0) * EPS * exact).all()
 
 
+@pytest.mark.exhaustive
 def test_random_schedules(capsys):
     """A slice of `make soak-gluon`."""
     assert gluon_soak.main(["--schedules", "100", "--first", "0"]) == 0
     assert capsys.readouterr().out.endswith("100 schedules, no miss\n")
 
 
+@pytest.mark.exhaustive
 def test_a_miss_is_named_by_its_seed(capsys):
     broken = next(broken for broken in BREAKS if broken.what == "consumers do not wait")
     assert gluon_soak.main(["--schedules", "60", "--first", "7"], broken.edit) == 1
@@ -96,6 +105,7 @@ def test_a_miss_is_named_by_its_seed(capsys):
     assert gluon_soak.main(["--seed", "7"]) == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("broken", BREAKS, ids=lambda broken: broken.what)
 def test_breaks_are_caught(broken):
     """In launches that the kernel as it is passes: see test_against_float64."""

@@ -16,9 +16,8 @@ if INTERPRETED:
         allow_module_level=True,
     )
 
+from benchmarks.common.machine_code import SHARED, Compiled
 from benchmarks.suites.compiled import (
-    SHARED,
-    Compiled,
     compile_count,
     compile_panel,
     compile_product,

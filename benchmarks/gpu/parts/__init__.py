@@ -1,4 +1,4 @@
-"""What device.py runs, most valuable first. A part is a function of a Run that yields rows."""
+"""The parts of device.py, most valuable first: functions of a Run that yield rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every part is given: the device, the sizes, and until when it may run."""
+"""What every part is given: the device, the sizes, and the time when it has to end."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ FULL = Sizes(
     determinism=(5000, 768),
     runs=100,
     tests=(
-        "tests/triton_backend/test_hopper.py", "tests/triton_backend/test_triton_panel.py", "tests/core/test_loss.py",
+        "tests/triton_backend/test_hopper.py", "tests/triton_backend/test_triton_panel.py",
+        "tests/triton_backend/test_triton_math.py", "tests/triton_backend/test_triton_products.py",
+        "tests/triton_backend/test_triton_selection.py", "tests/core/test_loss.py",
         "tests/core/test_autograd.py",
     ),
 )  # fmt: skip
@@ -114,7 +116,7 @@ class Run:
 
     @property
     def fused(self) -> str:
-        """The baseline a user gets."""
+        """The loss that a user gets."""
         return default_fused(self.device)
 
     @property
@@ -133,7 +135,7 @@ class Run:
             raise Skipped(f"no time left for {what} and what follows")
 
     def main_baselines(self) -> list[str]:
-        """What a user gets, the eager loss and the fastest peer."""
+        """The loss that a user gets, the eager loss and the fastest peer."""
         left_out = ("fused_torch", "fused_triton", "compiled", "row_chunked", "open_clip")
         return [self.fused, *self.baselines(left_out)]
 

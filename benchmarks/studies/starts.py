@@ -9,10 +9,10 @@ import torch
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 
-from benchmarks.common.markdown import table
 from examples.report import label_ends
 from fused_siglip import LearnableSigLipLoss, siglip_loss
 
+from ..common.markdown import table
 from . import retrieval
 from .functions import PACKAGES
 from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, seeds

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.markdown import table
-
+from ..common.markdown import table
 from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, seeds
 from .study import Study, above, claim, interval
 from .towers import VOCABULARY, WIDTH, Captions, TextTower, accuracy, train
@@ -169,26 +168,24 @@ def _plot(rows: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def section(rows: list[dict], folder: Path) -> str:
-    _plot(rows, folder / "paper_languages.png")
-    study = [row for row in rows if row["role"] != "sweep"]
-    sweep = [row for row in rows if row["role"] == "sweep"]
+def _share(values: list[float]) -> str:
+    return f"{mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
 
-    def share(values: list[float]) -> str:
-        return f"{mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
 
+def _tables(study: list[dict]) -> tuple[list[tuple], list[tuple]]:
+    """Accuracy by language, and by the size of the token table."""
     gains = _gains(study)
     lines = [
         (
             name,
-            share(_of(study, "mix", name)),
-            share(_of(study, "alone", name)),
+            _share(_of(study, "mix", name)),
+            _share(_of(study, "alone", name)),
             interval(gains[name]).points(),
         )
         for name in gains
     ]
     tokens = [
-        (label, share(_by_seed(study, role)))
+        (label, _share(_by_seed(study, role)))
         for label, role in (
             (f"{VOCABULARY} tokens, table {VOCABULARY} x {WIDTH}", "mix"),
             (f"{SMALL_VOCABULARY} tokens, table {SMALL_VOCABULARY} x {WIDTH}", "small vocabulary"),
@@ -196,6 +193,14 @@ def section(rows: list[dict], folder: Path) -> str:
             (f"{VOCABULARY} tokens, bottleneck K = {WIDTH // 2}", "wide bottleneck"),
         )
     ]
+    return lines, tokens
+
+
+def section(rows: list[dict], folder: Path) -> str:
+    _plot(rows, folder / "paper_languages.png")
+    study = [row for row in rows if row["role"] != "sweep"]
+    sweep = [row for row in rows if row["role"] == "sweep"]
+    lines, tokens = _tables(study)
     tried = [
         (
             f"{row['language']}, batch {row['batch_size']}",
@@ -228,7 +233,7 @@ is 0.1%.
 
 {table(("mix, mean of the languages", "accuracy"), tokens)}
 
-English only: {share(_of(study, "English only", "English"))}.
+English only: {_share(_of(study, "English only", "English"))}.
 
 ![Accuracy by language, of the mix and of each language alone](paper_languages.png)
 

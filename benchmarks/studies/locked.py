@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from benchmarks.common.markdown import table
-from benchmarks.common.timing import interleaved, median
 from fused_siglip import LearnableSigLipLoss, siglip_loss
 
+from ..common.markdown import table
+from ..common.timing import interleaved, median
 from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, spread
 from .study import Study, above, claim, interval
 from .towers import (

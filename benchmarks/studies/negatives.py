@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.markdown import table
 from examples.report import label_ends
 from fused_siglip import Easiest, Hardest, LearnableSigLipLoss, Random
 
+from ..common.markdown import table
 from . import retrieval
 from .functions import PACKAGES
 from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, spread
@@ -115,7 +115,7 @@ def _claims(rows: list[dict]) -> list[str]:
     few = min(MATCHED)
     lost = _minus(everything, _values(rows, "random", few, base))
     poor = [-x for x in _minus(_values(rows, "easiest", few, base), everything, 0.5)]
-    found = [
+    return [
         claim(
             above(lost),
             "fewer negatives, drawn at random, are worse than all",
@@ -129,7 +129,13 @@ def _claims(rows: list[dict]) -> list[str]:
             f"Half of all's quality minus easiest at {_ratio(few, rows)}: "
             f"{interval(poor).points()}; seen above 0.",
         ),
+        *_claims_of_hardest(rows, base, everything),
+        _claim_of_bias(rows, base),
     ]
+
+
+def _claims_of_hardest(rows: list[dict], base: int, everything: list[float]) -> list[str]:
+    found = []
     for keep in (*MATCHED, min(KEEPS)):
         hardest, ratio = _values(rows, "hardest", keep, base), _ratio(keep, rows)
         kept = _minus(hardest, everything)
@@ -167,21 +173,22 @@ def _claims(rows: list[dict]) -> list[str]:
                 f"minus all, both after {longer}: {interval(control).points()}.",
             )
         )
+    return found
+
+
+def _claim_of_bias(rows: list[dict], base: int) -> str:
     biases = _minus(
         [row["bias"] for row in _of(rows, "random", min(KEEPS), base)],
         [row["bias"] for row in _of(rows, "all", 1.0, base)],
     )
     risen = interval(biases)
-    return [
-        *found,
-        claim(
-            above(biases),
-            "with fewer negatives the bias ends higher",
-            "section 4.8",
-            f"b of random at {_ratio(min(KEEPS), rows)} minus b of all: {risen.mean:+.2f} ± "
-            f"{risen.half:.2f}; seen above 0.",
-        ),
-    ]
+    return claim(
+        above(biases),
+        "with fewer negatives the bias ends higher",
+        "section 4.8",
+        f"b of random at {_ratio(min(KEEPS), rows)} minus b of all: {risen.mean:+.2f} ± "
+        f"{risen.half:.2f}; seen above 0.",
+    )
 
 
 def _ratio(keep: float, rows: list[dict]) -> str:
@@ -214,9 +221,8 @@ def _plot(rows: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def section(rows: list[dict], folder: Path) -> str:
-    _plot(rows, folder / "paper_negatives.png")
-    base = _base(rows)
+def _lines(rows: list[dict], base: int) -> list[tuple]:
+    """The table: each choice of negatives in as many steps, and for as many pairs seen."""
 
     def line(kind: str, keep: float, steps: int) -> tuple:
         found = _of(rows, kind, keep, steps)
@@ -233,13 +239,19 @@ def section(rows: list[dict], folder: Path) -> str:
             *(f"{value:.1f}" for value in averages),
         )
 
-    header = ("negatives", "ratio", "steps", "mean reciprocal rank", "b", "positives", "negatives")
     lines = [line("all", 1.0, base)]
     lines += [line(kind, keep, base) for kind in KINDS for keep in KEEPS]
     for keep in MATCHED:
         steps = round(base / keep)
         lines += [line(kind, keep, steps) for kind in KINDS] + [line("all", 1.0, steps)]
-    first = rows[0]
+    return lines
+
+
+def section(rows: list[dict], folder: Path) -> str:
+    _plot(rows, folder / "paper_negatives.png")
+    base, first = _base(rows), rows[0]
+    header = ("negatives", "ratio", "steps", "mean reciprocal rank", "b", "positives", "negatives")
+    lines = _lines(rows, base)
     level = retrieval.chance(first["pairs"]["test"])
     return f"""## Negatives: which, and how many
 

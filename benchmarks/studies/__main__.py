@@ -1,8 +1,8 @@
 """Run the paper's claims at a small scale, and build docs/paper.md from what was measured.
 
-``python -m examples.paper --all`` from the repository root: minutes on two cores, no download, no
-GPU. What has been run already is not run again: an interrupted run goes on where it stopped. To
-run a study anew, delete its file in examples/paper/results/.
+``python -m benchmarks.studies --all`` from the repository root takes minutes on two cores, no
+download and no GPU. What has been run already is not run again: an interrupted run goes on where it
+stopped. To run a study anew, delete its file in benchmarks/studies/results/.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.results import ROOT
-
+from ..common.results import ROOT
 from . import batch_size, languages, locked, negatives, noise, page, starts
 from .page import FULL, Folders
 from .runner import run
@@ -30,7 +29,9 @@ STUDIES: list[Study] = [
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="examples.paper", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.studies", description=__doc__.split("\n\n")[0]
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     names = [study.name for study in STUDIES]
     what.add_argument("--all", action="store_true", help="run every study, then build the page")

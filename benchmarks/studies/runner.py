@@ -13,8 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.results import environment
-
+from ..common.results import environment
 from .page import Folders
 from .study import Study
 

@@ -67,8 +67,8 @@ class ResultsFile:
         self._arrange()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        content = {"environment": environment, "runs": list(self)}
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        lines = ",\n".join(map(json.dumps, self))  # a run is a line
+        part.write_text(f'{{"environment": {json.dumps(environment)}, "runs": [\n{lines}\n]}}\n')
         os.replace(part, self.path)
 
 

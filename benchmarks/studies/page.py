@@ -9,9 +9,8 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common.markdown import table
-from benchmarks.common.results import ROOT
-
+from ..common.markdown import table
+from ..common.results import ROOT
 from .study import ResultsFile, Study, claims
 
 
@@ -45,8 +44,8 @@ docstrings of installed packages. What is seen here can be looked into and run a
 is not seen here says little about the paper. No result is left out: each verdict comes from all
 seeds, by the rule that its section states.
 
-    python -m examples.paper --all     # runs what is missing, writes this page: under 40 minutes
-    python -m examples.paper --page    # only writes this page, from examples/paper/results/
+    python -m benchmarks.studies --all    # runs what is missing, writes this page: under 40 minutes
+    python -m benchmarks.studies --page   # only writes this page, from benchmarks/studies/results/
 
 An interrupted run goes on where it stopped; to run a study anew, delete its file of results."""
 
@@ -59,7 +58,7 @@ def build(studies: list[Study], folders: Folders, plots: Path) -> str:
         if not results.rows:
             sections.append(
                 f"## {study.name}\n\nNot run yet: there is no {study.name}.json. "
-                f"`python -m examples.paper --study {study.name}` makes it."
+                f"`python -m benchmarks.studies --study {study.name}` makes it."
             )
             continue
         if len({json.dumps(row.get("pairs")) for row in results.rows}) > 1:

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common.markdown import table
-
+from ..common.markdown import table
 from .plots import COLORS, percent, plt, save, spread
 from .study import Study, above, claim, interval
 from .towers import VOCABULARY, Captions, TextTower, accuracy, train
@@ -189,8 +188,7 @@ def section(rows: list[dict], folder: Path) -> str:
         (loss, *(_mean([r for r in sweep if (r["loss"], r["rate"]) == (loss, x)]) for x in rates))
         for loss in RATE
     ]
-    seeds = len({row["seed"] for row in study})
-    first = study[0]
+    seeds, first = len({row["seed"] for row in study}), study[0]
     return f"""## Noise: corrupted pairs
 
 **The paper** (section 4.10) corrupts images, texts or their alignment with growing probability and

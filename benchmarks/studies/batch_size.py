@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.common.markdown import table
 from examples.report import label_ends
 
+from ..common.markdown import table
 from . import retrieval
 from .functions import NEAR, PACKAGES
 from .losses import LOSSES
@@ -156,10 +156,8 @@ def _sweep(rows: list[dict]) -> list[tuple[str, ...]]:
     return lines
 
 
-def section(everything: list[dict], folder: Path) -> str:
-    rows = [row for row in everything if row["role"] == "study"]
-    sizes = sorted({row["batch_size"] for row in rows})
-    _plot(rows, sizes, folder / "paper_batch_size.png")
+def _tables(rows: list[dict], sizes: list[int]) -> tuple[list[tuple], list[tuple]]:
+    """Mean reciprocal ranks by batch size, and how often the right one is among the first."""
 
     def share(loss: str, batch: int, metric: str) -> str:
         values = _values(rows, loss, batch, metric)
@@ -184,7 +182,15 @@ def section(everything: list[dict], folder: Path) -> str:
         )
         for batch in sizes
     ]
-    first = rows[0]
+    return ranks, recalls
+
+
+def section(everything: list[dict], folder: Path) -> str:
+    rows = [row for row in everything if row["role"] == "study"]
+    sizes = sorted({row["batch_size"] for row in rows})
+    _plot(rows, sizes, folder / "paper_batch_size.png")
+    ranks, recalls = _tables(rows, sizes)
+    first, steps = rows[0], {row["batch_size"]: row["steps"] for row in rows}
     pairs = first["pairs"]
     level = retrieval.chance(pairs["test"])
     return f"""## Batch size: sigmoid against softmax
