@@ -34,12 +34,12 @@ def compiled_section(found: Results | None, gluon: Results | None = None) -> str
             TITLE,
             "On sm_90 panels of half operands whose positives are on the diagonal take the kernel "
             "for Hopper (kernels/hopper_kernel.py), from two tiles a multiprocessor on. Everything "
-            "else takes the portable kernel (kernels/triton_panel.py): other GPUs, float32, "
+            "else takes the portable kernel (kernels/triton_kernels.py): other GPUs, float32, "
             "positives by id, chosen negatives, small panels.",
             *_hopper(gluon),
             "### The portable kernel",
             f"Every shipped configuration, compiled ahead of time. {_source(found)} Registers are "
-            "a thread's; programs is how many a multiprocessor holds at a time.",
+            "those of a thread, and programs is how many a multiprocessor holds at a time.",
             table(header, lines, left=3),
             _others(found.rows),
             _account(found.rows),
@@ -92,10 +92,10 @@ def _hopper(gluon: Results | None) -> list[str]:
         f"producer. {row['spills']} instructions load or store the stack, of them "
         f"{row['spills_in_loops']} in a loop: values that a tile needs once wait there while its "
         "rounds run.",
-        f"**Shared memory**: {row['shared_bytes'] / 1024:.0f} KiB, stages and the rounds of g on "
-        "their way to memory.",
+        f"**Shared memory**: {row['shared_bytes'] / 1024:.0f} KiB, for stages and the rounds of "
+        "dlogits on their way to memory.",
         f"**Traffic**: a tile of {tile} does {reuse:.0f} FLOP for each byte that it loads. Blocks "
-        "come in and g goes out by the copy engine, so no warp computes addresses.",
+        "come in and dlogits go out by the copy engine, so no warp computes addresses.",
     )
     return [
         "### The kernel for Hopper",

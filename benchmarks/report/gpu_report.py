@@ -58,7 +58,8 @@ def _gpu_section(found: Results, plot: str, tuned: Results | None) -> str:
     lines = [(t.what, t.measured, t.target, t.verdict) for t in targets(rows)]
     parts = [
         f"## On one {found.environment['device']}",
-        f"{found.source('../')} What the run had to show, and what it showed (- was not measured):",
+        f"{found.source('../')} The table has what the run had to show and what it showed; "
+        "- was not measured:",
         table(["", "measured", "target", "met"], lines),
         notes(found),
     ]
@@ -71,13 +72,14 @@ def _gpu_section(found: Results, plot: str, tuned: Results | None) -> str:
         times = [(fused, "ms"), *((name, "x floor") for name in names)]
         parts += [
             f"![x GEMM floor against the batch size]({plot})",
-            "### Time\n\nLoss and all four gradients. Every call is queued behind other work, so "
-            "that these are times of the device: what a launch costs the host is not in them.",
+            "### Time\n\nThe times are of the loss and all four gradients. Every call is queued "
+            "behind other work, so that these are times of the device: what a launch costs the "
+            "host is not in them.",
             shapes_table(cost, times),
             savings(rows),
-            "### Memory\n\nMiB beyond the inputs and the gradients that are returned. With half "
-            "operands the fused loss's figure holds float32 accumulators of both gradients, less "
-            "the half gradients that they turn into.",
+            "### Memory\n\nThe figures are MiB beyond the inputs and the gradients that are "
+            "returned. With half operands the fused loss's figure includes the float32 "
+            "accumulators of both gradients, less the half gradients that they turn into.",
             shapes_table(
                 [row for row in cost if row["logit_scale"] == cost[0]["logit_scale"]],
                 [(name, "MiB") for name in names],

@@ -10,10 +10,11 @@ INTRODUCTION = """\
 # Performance
 
 `python -m benchmarks.report.render` writes this page from the newest files in
-[benchmarks/results](../benchmarks/results); [benchmarks/README.md](../benchmarks/README.md) says
-how each number is measured. x floor (x GEMM floor) is a loss's time over that of the plain matrix
-products that no exact method can avoid, in the same run: 1.00 would be free. MiB is peak memory
-beyond inputs and gradients. The logit scale is t, and t = 10 where a table does not say."""
+[benchmarks/results](../benchmarks/results), and [the benchmarks' page](../benchmarks/README.md)
+says how each number is measured. "x floor" (x GEMM floor) is a loss's time divided by that of the
+plain matrix products that no exact method can avoid, in the same run, so 1.00 would be free. "MiB"
+is peak memory beyond inputs and gradients. The logit scale is t, and t = 10 where a table does not
+say."""
 
 
 def cpu_section(found: Results | None, plot: str) -> str:
@@ -26,13 +27,13 @@ def cpu_section(found: Results | None, plot: str) -> str:
     return "\n\n".join(
         filter(None, [
             title,
-            f"Loss and all four gradients, {shape['dtype']}, D = {shape['dim']}, "
-            f"{found.environment['threads']} threads. {found.source('../')}",
+            f"The table is for the loss and all four gradients in {shape['dtype']} with "
+            f"D = {shape['dim']}, on {found.environment['threads']} threads. {found.source('../')}",
             f"![x GEMM floor against the batch size]({plot})",
             cost_table(cost),
             savings(rows),
-            "Gradients' error against float64 (root mean square, relative; the worse of both "
-            "towers):",
+            "The next table has the gradients' error against float64 (root mean square, relative; "
+            "the worse of both towers):",
             accuracy_table(rows),
         ])
     )  # fmt: skip
@@ -57,7 +58,8 @@ def demo_section(found: Results | None) -> str:
     parts = [title, f"`make demo-full`. {found.source('../')}"]
     if trained:
         parts += [
-            "Loss at the first and the last step; zero-shot accuracy by language of the prompts:",
+            "The table has the loss at the first and the last step, and zero-shot accuracy by "
+            "language of the prompts:",
             table(["", "first", "last", *languages], lines),
         ]
     if cost:

@@ -164,16 +164,14 @@ def _plot(rows: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def section(rows: list[dict], folder: Path) -> str:
-    study = [row for row in rows if row["role"] == "study"]
-    sweep = [row for row in rows if row["role"] == "sweep"]
-    _plot(study, folder / "paper_noise.png")
+def _lines(study: list[dict]) -> list[tuple[str, ...]]:
+    """The table: a line for each kind and probability of corruption."""
 
     def cell(kind: str, p: float, loss: str) -> str:
         found = [r["accuracy"] for r in study if (r["kind"], r["p"], r["loss"]) == (kind, p, loss)]
         return f"{sum(found) / len(found):.1%} ({min(found):.1%} to {max(found):.1%})"
 
-    lines = [
+    return [
         (
             kind,
             f"{p:g}",
@@ -183,6 +181,14 @@ def section(rows: list[dict], folder: Path) -> str:
         )
         for kind, p in sorted({(r["kind"], r["p"]) for r in study}, key=lambda k: (_order(k[0]), k))
     ]
+
+
+def section(rows: list[dict], folder: Path) -> str:
+    study = [row for row in rows if row["role"] == "study"]
+    sweep = [row for row in rows if row["role"] == "sweep"]
+    _plot(study, folder / "paper_noise.png")
+
+    lines = _lines(study)
     rates = sorted({row["rate"] for row in sweep})
     tried = [
         (loss, *(_mean([r for r in sweep if (r["loss"], r["rate"]) == (loss, x)]) for x in rates))
