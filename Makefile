@@ -110,6 +110,7 @@ bench-integrations:
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 clean:
 	rm -rf .venv .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info

@@ -28,7 +28,7 @@ STACKS = {
     "transformers": ["transformers>=5.4,<6"],
     "sentence-transformers": ["sentence-transformers[train]>=6.0,<7"],
 }
-EXTRAS["dev"] = sorted({name for extra in EXTRAS.values() for name in extra} | {"ruff"})
+EXTRAS["dev"] = sorted({name for extra in EXTRAS.values() for name in extra} | {"mypy", "ruff"})
 
 setup(
     name="fused-siglip",

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from . import validation
 from .distributed import agreement
+from .kernels import Ids
 from .negatives import Negatives, choice_of
 from .operator import call_operator
 from .spec import GradMask, LossSpec
 
 
-def siglip_loss(
+def siglip_loss(  # noqa: PLR0913, the package's one call
     image_features: Tensor,  # (M, D)
     text_features: Tensor,  # (N, D)
     logit_scale: float | Tensor,
@@ -108,10 +109,11 @@ def siglip_loss(
 
     scale = _as_tensor(logit_scale, dtype, device)
     bias = _as_tensor(logit_bias, dtype, device)
-    if image_ids is not None:
-        image_ids, text_ids = image_ids.long(), text_ids.long()
+    ids = None
+    if image_ids is not None and text_ids is not None:
+        ids = Ids(image_ids.long(), text_ids.long())
         if negative_only:
-            image_ids, text_ids = _never_equal(image_ids, text_ids)
+            ids = _never_equal(*ids)
     spec = LossSpec(
         grads=GradMask(False, False, False),  # the derivative decides
         negative_only=negative_only,
@@ -123,8 +125,7 @@ def siglip_loss(
         dist_impl=dist_impl,
         dtype=dtype,
     )
-    features = image_features, text_features
-    loss, *_ = call_operator(*features, scale, bias, (image_ids, text_ids), spec)
+    loss, *_ = call_operator(image_features, text_features, scale, bias, ids, spec)
     return loss
 
 
@@ -136,6 +137,6 @@ def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) 
     )
 
 
-def _never_equal(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _never_equal(image_ids: Tensor, text_ids: Tensor) -> Ids:
     """Ids that keep the padding and make no pair positive."""
-    return image_ids.clamp(-1, 0), torch.where(text_ids < 0, -1, 1)
+    return Ids(image_ids.clamp(-1, 0), torch.where(text_ids < 0, -1, 1))
