@@ -30,14 +30,14 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor:  # ()
-    r"""Sigmoid contrastive loss of image and text features, without the matrix of logits.
+    """Sigmoid contrastive loss of image and text features, without the matrix of logits.
 
-    .. math:: L = -\frac{1}{R} \sum_{i,j} \log\sigma(l_{ij} (t \, x_i \cdot y_j + b))
+        L = -1/R * sum over i, j of log sigmoid(l_ij * (t * <x_i, y_j> + b))
 
-    with :math:`l_{ij} = 1` for a positive pair and -1 for a negative one, summed over texts and
-    averaged over images (algorithm 1 of `arXiv 2303.15343 <https://arxiv.org/abs/2303.15343>`_).
-    One sweep over bounded panels of the pair matrix computes the loss and every gradient that is
-    needed; backward only multiplies by the upstream gradient.
+    with l_ij = 1 for a positive pair and -1 for a negative one, summed over texts and averaged over
+    images (algorithm 1 of https://arxiv.org/abs/2303.15343). One sweep over bounded panels of the
+    pair matrix computes the loss and every gradient that is needed; backward only multiplies by the
+    upstream gradient.
 
     Args:
         image_features: (M, D), normally L2-normalized; float32, bfloat16, float16, or float64
@@ -72,8 +72,8 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
             can run (not in float64, not below compute capability 8.0), otherwise torch.
 
     Returns:
-        The loss: a float32 scalar (float64 for float64 features), 0 for an empty batch. Logits and
-        sums are float32 (float64) throughout; float32 products are computed as torch's own
+        A float32 scalar (float64 for float64 features), 0 for an empty batch. Logits and sums are
+        float32 (float64) throughout; float32 products are computed as torch's own
         (``torch.set_float32_matmul_precision``, ``torch.backends``). Gradients arrive in the dtype
         and shape of their inputs, accumulated in float32 (float64). NaN and Inf pass through as in
         torch. First derivatives are exact under torch.func.grad, vjp, jacrev and vmap, in

@@ -198,7 +198,9 @@ class LearnableSigLipLoss(_WithGroup):
         group: as in :func:`fused_siglip.siglip_loss`; "world" is looked up when the module is
             called. ``torch.distributed.group.WORLD`` is None before ``init_process_group``: give
             "world" instead.
-        dist_impl, workspace_bytes, backend: as in :func:`fused_siglip.siglip_loss`.
+        dist_impl: as in :func:`fused_siglip.siglip_loss`.
+        workspace_bytes: likewise.
+        backend: likewise.
 
     Raises:
         TypeError: an argument of the wrong type.

@@ -213,8 +213,11 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
     mini-batch, so accumulation, GradScaler and DDP treat them like all others.
 
     Args:
-        model, init_logit_scale, init_logit_bias, gather_across_devices, name: as in
-            :class:`SigLipLoss`.
+        model: as in :class:`SigLipLoss`, like the next four.
+        init_logit_scale: t' to start from.
+        init_logit_bias: b to start from.
+        gather_across_devices: compute the loss of the global batch.
+        name: of this loss's own scale and bias.
         mini_batch_size: rows embedded at a time.
         mini_batch_num_tokens: pack mini-batches by number of tokens instead, up to this many.
         show_progress_bar: show the mini-batches' progress.
