@@ -5,7 +5,9 @@ TRITON ?= triton==3.6.0
 OPEN_CLIP = open_clip_torch==3.3.0
 OPEN_CLIP_NEEDS = ftfy==6.3.1 regex==2026.11.15 webdataset==1.0.2 pandas==3.1.1
 STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 accelerate==1.15.0 datasets==5.2.0
+DOCS = mkdocs-material mkdocstrings-python ruff
 VENV = .venv
+DOCS_VENV = .venv-docs
 MINUTES = 5
 STEPS = 10000
 SCHEDULES = 2000
@@ -15,7 +17,7 @@ PRODUCT = tests/core tests/triton_backend tests/distributed
 QUICK_INTERPRETER = HYPOTHESIS_PROFILE=quick TRITON_INTERPRET=1 $(RUN) -m pytest $(PRODUCT) \
 	-m "interpreter and not exhaustive" -n 2 --dist loadfile
 
-.PHONY: demo demo-full test test-all paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-oldest test-newest bench bench-integrations lint clean
+.PHONY: demo demo-full test test-all paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-oldest test-newest bench bench-integrations docs lint clean
 
 # One to two minutes on two cores; writes to build/demo.
 demo: $(VENV)/ready
@@ -107,12 +109,17 @@ bench-integrations:
 	$(MAKE) VENV=$(VENV) $(VENV)/stacks
 	PYTHONPATH=tests:tests/integrations $(RUN) -m benchmarks.suites.integrations
 
+# The documentation as a site, in build/site. Nothing is imported: it needs no torch.
+docs: $(DOCS_VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --config-file docs/site/mkdocs.yml
+
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 clean:
-	rm -rf .venv .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info
+	rm -rf .venv .venv-docs .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info
 
 # torch first and pinned: any other package would bring its own choice. open_clip without its
 # dependencies: the tests load its loss, which needs torch alone.
@@ -133,4 +140,9 @@ $(VENV)/stacks: $(VENV)/ready
 # What transformers' tests import besides.
 $(VENV)/peers: $(VENV)/stacks
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check parameterized==0.9.0
+
+# setup.py's docs extra, without the package itself.
+$(DOCS_VENV)/ready: Makefile .ci/constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(DOCS)
 	touch $@

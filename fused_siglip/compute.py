@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from .distributed.exchange import Local, TextExchange, Texts, open_exchange
 from .kernels import (
     Affine,
+    Ids,
     Pairs,
     RandomMask,
     ScoreThreshold,
@@ -40,7 +43,7 @@ def loss_and_grads(
     acc = torch.promote_types(dtype, torch.float32)
     run = Execution(spec.backend or default_backend(x.device, dtype), spec.workspace_bytes)
     # the dtypes are settled: autocast must not round the products inside once more
-    without_autocast = contextlib.nullcontext()
+    without_autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if torch.is_autocast_enabled(x.device.type):
         without_autocast = torch.autocast(x.device.type, enabled=False)
     with without_autocast:
@@ -84,27 +87,31 @@ class _Batch:
         grads, acc = self.spec.grads, self.affine.scale.dtype
         grad_x = self.x.new_empty(self.x.shape, dtype=acc) if grads.image else None
         selection_of = self._selection(y)
-        sums = None if self.alone else self.x.new_zeros(3 if grads.scalars else 1, 1, dtype=acc)
+        sums: list[Tensor] = []  # of the visits so far: one tensor
+        if not self.alone:
+            sums.append(self.x.new_zeros(3 if grads.scalars else 1, 1, dtype=acc))
 
         def visit(texts: Texts, grad_texts: Tensor | None) -> None:
-            nonlocal sums
             out = GradBuffers(grad_x, grad_texts, grads.scalars, texts.step > 0, self.factor)
             parts = sweep(
                 self.x, texts.features, self.affine, self._pairs_with(texts), out, self.run,
                 selection_of(texts),
             )  # fmt: skip
-            sums = parts if self.alone else sums.add_(parts.sum(1, keepdim=True))
+            if self.alone:
+                sums.append(parts)
+            else:
+                sums[0].add_(parts.sum(1, keepdim=True))
 
         grad_y = self.exchange.for_each(visit, self.exchange.text_grad)
-        return sums, grad_x, grad_y if grads.text else None
+        return sums[0], grad_x, grad_y if grads.text else None
 
     def _pairs_with(self, texts: Texts) -> Pairs:
         """Which pairs of this rank's images and these texts are positive."""
-        if self.pairs.image_ids is not None:
-            return Pairs(None, self.pairs.image_ids, texts.ids)
+        if self.pairs.ids is not None and texts.ids is not None:
+            return Pairs(None, Ids(self.pairs.ids.images, texts.ids))
         return Pairs(None if self.pairs.diagonal is None else texts.diagonal)
 
-    def _selection(self, y: Tensor):
+    def _selection(self, y: Tensor) -> Callable[[Texts], RandomMask | ScoreThreshold | None]:
         """A function of texts: which negatives among them take part; None for all."""
         kind, keep, seed = self.spec.negatives
         if kind is None:
@@ -118,15 +125,15 @@ class _Batch:
                 return RandomMask(images, keys, hash_cutoff(keep))
 
             return mask
-        thresholds = self._find_thresholds(y)
+        thresholds = self._find_thresholds(y, kind, keep)
         return lambda texts: thresholds
 
-    def _find_thresholds(self, y: Tensor) -> ScoreThreshold:
+    def _find_thresholds(self, y: Tensor, kind: str, keep: float) -> ScoreThreshold:
         """Each image's threshold for its share of negatives, in a few light sweeps."""
-        kind, keep, _ = self.spec.negatives
         acc, steps = self.affine.scale.dtype, panel_class(self.run.backend).count_bits
         exchange, x = self.exchange, self.x
-        center, radius = text_center_radius(y, self.pairs.text_ids, acc, exchange.all_reduce)
+        text_ids = None if self.pairs.ids is None else self.pairs.ids.texts
+        center, radius = text_center_radius(y, text_ids, acc, exchange.all_reduce)
         normalizer = score_normalizer(x, center, radius, self.affine.scale, kind)
         threshold = torch.empty_like(normalizer.inv_radius)
         # In a group every round moves all texts: all images take part in each. A rank without

@@ -5,12 +5,18 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from . import transforms
+from .kernels import Ids
+from .spec import LossSpec
+
+# The loss, its factors, and the gradients of the features: see operator.py.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # Whether the running backward keeps its graph: what torch's compiled backward asks before it reuses
 # saved memory (donated buffers). Should torch drop it, gradients are copied instead.
@@ -28,7 +34,16 @@ class SigLipFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, y, logit_scale, logit_bias, ids, spec, function):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        ids: Ids | None,
+        spec: LossSpec,
+        function: Callable[..., Outputs],
+    ) -> Outputs:
         tensors = (x, y, logit_scale, logit_bias)
         if torch._C._are_functorch_transforms_active():
             # With gradients enabled: an outer torch.func transform differentiates this call, and
@@ -47,7 +62,11 @@ class SigLipFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx, upstream, *of_gradients):  # (), then of the other outputs
+    def backward(
+        ctx: Any,
+        upstream: Tensor | None,  # ()
+        *of_gradients: Tensor | None,  # of the other outputs
+    ) -> tuple[Tensor | None, ...]:
         if any(g is not None for g in of_gradients):
             raise RuntimeError(transforms.NO_SECOND_DERIVATIVE)
         if upstream is None:
@@ -60,7 +79,7 @@ class SigLipFunction(torch.autograd.Function):
             slots = ctx._raw_saved_tensors
             if ctx.factor_may_be_one and factor.item() == 1:
                 factor = None
-        grads = [None] * 4
+        grads: list[Tensor | None] = [None] * 4
         if ctx.grads.image:
             grads[0] = _multiply(grad_x, factor, x_dtype, slots[1])
         if ctx.grads.text:
@@ -73,7 +92,7 @@ class SigLipFunction(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _multiply(saved: Tensor, factor: Tensor | None, dtype: torch.dtype, slot) -> Tensor:
+def _multiply(saved: Tensor, factor: Tensor | None, dtype: torch.dtype, slot: Any) -> Tensor:
     """saved * factor in ``dtype``, in the saved tensor's own memory when nothing can read it again.
 
     None stands for a factor of 1. ``slot`` is where the tensor was saved, None where torch traces
@@ -81,7 +100,7 @@ def _multiply(saved: Tensor, factor: Tensor | None, dtype: torch.dtype, slot) ->
     create_graph, and where a hook packed it.
     """
     if slot is None:
-        return saved.mul(factor).to(dtype)
+        return (saved if factor is None else saved.mul(factor)).to(dtype)
     if dtype != saved.dtype:
         if factor is None:
             return saved.to(dtype)
@@ -93,7 +112,7 @@ def _multiply(saved: Tensor, factor: Tensor | None, dtype: torch.dtype, slot) ->
     return saved if factor is None else saved.mul_(factor)
 
 
-def _is_hooked(slot) -> bool:
+def _is_hooked(slot: Any) -> bool:
     """Whether a hook packed a saved tensor, and may hold it: then torch takes no second hook."""
     try:
         slot.register_hooks(_same, _same)
@@ -129,7 +148,7 @@ def is_eager(*tensors: Tensor) -> bool:
     return keys | _PLAIN == _PLAIN
 
 
-def below_autograd(function: Callable, *inputs):
+def below_autograd(function: Callable[..., Outputs], *inputs: Any) -> Outputs:
     """Call what an operator does below torch's autograd key."""
     with torch._C._AutoDispatchBelowAutograd():
         return function(*inputs)

@@ -11,8 +11,8 @@ from torch.fx.node import has_side_effect
 
 from . import transforms
 from .compute import loss_and_grads
-from .function import SigLipFunction, below_autograd, is_eager
-from .kernels import Affine, Pairs
+from .function import Outputs, SigLipFunction, below_autograd, is_eager
+from .kernels import Affine, Ids, Pairs
 from .spec import SCHEMA, GradMask, LossSpec
 
 # Both operators compute the same. The second exchanges tensors with other ranks, which is a side
@@ -25,25 +25,32 @@ _SCHEMA = (
     "-> (Tensor loss, Tensor factors, Tensor grad_x, Tensor grad_y)"
 )
 
-Ids = tuple[Tensor | None, Tensor | None]  # of images and of texts
-
 
 def _compute(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    ids: Ids,
+    ids: Ids | None,
     spec: LossSpec,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     """What the operators do on a device."""
-    pairs = Pairs(None if spec.negative_only or ids[0] is not None else 0, *ids)
-    loss, factors, *grads = loss_and_grads(x, y, Affine(logit_scale, logit_bias), pairs, spec)
-    return loss, factors, *(loss.new_empty(0) if g is None else g for g in grads)
+    pairs = Pairs(None if spec.negative_only or ids is not None else 0, ids)
+    affine = Affine(logit_scale, logit_bias)
+    loss, factors, grad_x, grad_y = loss_and_grads(x, y, affine, pairs, spec)
+    if grad_x is None:
+        grad_x = loss.new_empty(0)
+    if grad_y is None:
+        grad_y = loss.new_empty(0)
+    return loss, factors, grad_x, grad_y
+
+
+def _ids(image_ids: Tensor | None, text_ids: Tensor | None) -> Ids | None:
+    return None if image_ids is None or text_ids is None else Ids(image_ids, text_ids)
 
 
 def _kernel(x, y, logit_scale, logit_bias, image_ids, text_ids, *flat, **named):
-    ids = image_ids, text_ids
+    ids = _ids(image_ids, text_ids)
     return _compute(x, y, logit_scale, logit_bias, ids, LossSpec.from_op(*flat, **named))
 
 
@@ -59,7 +66,15 @@ def _fake(x, y, logit_scale, logit_bias, image_ids, text_ids, *flat, **named):
     )
 
 
-def _differentiable(function: Callable, x, y, logit_scale, logit_bias, ids: Ids, spec: LossSpec):
+def _differentiable(
+    function: Callable[..., Outputs],
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    ids: Ids | None,
+    spec: LossSpec,
+) -> Outputs:
     """What an operator does at torch's autograd key; ``function`` is the rest of it."""
     tensors = x, y, logit_scale, logit_bias
     transforms.refuse_tangents(tensors)
@@ -81,16 +96,16 @@ def call_operator(
     y: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    ids: Ids,
+    ids: Ids | None,
     spec: LossSpec,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     """The operator's outputs. Where torch would go straight to its two kernels, they are called
     here: its way there takes longer than a small batch."""
     tensors = x, y, logit_scale, logit_bias
-    if is_eager(*tensors, *(t for t in ids if t is not None)):
+    if is_eager(*tensors, *(ids or ())):
         return _differentiable(_compute, *tensors, ids, spec)
     op = LOSS_AND_GRADS if spec.group_name is None else GLOBAL_LOSS_AND_GRADS
-    return op(*tensors, *ids, *spec.to_op())
+    return op(*tensors, *(ids or (None, None)), *spec.to_op())
 
 
 _LIBRARY = torch.library.Library("fused_siglip", "FRAGMENT")  # which owns what is registered
@@ -103,10 +118,10 @@ def _register(name: str) -> torch._ops.OpOverload:
     op = getattr(torch.ops.fused_siglip, name).default
 
     def below(x, y, logit_scale, logit_bias, ids, spec):
-        return op(x, y, logit_scale, logit_bias, *ids, *spec.to_op())
+        return op(x, y, logit_scale, logit_bias, *(ids or (None, None)), *spec.to_op())
 
     def at_autograd(x, y, logit_scale, logit_bias, image_ids, text_ids, *flat, **named):
-        ids = image_ids, text_ids
+        ids = _ids(image_ids, text_ids)
         return _differentiable(
             below, x, y, logit_scale, logit_bias, ids, LossSpec.from_op(*flat, **named)
         )

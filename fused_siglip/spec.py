@@ -55,10 +55,22 @@ class LossSpec(NamedTuple):
         )  # fmt: skip
 
     @classmethod
-    def from_op(
-        cls, negative_only, image, text, scalars, workspace_bytes, backend, group_name,
-        dist_impl, reduction, kind, keep, seed, dtype=None,
-    ) -> LossSpec:  # fmt: skip
+    def from_op(  # noqa: PLR0913, an operator takes no bundles
+        cls,
+        negative_only: bool,
+        image: bool,
+        text: bool,
+        scalars: bool,
+        workspace_bytes: int | None,
+        backend: str | None,
+        group_name: str | None,
+        dist_impl: str | None,
+        reduction: str,
+        kind: str | None,
+        keep: float,
+        seed: int,
+        dtype: torch.dtype | None = None,
+    ) -> LossSpec:
         """The spec of an operator's arguments after the tensors."""
         return cls(
             GradMask(image, text, scalars), negative_only, NegativeChoice(kind, keep, seed),

@@ -11,6 +11,7 @@ from torch import Tensor
 from .kernels import (
     GRAD_SCALE,
     Affine,
+    Ids,
     Pairs,
     Panel,
     PanelSpec,
@@ -42,6 +43,13 @@ class GradBuffers(NamedTuple):
     def mask(self) -> GradMask:
         return GradMask(self.x is not None, self.y is not None, self.scalars)
 
+    def zero(self) -> None:
+        """What a sweep over no pairs writes."""
+        if self.x is not None and not self.accumulate_x:
+            self.x.zero_()
+        if self.y is not None:
+            self.y.zero_()
+
 
 def sweep(
     x: Tensor,  # (M, D) image features
@@ -67,10 +75,7 @@ def sweep(
     plan = grid.plan
     rows_of_sums = 3 if out.scalars else 1
     if x.shape[0] == 0 or y.shape[0] == 0:
-        if out.x is not None and not out.accumulate_x:
-            out.x.zero_()
-        if out.y is not None:
-            out.y.zero_()
+        out.zero()
         return torch.zeros(rows_of_sums, 1, dtype=plan.accumulate_dtype, device=x.device)
 
     panel = grid.make_panel()
@@ -83,16 +88,11 @@ def sweep(
         part = None if sums is None else sums[k]
         selected = None if selection is None else selection.block(block.rows, block.cols)
         dlogits = panel(block.x, block.y, affine, block.pairs, part, selected)
+        if dlogits is None:
+            continue
         if dscale is not None:
             dscale.before_products(block)
-        if out.x is not None:
-            accumulate = block.cols.start > 0 or out.accumulate_x
-            rhs = block.y[:, : x.shape[1]] if plan.operand_dim != x.shape[1] else block.y
-            panel.add_product(_rows(out.x, block.rows), dlogits, rhs, alpha, accumulate, False)
-        if out.y is not None:
-            accumulate = block.rows.start > 0
-            rhs = block.x[:, : x.shape[1]] if plan.operand_dim != x.shape[1] else block.x
-            panel.add_product(_rows(out.y, block.cols), dlogits, rhs, alpha, accumulate, True)
+        _add_products(panel, block, dlogits, out, alpha)
         if dscale is not None:
             dscale.after_products(block)
     if dscale is not None:
@@ -101,6 +101,25 @@ def sweep(
         else:
             sums[0, 1] = dscale.total / out.factor
     return panel.partials if sums is None else sums.T
+
+
+def _add_products(
+    panel: Panel,
+    block: _Block,
+    dlogits: Tensor,  # (m, n)
+    out: GradBuffers,
+    alpha: float,
+) -> None:
+    """What a panel contributes to the gradients of the features."""
+    if out.x is not None:
+        grad = _rows(out.x, block.rows)
+        accumulate = block.cols.start > 0 or out.accumulate_x
+        rhs = _without_padding(block.y, grad)
+        panel.add_product(grad, dlogits, rhs, alpha, accumulate, False)
+    if out.y is not None:
+        grad = _rows(out.y, block.cols)
+        rhs = _without_padding(block.x, grad)
+        panel.add_product(grad, dlogits, rhs, alpha, block.rows.start > 0, True)
 
 
 def count_negatives(
@@ -154,11 +173,12 @@ class _PanelGrid:
         self.panel_class = panel_class(run.backend)
         align = self.panel_class.align
         self.x, self.y = x, y
-        ids = aligned_ids(pairs.image_ids, align), aligned_ids(pairs.text_ids, align)
-        self.pairs = Pairs(pairs.diagonal, *ids)
+        ids = pairs.ids
+        if ids is not None:
+            ids = Ids(aligned_ids(ids.images, align), aligned_ids(ids.texts, align))
+        self.pairs = Pairs(pairs.diagonal, ids)
         self.grads, self.filters_negatives = grads, filters_negatives
-        has_ids = pairs.image_ids is not None
-        self.copies = has_ids or not (aligned(x, align) and aligned(y, align))
+        self.copies = ids is not None or not (aligned(x, align) and aligned(y, align))
         self.plan = plan_panels(
             PlanRequest(
                 x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device.type, run.backend, grads,
@@ -183,12 +203,13 @@ class _PanelGrid:
 
     def __iter__(self) -> Iterator[_Block]:
         m, n, plan = self.x.shape[0], self.y.shape[0], self.plan
+        image_ids, text_ids = self.pairs.ids or (None, None)
         for i in range(0, m, plan.rows):
             rows = slice(i, min(i + plan.rows, m))
-            x = self._operand(self.x, self.pairs.image_ids, rows)
+            x = self._operand(self.x, image_ids, rows)
             for j in range(0, n, plan.cols):
                 cols = slice(j, min(j + plan.cols, n))
-                y = self._operand(self.y, self.pairs.text_ids, cols)
+                y = self._operand(self.y, text_ids, cols)
                 yield _Block(rows, cols, x, y, self.pairs.block(rows, cols))
 
     def _operand(self, features: Tensor, ids: Tensor | None, rows: slice) -> Tensor:
@@ -219,26 +240,34 @@ class _ScaleGradient:
     """
 
     def __init__(self, x: Tensor, y: Tensor, out: GradBuffers):
-        self.x, self.y, self.out = x, y, out
-        self.from_text = out.y is not None and (out.x is None or out.accumulate_x)
+        self.x, self.y, self.accumulate_x = x, y, out.accumulate_x
+        # one of them, and rather one that holds nothing from earlier sweeps
+        from_text = out.y is not None and (out.x is None or out.accumulate_x)
+        self.grad_x = None if from_text else out.x
+        self.grad_y = out.y if from_text else None
         self.total = 0.0
 
     def before_products(self, block: _Block) -> None:
         """What earlier sweeps have added to the gradient is not this sweep's."""
-        if self.out.accumulate_x and not self.from_text and block.cols.start == 0:
-            self.total -= _inner_product(block.x, self.out.x[block.rows])
+        if self.accumulate_x and self.grad_x is not None and block.cols.start == 0:
+            self.total -= _inner_product(block.x, self.grad_x[block.rows])
 
     def after_products(self, block: _Block) -> None:
-        if self.from_text:
-            if block.rows.stop == self.x.shape[0]:
-                self.total += _inner_product(block.y, self.out.y[block.cols])
-        elif block.cols.stop == self.y.shape[0]:
-            self.total += _inner_product(block.x, self.out.x[block.rows])
+        if self.grad_y is not None and block.rows.stop == self.x.shape[0]:
+            self.total += _inner_product(block.y, self.grad_y[block.cols])
+        if self.grad_x is not None and block.cols.stop == self.y.shape[0]:
+            self.total += _inner_product(block.x, self.grad_x[block.rows])
 
 
 def _rows(tensor: Tensor, rows: slice) -> Tensor:
     """Some rows; the tensor itself where that is all of them."""
     return tensor if rows.stop - rows.start == tensor.shape[0] else tensor[rows]
+
+
+def _without_padding(operand: Tensor, grad: Tensor) -> Tensor:
+    """An operand without the zeros beyond D that a panel may want."""
+    d = grad.shape[1]
+    return operand if operand.shape[1] == d else operand[:, :d]
 
 
 def _inner_product(features: Tensor, grad: Tensor) -> float:  # (m, D or more), (m, D), on a CPU

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,9 @@ def refuse_tangents(tensors: tuple[Tensor, ...]) -> None:
 def register(operator: torch._ops.OpOverload) -> None:
     """Teach torch.vmap the operator: one call for every element of the batch."""
 
-    def vmap(info, in_dims, *args):
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         if LossSpec.from_op(*args[TENSORS:]).group_name is not None:
             raise RuntimeError(NO_VMAP_OF_A_GROUP)
         if info.batch_size == 0:
@@ -60,7 +63,7 @@ def register(operator: torch._ops.OpOverload) -> None:
     torch.library.register_vmap(operator, vmap)
 
 
-def _element(argument, dim: int | None, index: int):
+def _element(argument: Any, dim: int | None, index: int) -> Any:
     return argument if dim is None else argument.select(dim, index)
 
 
@@ -86,7 +89,9 @@ def register_flops() -> None:
             counter.flop_registry |= {op: module.flop_registry[op] for op in operators}
 
 
-def _flops(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops(
+    x_shape: torch.Size, y_shape: torch.Size, *args: Any, out_shape: object = None, **kwargs: Any
+) -> int:
     """2 M N D for the similarities, for each tower's gradient, and for each search of thresholds.
 
     In a group N is this rank's number of texts times the number of ranks.

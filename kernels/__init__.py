@@ -6,6 +6,7 @@ Installed as ``fused_siglip.kernels``. Importing this package imports neither tr
 from .interface import (
     GRAD_SCALE,
     Affine,
+    Ids,
     Pairs,
     Panel,
     PanelSpec,
@@ -30,6 +31,7 @@ __all__ = [
     "BACKENDS",
     "GRAD_SCALE",
     "Affine",
+    "Ids",
     "Pairs",
     "Panel",
     "PanelSpec",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from torch import Tensor
 
 from .interface import Affine
+
+if TYPE_CHECKING:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 CAPABILITY = (9, 0)
 # Gluon is experimental in Triton: what is written for one release need not compile with the next.
@@ -51,7 +55,7 @@ def reads(features: Tensor) -> bool:
     return adjacent == 1 and row >= features.shape[1] and aligned
 
 
-def descriptor(tensor: Tensor, rows: int, cols: int):
+def descriptor(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
     """A tensor for the copy engine, in blocks of rows x cols."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -60,7 +64,7 @@ def descriptor(tensor: Tensor, rows: int, cols: int):
 
 
 @functools.cache
-def _layout(rows: int, cols: int, dtype: torch.dtype):
+def _layout(rows: int, cols: int, dtype: torch.dtype) -> Any:  # Gluon's, which has no types
     from triton.experimental.gluon import language as gl
 
     kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16

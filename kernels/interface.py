@@ -26,21 +26,30 @@ class Affine(NamedTuple):
     bias: Tensor
 
 
+class Ids(NamedTuple):
+    """What images and texts are called: a pair with equal ids is positive.
+
+    A row with a negative id is padding, and its pairs take no part.
+    """
+
+    images: Tensor  # (m,) int64
+    texts: Tensor  # (n,) int64
+
+
 class Pairs(NamedTuple):
     """Which pairs are positive, and which take part. Without ids and without diagonal: none is."""
 
     diagonal: int | None = None  # pair (i, i + diagonal) is positive
-    image_ids: Tensor | None = None  # (m,) int64; pair (i, j) is positive where the ids are equal
-    text_ids: Tensor | None = None  # (n,) int64; and takes no part where either is negative
+    ids: Ids | None = None
 
     def block(self, rows: slice, cols: slice = slice(0, None)) -> Pairs:
         """The pairs of some rows and columns."""
         diagonal = self.diagonal
         if diagonal is not None:
             diagonal += rows.start - cols.start
-        if self.image_ids is None:
+        if self.ids is None:
             return Pairs(diagonal)
-        return Pairs(diagonal, self.image_ids[rows], self.text_ids[cols])
+        return Pairs(diagonal, Ids(self.ids.images[rows], self.ids.texts[cols]))
 
 
 class RandomMask(NamedTuple):
@@ -108,11 +117,14 @@ class Panel(Protocol):
     # D and the rows' distance are multiples of it, features adjacent, addresses multiples of 16
     # bytes: see aligned and aligned_ids
     align: int
+    # The sums of the last call, given None for them, where dscale_from_products.
+    totals: list[float]
     count_bits: tuple[int, ...]  # bits of a float key that each step of count() tells apart
 
     @staticmethod
     def workspace_bytes(spec: PanelSpec) -> int:
         """Bytes that the constructor allocates."""
+        ...
 
     def __init__(self, spec: PanelSpec, device: torch.device): ...
 
@@ -131,8 +143,12 @@ class Panel(Protocol):
 
         None without ``store_dlogits``.
         """
+        ...
 
-    partials: Tensor  # (3 or 1, k) what adds up to the sums of the last call, given None for them
+    @property
+    def partials(self) -> Tensor:  # (3 or 1, k)
+        """What adds up to the sums of the last call, given None for them."""
+        ...
 
     @staticmethod
     def finish(
@@ -146,6 +162,7 @@ class Panel(Protocol):
         These are the gradients of scale and bias, and what those of the features, computed times
         ``factor``, must be multiplied by.
         """
+        ...
 
     def add_product(
         self,
@@ -160,6 +177,7 @@ class Panel(Protocol):
 
         Where no negative takes part nothing is multiplied: a tile at a time, or better.
         """
+        ...
 
     def count(
         self,
@@ -177,6 +195,7 @@ class Panel(Protocol):
         the bits that come after ``prefix``, and only negatives with that prefix are counted. NaN
         has the highest key.
         """
+        ...
 
 
 _VECTOR_BYTES = 16  # the widest load; Triton's launcher tells such addresses from others
@@ -200,8 +219,8 @@ def aligned(features: Tensor, align: int) -> bool:
     return dense and at_aligned_address(features)
 
 
-def aligned_ids(ids: Tensor | None, align: int) -> Tensor | None:  # (m,)
+def aligned_ids(ids: Tensor, align: int) -> Tensor:  # (m,)
     """Ids as a panel with this ``align`` reads them: adjacent, and starting as features do."""
-    if ids is None or align == 1 or (ids.is_contiguous() and at_aligned_address(ids)):
+    if align == 1 or (ids.is_contiguous() and at_aligned_address(ids)):
         return ids
     return ids.clone(memory_format=torch.contiguous_format)

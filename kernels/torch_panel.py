@@ -17,7 +17,7 @@ from .interface import (
 )
 from .registry import float32_products
 from .torch_products import add_product
-from .torch_totals import finish, numbers
+from .torch_totals import TorchTotals, numbers
 from .torch_workspace import Workspace, workspace_bytes
 
 # torch's softplus returns u itself beyond its threshold; at 40 that is exact in float64 too
@@ -34,7 +34,7 @@ _FOLDED = 1 << 16  # pairs from which on that is the faster way
 _SPARSE_SHARE = 1 / 16
 
 
-class TorchPanel:
+class TorchPanel(TorchTotals):
     """A :class:`fused_siglip.kernels.Panel` of plain torch operations.
 
     Everything is written in place or into the workspace. After the product a panel is taken a strip
@@ -43,8 +43,7 @@ class TorchPanel:
 
     tile = (64, 64)
     align = 1
-    finish = staticmethod(finish)
-    count_bits = (10, 10)
+    count_bits: tuple[int, ...] = (10, 10)
 
     @staticmethod
     def workspace_bytes(spec: PanelSpec) -> int:
@@ -73,16 +72,8 @@ class TorchPanel:
         selection: RandomMask | ScoreThreshold | None = None,
     ) -> Tensor | None:  # (m, n)
         m, step = x.shape[0], self.strip_rows
-        plain = pairs.image_ids is None and selection is None
-        # On a CPU scale and bias go into the product; elsewhere the host would wait for them.
-        scales = self.on_cpu and x.dtype == self.acc
-        scales &= plain and (self.dscale_from_products or not self.scalar_grads)
-        scale = affine.scale.item() if scales else 0.0
-        if scale:  # with 0 the product would not be looked at, NaN or not
-            values = self._view("s", m, y.shape[0])
-            torch.addmm(affine.bias, x, y.t(), alpha=scale, out=values)
-        else:
-            values = self._similarities(x, y)
+        plain = pairs.ids is None and selection is None
+        values, are_logits = self._product(x, y, affine, plain)
         half = self.store_dlogits and x.dtype != self.acc
         dlogits = self._view("dlogits", *values.shape) if half else values
         parts, dropped = [], 0
@@ -94,7 +85,7 @@ class TorchPanel:
             positive = self._positive(s, in_strip)
             if selected is not None:
                 dropped += self._drop(s, positive, selected)
-            u = s if scale else self._logits(s, affine, in_strip)
+            u = s if are_logits else self._logits(s, affine, in_strip)
             if plain and self._is_saturated(u):
                 loss = self._saturated_strip(u, in_strip.diagonal)
             else:
@@ -113,6 +104,21 @@ class TorchPanel:
             share = 1 - dropped / dlogits.numel()
             return dlogits.to_sparse() if share < _SPARSE_SHARE else dlogits
         return dlogits
+
+    def _product(
+        self, x: Tensor, y: Tensor, affine: Affine, plain: bool
+    ) -> tuple[Tensor, bool]:  # (m, n)
+        """Logits and True, or similarities and False.
+
+        On a CPU scale and bias go into the product; elsewhere the host would wait for them.
+        """
+        scales = self.on_cpu and x.dtype == self.acc
+        scales &= plain and (self.dscale_from_products or not self.scalar_grads)
+        scale = affine.scale.item() if scales else 0.0
+        if not scale:  # with 0 the product would not be looked at, NaN or not
+            return self._similarities(x, y), False
+        values = self._view("s", x.shape[0], y.shape[0])
+        return torch.addmm(affine.bias, x, y.t(), alpha=scale, out=values), True
 
     def _sums(self, loss: Tensor, s: Tensor, dlogits: Tensor) -> list[Tensor]:
         """A strip's sums of the loss and, where they are needed, of dlogits * s and dlogits."""
@@ -145,7 +151,7 @@ class TorchPanel:
 
     def _logits(self, s: Tensor, affine: Affine, pairs: Pairs) -> Tensor:  # (m, n)
         u = self._view("u", *s.shape) if self.scalar_grads else s
-        if pairs.image_ids is None and self.on_cpu:
+        if pairs.ids is None and self.on_cpu:
             return torch.add(affine.bias, s, alpha=affine.scale.item(), out=u)
         torch.mul(s, affine.scale, out=u)
         self._add_bias(u, affine.bias, pairs)
@@ -234,9 +240,9 @@ class TorchPanel:
             torch.eq(first, prefix[:, None], out=counted)
             bins.bitwise_and_(2**bits - 1)
         _except_positives(counted, self._positive(s, pairs))
-        if pairs.image_ids is not None:
-            counted.logical_and_(pairs.image_ids[:, None] >= 0)
-            counted.logical_and_(pairs.text_ids >= 0)
+        if pairs.ids is not None:
+            counted.logical_and_(pairs.ids.images[:, None] >= 0)
+            counted.logical_and_(pairs.ids.texts >= 0)
         rows = torch.arange(m, dtype=torch.int32, device=s.device) << bits
         bins.add_(rows[:, None])
         ones = self._scratch(m, n).copy_(counted)
@@ -282,24 +288,24 @@ class TorchPanel:
                 h.bitwise_xor_(part).mul_(factor)
             torch.ge(h, selection.hash_cutoff, out=dropped)
         _except_positives(dropped, positive)
-        return torch.count_nonzero(dropped).item() if self.on_cpu else 0
+        return int(torch.count_nonzero(dropped)) if self.on_cpu else 0
 
     def _positive(self, s: Tensor, pairs: Pairs) -> Tensor | int | None:
         """Which pairs are positive: (m, n) bool, the number of a diagonal, or None."""
-        if pairs.image_ids is None:
+        if pairs.ids is None:
             return pairs.diagonal
         # padding is -1 among images and -2 among texts: never a positive pair
-        images = pairs.image_ids.clamp(min=-1)
-        texts = torch.where(pairs.text_ids < 0, -2, pairs.text_ids)
+        images = pairs.ids.images.clamp(min=-1)
+        texts = torch.where(pairs.ids.texts < 0, -2, pairs.ids.texts)
         return torch.eq(images[:, None], texts, out=self._view("positive", *s.shape))
 
     def _add_bias(self, u: Tensor, logit_bias: Tensor, pairs: Pairs) -> None:
         """u += b; -inf (loss 0, gradient 0) in padded rows and columns."""
-        if pairs.image_ids is None:
+        if pairs.ids is None:
             u.add_(logit_bias)
             return
-        u.add_(torch.where(pairs.text_ids < 0, -torch.inf, logit_bias))
-        u.add_(torch.where(pairs.image_ids < 0, -torch.inf, 0.0).to(u.dtype)[:, None])
+        u.add_(torch.where(pairs.ids.texts < 0, -torch.inf, logit_bias))
+        u.add_(torch.where(pairs.ids.images < 0, -torch.inf, 0.0).to(u.dtype)[:, None])
 
     def _negate_positives(self, values: Tensor, positive: Tensor | int | None) -> None:
         """values = -l * values, l = +1 for a positive pair and -1 otherwise."""

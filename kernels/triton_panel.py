@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypedDict
 
 import torch
 import triton
@@ -24,7 +25,7 @@ from .torch_products import add_product
 from .triton_configs import TILE, PanelConfig, count_config, panel_config
 from .triton_kernels import count_kernel, panel_kernel
 from .triton_products import ProductConfig, TileLists, add_tiled_product, list_elements
-from .triton_totals import finish
+from .triton_totals import TritonTotals
 
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
 
@@ -60,6 +61,11 @@ def _diagonal(pairs: Pairs, n: int) -> int:
     return n if pairs.diagonal is None else pairs.diagonal
 
 
+def _ids_args(pairs: Pairs) -> tuple[Tensor | None, Tensor | None]:
+    """The kernels' tensors of the ids."""
+    return (None, None) if pairs.ids is None else pairs.ids
+
+
 def _may_skip(selection: RandomMask | ScoreThreshold | None, tile: tuple[int, int]) -> bool:
     """Whether there may be tiles where no pair takes part: hardly ever among many random pairs."""
     if isinstance(selection, RandomMask):
@@ -80,8 +86,16 @@ COUNT_BITS = (5, 5, 10)  # of the steps in which thresholds are found
 TALLIED_BITS = 5  # at most
 
 
-def count_constants(step: int) -> dict[str, int | bool]:
+class CountConstants(TypedDict):
     """The counting kernel's compile-time constants that depend on the step."""
+
+    SHIFT: int
+    BITS: int
+    TALLIED: bool
+
+
+def count_constants(step: int) -> CountConstants:
+    """Those of one step."""
     bits = COUNT_BITS[step]
     return {
         "SHIFT": KEY_BITS - sum(COUNT_BITS[: step + 1]),
@@ -90,7 +104,7 @@ def count_constants(step: int) -> dict[str, int | bool]:
     }
 
 
-class TritonPanel:
+class TritonPanel(TritonTotals):
     """A :class:`fused_siglip.kernels.Panel` in one fused kernel.
 
     The logits are fp32 and never leave the registers. What is written is dlogits, three sums a tile
@@ -100,10 +114,10 @@ class TritonPanel:
     tile = TILE
     align = 16  # what Triton tells apart: only then are loads wide
     dscale_from_products = False  # dlogits are rounded before they enter the products
-    finish = staticmethod(finish)
     hopper = hopper.HOPPER
     hopper_tiles = 2  # a program at least: with fewer there is nothing to overlap
-    count_bits = COUNT_BITS
+    count_bits: tuple[int, ...] = COUNT_BITS
+    totals: list[float]  # never: dscale_from_products is False
 
     @classmethod
     def _tiles(cls, rows: int, cols: int) -> tuple[int, int]:
@@ -126,6 +140,7 @@ class TritonPanel:
     def __init__(self, spec: PanelSpec, device: torch.device):
         device = torch.device(device)
         _check_can_run(spec.dtype, device)
+        self.target: tuple[int, int] | str
         if INTERPRETED:
             self.target = (8, 0)
         elif torch.version.hip:
@@ -137,7 +152,10 @@ class TritonPanel:
         self.partials = torch.empty(
             self.sums, tiles_m * tiles_n, dtype=torch.float32, device=device
         )
-        self.dlogits = self.flags = self.lists = self.tallies = None
+        self.dlogits: Tensor | None = None
+        self.flags: Tensor | None = None
+        self.lists: Tensor | None = None
+        self.tallies: Tensor | None = None
         self.skips = False  # whether the products of the last call skip tiles
         self.library = spec.dtype == torch.float32 or multiplies_half_into_fp32(device.type)
         if spec.store_dlogits:
@@ -174,7 +192,7 @@ class TritonPanel:
         selection: RandomMask | ScoreThreshold | None = None,
     ) -> Tensor | None:  # (m, n)
         m, n = x.shape[0], y.shape[0]
-        on_hopper = selection is None and pairs.image_ids is None and self._on_hopper(x, y)
+        on_hopper = selection is None and pairs.ids is None and self._on_hopper(x, y)
         tiles = self.hopper.tiles(m, n) if on_hopper else math.prod(self._tiles(m, n))
         if self.partials.shape[1] != tiles:
             self.partials = self.partials.as_strided((self.sums, tiles), (tiles, 1))
@@ -209,8 +227,7 @@ class TritonPanel:
             self.dlogits,
             self.partials,
             *affine,
-            pairs.image_ids,
-            pairs.text_ids,
+            *_ids_args(pairs),
             *_selection_args(selection),
             self.flags,
             m,
@@ -247,13 +264,13 @@ class TritonPanel:
         if self.library and not self.skips:
             add_product(out, dlogits.T if transposed else dlogits, rhs, alpha, accumulate)
             return
+        assert self.dlogits is not None  # dlogits are a view of it
         lists = None
-        if self.skips:
+        if self.skips and self.flags is not None and self.lists is not None:
             tiles = self._tiles(*dlogits.shape)
             flags = self.flags[: math.prod(tiles)].view(tiles)
             lists = TileLists(flags.T if transposed else flags, self.lists)
         precision = self._precision()
-        # dlogits are a view of it
         whole, tile = _multiplied(self.dlogits.to(self.dtype), precision), self.tile
         if transposed:
             whole, tile = whole.T, tile[::-1]
@@ -278,13 +295,13 @@ class TritonPanel:
         config = count_config(self.target, x.dtype, precision, constants["TALLIED"])
         written = counts
         if constants["TALLIED"]:
+            assert self.tallies is not None  # of a panel that filters negatives and stores nothing
             written = self.tallies[: tiles_n * counts.numel()].view(tiles_n, m, -1)
         with torch.cuda.device_of(x):
             count_kernel[(tiles_m * tiles_n,)](
                 x,
                 y,
-                pairs.image_ids,
-                pairs.text_ids,
+                *_ids_args(pairs),
                 *normalizer,
                 prefix,
                 written,

@@ -20,16 +20,19 @@ BLOCK_D = 128  # features a program of the product computes
 LISTED = 128  # tiles that a program of the list looks at together
 
 
-@triton.jit
-def _bound(number):
-    """The end of a loop, as the interpreter takes it too."""
+def _same(number):
     return number
 
 
-if not isinstance(_bound, triton.JITFunction):
+def _index(number):
     # The interpreter holds numbers as arrays of one, which NumPy 2.4 does not take for an index.
-    def _bound(number):
-        return number.handle.data.item()
+    return number.handle.data.item()
+
+
+# The end of a loop, as the interpreter takes it too.
+_bound = triton.jit(_same)
+if not isinstance(_bound, triton.JITFunction):
+    _bound = _index
 
 
 @triton.jit(do_not_specialize=["tiles", "stride_line", "stride_tile", "stride_list"])
@@ -56,7 +59,7 @@ def list_tiles_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "K", "stride_list"])
-def product_kernel(
+def product_kernel(  # noqa: PLR0913, a kernel's pointers, sizes and strides
     out_ptr,  # (M, D) fp32
     dlogits_ptr,  # (M, K) rounded up to whole tiles
     y_ptr,  # (K, D)

@@ -30,13 +30,13 @@ from fused_siglip.kernels.triton_kernels import epilogue
 from fused_siglip.kernels.triton_math import SATURATED_LOGIT
 from fused_siglip.kernels.triton_panel import TritonPanel, stored_dtype
 from fused_siglip.kernels.triton_tiles import meets_diagonal_or_edge, pair_masks
-from fused_siglip.kernels.triton_totals import finish
+from fused_siglip.kernels.triton_totals import TritonTotals
 
 BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes
 
 
 @triton.jit(do_not_specialize=["M", "N", "diagonal"])
-def elementwise_kernel(
+def elementwise_kernel(  # noqa: PLR0913, a kernel's pointers, sizes and strides
     s_ptr,  # (M, N) similarities, fp32 or the operands' dtype
     dlogits_ptr,  # (M, N) rounded up to whole blocks, may be s_ptr; or None
     partials_ptr,  # (3, blocks) fp32: a block's sums of softplus(u), g*s, g
@@ -88,7 +88,7 @@ def elementwise_kernel(
     tl.store(partials_ptr + 2 * blocks + block, tl.sum(dbias_sum))
 
 
-class LibraryPanel:
+class LibraryPanel(TritonTotals):
     """A :class:`fused_siglip.kernels.Panel`: library product, then one elementwise kernel.
 
     Similarities stay fp32, in a buffer of their own beside g.
@@ -97,7 +97,6 @@ class LibraryPanel:
     tile = TILE
     align = 1
     dscale_from_products = False
-    finish = staticmethod(finish)
     in_place = False
 
     @classmethod
@@ -156,8 +155,7 @@ class LibraryPanel:
                 self.dlogits,
                 partials,
                 *affine,
-                pairs.image_ids,
-                pairs.text_ids,
+                *(pairs.ids or (None, None)),
                 m,
                 n,
                 n if pairs.diagonal is None else pairs.diagonal,

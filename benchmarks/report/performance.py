@@ -54,7 +54,7 @@ def demo_section(found: Results | None) -> str:
     ]
     languages = list(trained[0]["accuracy"]) if trained else []
     cost = select(found.rows, kind="cost")
-    parts = [title, f"`make demo`. {found.source('../')}"]
+    parts = [title, f"`make demo-full`. {found.source('../')}"]
     if trained:
         parts += [
             "Loss at the first and the last step; zero-shot accuracy by language of the prompts:",

@@ -101,7 +101,7 @@ def header_of(
         valid=1,
         dim=x.shape[1],
         dtype=FEATURE_DTYPES.index(x.dtype),
-        has_ids=pairs.image_ids is not None,
+        has_ids=pairs.ids is not None,
         negative_only=spec.negative_only,
         dist_impl=dist_impl,
         reduction=REDUCTIONS.index(spec.reduction),

@@ -7,9 +7,10 @@ one, and exchanges nothing.
 
 from __future__ import annotations
 
+import abc
 import logging
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -61,22 +62,25 @@ class TextExchange(Protocol):
 
     def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
         """Visit all texts; return the gradient of this rank's own, from the images of all ranks."""
+        ...
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
         """Replace ``tensor`` by its "SUM" or "MAX" over the ranks."""
+        ...
 
     def divisor(self, reduction: str) -> float | Tensor:  # ()
         """What this rank's sum over pairs is divided by.
 
         With "mean" the mean over the ranks of what they return is the loss of the global batch.
         """
+        ...
 
 
 class Local:
     """One process: its own texts, once."""
 
     first_image = 0
-    images_at_once = ROWS_AT_ONCE
+    images_at_once: int | None = ROWS_AT_ONCE
 
     def __init__(self, x: Tensor, y: Tensor, pairs: Pairs, spec: LossSpec, acc: torch.dtype):
         self.images, self.y, self.pairs, self.acc = x.shape[0], y, pairs, acc
@@ -85,7 +89,8 @@ class Local:
 
     def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
         grad_y = self.y.new_empty(self.y.shape, dtype=self.acc) if need_grad else None
-        visit(Texts(self.y, self.pairs.text_ids, 0, 0, 0), grad_y)
+        ids = None if self.pairs.ids is None else self.pairs.ids.texts
+        visit(Texts(self.y, ids, 0, 0, 0), grad_y)
         return grad_y
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
@@ -95,17 +100,17 @@ class Local:
         if self._divisor is None:
             if reduction == "sum":
                 self._divisor = 1
-            elif self.pairs.image_ids is None:
+            elif self.pairs.ids is None:
                 self._divisor = max(self.images, 1)
             else:
-                self._divisor = (self.pairs.image_ids >= 0).sum().clamp(min=1)
+                self._divisor = (self.pairs.ids.images >= 0).sum().clamp(min=1)
         return self._divisor
 
 
-class GroupExchange:
+class GroupExchange(abc.ABC):
     """What ring and gather have in common: who has how many rows, and what is summed up."""
 
-    images_at_once = None
+    images_at_once: int | None = None
 
     def __init__(
         self,
@@ -124,6 +129,10 @@ class GroupExchange:
         self.total_images = sum(h.real_images for h in headers)
         self.real_images = real_images
 
+    @abc.abstractmethod
+    def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
+        """See :class:`TextExchange`."""
+
     def all_reduce(self, tensor: Tensor, op: str) -> None:
         all_reduce(tensor, op, self.group, "search for the range of the texts")
 
@@ -140,11 +149,11 @@ class GroupExchange:
 class Gather(GroupExchange):
     """Texts are collected, and the sums of their gradients scattered to their owners."""
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any):
         super().__init__(*args)
-        self.gathered: list[Tensor | None] = [
-            self._gather(self.y), None if self.text_ids is None else self._gather(self.text_ids)
-        ]  # fmt: skip
+        ids = None if self.text_ids is None else self._gather(self.text_ids)
+        # texts and ids, until the last visit is over
+        self.gathered = [(self._gather(self.y), ids)]
 
     def _gather(self, local: Tensor) -> Tensor:
         """Everybody's rows, as many a rank as the largest has."""
@@ -159,10 +168,11 @@ class Gather(GroupExchange):
 
     def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
         rows, capacity, d = self.rows, max(self.rows), self.y.shape[1]
-        texts, ids = self.gathered
+        texts, ids = self.gathered[0]
         grads = None
         if need_grad:
             grads = self.y.new_zeros(self.size * capacity, d, dtype=self.acc)
+        blocks: list[tuple[slice, int, int | None]]
         if min(rows) == capacity:  # one visit of all texts
             blocks = [(slice(0, self.size * capacity), 0, self.rank * capacity)]
         else:  # one for each rank, of the rows that hold something
@@ -178,7 +188,7 @@ class Gather(GroupExchange):
             in_block = None if ids is None else ids[block]
             chunk = Texts(texts[block], in_block, first, diagonal, step)
             visit(chunk, None if grads is None else grads[block])
-        if not need_grad:
+        if grads is None:
             return None
         # texts are not needed beside the sum of their gradients, for which a backend may take
         # buffers; there is no visit after this one
@@ -219,9 +229,9 @@ def open_exchange(
 
     group = resolve_group(spec.group_name)
     check_device(group, x.device)
-    real_images = x.shape[0]
-    if pairs.image_ids is not None:
-        real_images = (pairs.image_ids >= 0).sum()
+    real_images: int | Tensor = x.shape[0]
+    if pairs.ids is not None:
+        real_images = (pairs.ids.images >= 0).sum()
         if _is_read_freely(x.device):
             real_images = int(real_images)
     if run.workspace_bytes is not None:
@@ -230,12 +240,15 @@ def open_exchange(
     header = header_of(x, y, affine, pairs, spec, run, known)
     headers = check_ranks_agree(header, group, x.device)
     rows, world_size = [h.rows for h in headers], len(headers)
-    impl = DIST_IMPLS.get(spec.dist_impl) or choose_impl(
-        max(rows), x.shape[1], x.dtype, world_size, any(h.need_text_grad for h in headers)
-    )
+    if spec.dist_impl is not None:
+        impl = DIST_IMPLS[spec.dist_impl]
+    else:
+        need_text_grad = any(h.need_text_grad for h in headers)
+        impl = choose_impl(max(rows), x.shape[1], x.dtype, world_size, need_text_grad)
     logger.debug("dist_impl=%s: %s over %d ranks, texts %s", spec.dist_impl, impl, world_size, rows)
     exchange = Gather if impl == "gather" else Ring
-    return exchange(y, pairs.text_ids, acc, headers, real_images, group)
+    text_ids = None if pairs.ids is None else pairs.ids.texts
+    return exchange(y, text_ids, acc, headers, real_images, group)
 
 
 def _is_read_freely(device: torch.device) -> bool:

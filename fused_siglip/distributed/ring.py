@@ -52,7 +52,7 @@ class Ring(GroupExchange):
         ring, rows = RingComm(self.group), self.rows
         capacity, d = max(rows), self.y.shape[1]
         texts = [self.y.new_empty(capacity, d) for _ in range(2)]
-        ids = None
+        ids: list[Tensor] = []
         if self.text_ids is not None:
             ids = [self.text_ids.new_empty(capacity) for _ in range(2)]
             ids[0][: rows[self.rank]].copy_(self.text_ids)
@@ -61,29 +61,30 @@ class Ring(GroupExchange):
         ]
         texts[0][: rows[self.rank]].copy_(self.y)
 
-        leaving = None  # the finished gradient of the chunk that moved on in the last step
+        # the finished gradient of the chunk that moved on in the last step
+        leaving: Tensor | None = None
         for step in range(self.size):
             owner = (self.rank - step) % self.size
             here, there = step % 2, 1 - step % 2
             n, n_next = rows[owner], rows[(owner - 1) % self.size]
-            # three gradients rotate: one leaves, one arrives, one is computed
-            computed = arriving = None
-            if need_grad:
-                computed, arriving = grads[step % 3][:n], grads[(step + 1) % 3][:n]
             if step + 1 < self.size:
                 ring.exchange(_TEXTS, texts[here][:n], texts[there][:n_next])
                 if ids:
                     ring.exchange(_IDS, ids[here][:n], ids[there][:n_next])
-            if need_grad and step > 0:
+            # three gradients rotate: one leaves, one arrives, one is computed
+            computed = grads[step % 3][:n] if need_grad else None
+            arriving = None
+            if leaving is not None:
+                arriving = grads[(step + 1) % 3][:n]
                 ring.exchange(_GRADS, leaving, arriving)
             ring.start()
             in_chunk = ids[here][:n] if ids else None
             diagonal = 0 if step == 0 else None
             visit(Texts(texts[here][:n], in_chunk, sum(rows[:owner]), diagonal, step), computed)
             ring.wait()
-            if need_grad:
-                leaving = computed if step == 0 else computed.add_(arriving)
-        if not need_grad:
+            if computed is not None:
+                leaving = computed if arriving is None else computed.add_(arriving)
+        if leaving is None:
             return None
         grad_y = self.y.new_empty(self.y.shape, dtype=self.acc)
         ring.exchange(_GRADS, leaving, grad_y)

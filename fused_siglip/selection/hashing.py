@@ -18,20 +18,18 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def _words(seed: int) -> list[int]:
-    """Four 32-bit words of a seed: two outputs of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    words = []
-    for step in (1, 2):
-        z = (seed + step * 0x9E3779B97F4A7C15) % 2**64
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-        z ^= z >> 31
-        words += [z & _MASK, z >> 32]
-    return words
+def _words(seed: int, step: int) -> tuple[int, int]:
+    """Two 32-bit words of a seed: output ``step`` of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    z = (seed + step * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    z ^= z >> 31
+    return z & _MASK, z >> 32
 
 
-def _keys(first: int, count: int, word: int, other: int, device: torch.device) -> Tensor:
+def _keys(first: int, count: int, words: tuple[int, int], device: torch.device) -> Tensor:
     """(count,) int32: a permutation of 32 bits, so that no two rows share a key."""
+    word, other = words
     index = torch.arange(first, first + count, device=device) & _MASK
     keys = _mix((_mix(index ^ word) + other) & _MASK)
     return torch.where(keys < 2**31, keys, keys - 2**32).int()
@@ -39,12 +37,12 @@ def _keys(first: int, count: int, word: int, other: int, device: torch.device) -
 
 def image_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor:
     """(count,) int32 keys of images ``first`` to ``first + count`` of the global batch."""
-    return _keys(first, count, *_words(seed)[:2], device)
+    return _keys(first, count, _words(seed, 1), device)
 
 
 def text_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor:
     """Likewise of texts."""
-    return _keys(first, count, *_words(seed)[2:], device)
+    return _keys(first, count, _words(seed, 2), device)
 
 
 def hash_cutoff(keep: float) -> int:

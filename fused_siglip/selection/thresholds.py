@@ -79,20 +79,19 @@ def search_thresholds(
     2**bits) int32 numbers of negatives, as :meth:`Panel.count` does: called with the bits that are
     known, (M,) int32 (None: none are), and the number of the step.
     """
-    prefix = wanted = None
-    for step, bits in enumerate(steps):
-        counts = count(None if prefix is None else prefix.int(), step)
-        if prefix is None:
-            # In whole numbers, which every device has. Rounded up, but 0.07 * 100 to 7: the share
-            # is cut.
-            share = int(keep * 2**_SHARE_BITS)
-            wanted = -(-counts.sum(1) * share >> _SHARE_BITS)
-            wanted.clamp_(min=1)
-        found, above = _bin_of_kth(counts, wanted)
-        del counts  # before the next come
-        prefix = found if prefix is None else (prefix << bits) + found
-        wanted = wanted - above
     assert sum(steps) == KEY_BITS
+    counts = count(None, 0)
+    # In whole numbers, which every device has. Rounded up, but 0.07 * 100 to 7: the share is cut.
+    share = int(keep * 2**_SHARE_BITS)
+    wanted = -(-counts.sum(1) * share >> _SHARE_BITS)
+    wanted.clamp_(min=1)
+    prefix, above = _bin_of_kth(counts, wanted)
+    for step in range(1, len(steps)):
+        del counts  # before the next come
+        wanted = wanted - above
+        counts = count(prefix.int(), step)
+        found, above = _bin_of_kth(counts, wanted)
+        prefix = (prefix << steps[step]) + found
     return key_to_float(prefix, dtype)
 
 

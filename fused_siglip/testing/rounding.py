@@ -16,7 +16,7 @@ UNIT_ROUNDOFF = {
 
 
 @torch.no_grad()
-def rounding_errors(
+def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     image_features: Tensor,  # (M, D)
     text_features: Tensor,  # (N, D)
     logit_scale: Tensor,  # one element
@@ -44,11 +44,8 @@ def rounding_errors(
     rounded, which errs twice as much.
     """
     dtype = image_features.dtype
-    x, y, t, b = (
-        tensor.detach().double()
-        for tensor in (image_features, text_features, logit_scale, logit_bias)
-    )
-    t, b = t.reshape(()), b.reshape(())
+    x, y = (features.detach().double() for features in (image_features, text_features))
+    t, b = (value.detach().double().reshape(()) for value in (logit_scale, logit_bias))
     accumulate = torch.promote_types(dtype, torch.float32)
     u = UNIT_ROUNDOFF[accumulate] + UNIT_ROUNDOFF[torch.float64]
     u_sum = 2 * u if x.is_cuda else u
@@ -61,10 +58,9 @@ def rounding_errors(
         valid = valid & (kept | positive if unsure is None else kept | positive | unsure)
     divisor = max(images, 1) if reduction == "mean" else 1
 
-    s = x @ y.T
+    s, ds = x @ y.T, d * u_sum * (x.abs() @ y.T.abs())
     z = t * s + b
     v = torch.where(positive, -z, z)
-    ds = d * u_sum * (x.abs() @ y.T.abs())
     dz = t.abs() * ds + u * (t.abs() * s.abs() + 3 * z.abs())
     tiny = torch.finfo(accumulate).tiny  # exponentials may be flushed to 0 below
     p, softplus, d_term, d_g = (
@@ -73,10 +69,8 @@ def rounding_errors(
     if unsure is not None:
         d_term, d_g = d_term + unsure * softplus, d_g + unsure * p
     stored = d_g  # in the dtype of the products
-    g_dtype = dtype if g_dtype is None else g_dtype
-    if g_dtype != accumulate:
-        stored = d_g + UNIT_ROUNDOFF[g_dtype] * (p + d_g)
-        stored += valid * smallest(g_dtype) / GRAD_SCALE.get(g_dtype, 1.0)
+    if (g_dtype or dtype) != accumulate:
+        stored = d_g + _stored_errors(p + d_g, g_dtype or dtype) * valid
 
     pairs = min(m * n, 128)
     errors = [
@@ -87,6 +81,11 @@ def rounding_errors(
         d_g.sum() + pairs * u * p.sum(),
     ]
     return [e / divisor for e in errors]
+
+
+def _stored_errors(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """What writing dL/dz of at most this size in ``dtype`` may do to it."""
+    return UNIT_ROUNDOFF[dtype] * largest + smallest(dtype) / GRAD_SCALE.get(dtype, 1.0)
 
 
 def _pair_masks(

@@ -76,7 +76,7 @@ def test_metadata(distributions):
         line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")
     }
     stacks = {"open-clip", "transformers", "sentence-transformers"}
-    assert extras == {"test", "bench", "demo", "dev", "triton"} | stacks
+    assert extras == {"test", "bench", "demo", "dev", "docs", "triton"} | stacks
     assert "License-Expression: Apache-2.0" in metadata or "License: Apache-2.0" in metadata
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fused_siglip import siglip_loss
+from fused_siglip import Easiest, Hardest, compute, siglip_loss
 from fused_siglip.distributed import agreement, exchange
 from support.global_batch import IMPLS, assert_global
 from support.inputs import make_inputs
@@ -81,3 +81,19 @@ def test_unequal_scalars_are_an_error_when_debugging(name, level):
 
 def test_unequal_scalars_are_not_read_otherwise():
     returned(launch(unequal, 3, "logit_scale", "OFF"))
+
+
+def another_backend(rank: int, world_size: int, negatives) -> None:
+    if rank == 1:  # as where Triton is installed on one machine only
+        compute.default_backend = lambda *args: "triton"
+    x, y = (t.detach() for t in make_inputs(4, 4, 8).tensors()[:2])
+    siglip_loss(x, y, 10.0, -10.0, negatives=negatives, group="world")
+
+
+@pytest.mark.parametrize("negatives", [Hardest(0.5), Easiest(0.5)], ids=repr)
+def test_thresholds_are_looked_for_by_one_backend(negatives):
+    """Each backend counts in steps of its own, in which texts go round the ranks."""
+    for kind, message in launch(another_backend, 2, negatives):
+        assert kind == "raised"
+        assert "ranks disagree on backend: torch on rank 0 and triton on rank 1" in message
+        assert "expected the same on every rank" in message

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.functional import normalize
 
 from fused_siglip import Easiest, Hardest, Random, siglip_loss
@@ -43,19 +44,15 @@ def make_ids(m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return image_ids, text_ids
 
 
-def operator_arguments(
+def opcheck(
     inputs, ids=(None, None), negative_only=False, needs=(True,) * 3, negatives=None,
-    reduction="mean", dtype=None,
+    reduction="mean", dtype=None, group=None, **options,
 ):  # fmt: skip
-    options = (None, "torch", None, None, reduction, negatives, 0.5, 7, dtype)
-    return (*inputs, *ids, negative_only, *needs, *options)
-
-
-def opcheck(*arguments, **options):
-    passed = torch.library.opcheck(
-        torch.ops.fused_siglip.sweep.default, operator_arguments(*arguments, **options)
-    )
-    assert set(passed.values()) == {"SUCCESS"}
+    name = "sweep" if group is None else "global_sweep"
+    operator = getattr(torch.ops.fused_siglip, name).default
+    rest = (None, "torch", group, None, reduction, negatives, 0.5, 7, dtype)
+    arguments = (*inputs, *ids, negative_only, *needs, *rest)
+    assert set(torch.library.opcheck(operator, arguments, **options).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("needs", NEEDS, ids=named)
@@ -86,6 +83,34 @@ def test_operator_for_rectangles(shape, reduction):
 @pytest.mark.parametrize("dtype", FLOATS[1:3], ids=str)
 def test_operator_under_autocast(dtype):
     opcheck(make_inputs(5, 5, dtype=torch.float32), dtype=dtype)
+
+
+@pytest.mark.parametrize("trainable", TRAINABLE, ids=named)
+def test_operator_whose_inputs_require_grad(trainable):
+    """Without the check that differentiates every output: two of them are gradients already."""
+    inputs = make_inputs(5, 5, dtype=torch.float32)
+    for tensor, required in zip(inputs, trainable, strict=True):
+        tensor.requires_grad_(required)
+    opcheck(
+        inputs,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("negatives", [None, "random", "hardest", "easiest"])
+@pytest.mark.parametrize("ids", [False, True])
+def test_operator_of_a_group(ids, negatives):
+    """A group of one rank. What several ranks exchange is tested in the package's own tests."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        opcheck(
+            make_inputs(5, 5, dtype=torch.float32),
+            ids=make_ids(5, 5) if ids else (None, None),
+            negatives=negatives,
+            group=dist.group.WORLD.group_name,
+        )
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE, ids=named)

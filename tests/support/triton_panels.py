@@ -8,6 +8,7 @@ import torch
 from fused_siglip.kernels import (
     GRAD_SCALE,
     Affine,
+    Ids,
     Pairs,
     PanelSpec,
     RandomMask,
@@ -59,9 +60,10 @@ def pair_masks(x, y, positives, kept=None):
     j = torch.arange(y.shape[0], device=x.device)
     positive = torch.zeros(len(x), len(y), dtype=torch.bool, device=x.device)
     valid = ~positive
-    if positives.image_ids is not None:
-        positive = positives.image_ids[:, None] == positives.text_ids
-        valid = (positives.image_ids >= 0)[:, None] & (positives.text_ids >= 0)
+    if positives.ids is not None:
+        image_ids, text_ids = positives.ids
+        positive = image_ids[:, None] == text_ids
+        valid = (image_ids >= 0)[:, None] & (text_ids >= 0)
     elif positives.diagonal is not None:
         positive = j == i + positives.diagonal
     if isinstance(kept, ScoreThreshold):
@@ -167,7 +169,7 @@ def normalized_scores(x, y, center, inv_radius):  # (m, D), (n, D), (m,), (m,) -
 def labels(m, n, low=-2):
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(low, 20, (k,), generator=generator).to(DEVICE) for k in (m, n)]
-    return Pairs(None, *ids)
+    return Pairs(None, Ids(*ids))
 
 
 POSITIVES = {

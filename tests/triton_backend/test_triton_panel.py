@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fused_siglip import siglip_loss
-from fused_siglip.kernels import Pairs, PanelSpec, triton_panel
+from fused_siglip.kernels import Ids, Pairs, PanelSpec, triton_panel
 from fused_siglip.kernels.triton_panel import TritonPanel
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 from support.triton_panels import (
@@ -72,14 +72,14 @@ def test_ids_with_repeats_and_padding(dtype):
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(-2, 20, (k,), generator=generator).to(DEVICE) for k in (m, n)]
     ids = [torch.where(i > 10, i + 2**40, i) for i in ids]  # int64 in earnest
-    check(x, y, positives=Pairs(None, *ids))
-    clean = run(x, y, positives=Pairs(None, *ids))
+    check(x, y, positives=Pairs(None, Ids(*ids)))
+    clean = run(x, y, positives=Pairs(None, Ids(*ids)))
     x[ids[0] < 0] = torch.nan
     y[ids[1] < 0] = torch.inf
-    padded = run(x, y, positives=Pairs(None, *ids))
+    padded = run(x, y, positives=Pairs(None, Ids(*ids)))
     assert torch.equal(clean[0], padded[0]) and torch.equal(clean[1], padded[1])
     nothing = torch.full((m,), -1, device=DEVICE)
-    sums, g = run(x, y, positives=Pairs(None, nothing, ids[1]))
+    sums, g = run(x, y, positives=Pairs(None, Ids(nothing, ids[1])))
     assert not sums.any() and not g.any()
 
 
@@ -119,9 +119,8 @@ def test_nan_and_inf_propagate_as_in_torch(shape, value):
 def test_variants_agree_and_repeat_to_the_bit(positives):
     x, y = features(150, 260, 48, torch.bfloat16)
     if positives == "ids":
-        positives = Pairs(
-            None, torch.arange(150, device=DEVICE) % 50, torch.arange(260, device=DEVICE) % 70
-        )
+        ids = torch.arange(150, device=DEVICE) % 50, torch.arange(260, device=DEVICE) % 70
+        positives = Pairs(None, Ids(*ids))
     sums, g = run(x, y, positives=positives)
     again = run(x, y, positives=positives)
     assert torch.equal(sums, again[0]) and torch.equal(g, again[1])

@@ -34,9 +34,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_flags_tell_which_tiles_hold_what_is_kept(positives):
     x, y = features(*TILED, 16, torch.float32)
     positives = POSITIVES[positives](*TILED)
-    if positives.image_ids is not None:
-        positives.image_ids[128:256] += 20 * (positives.text_ids[128:].max() >= 0)
-        positives.text_ids[256:384] = -1
+    if positives.ids is not None:
+        image_ids, text_ids = positives.ids
+        image_ids[128:256] += 20 * (text_ids[128:].max() >= 0)
+        text_ids[256:384] = -1
     kept = tiled_choice(x, y)
     panel, _ = panel_of(x, y, positives, kept)
     expected = tiles_kept(x, y, positives, kept)
@@ -45,7 +46,7 @@ def test_flags_tell_which_tiles_hold_what_is_kept(positives):
     x[140] = torch.nan
     panel, _ = panel_of(x, y, positives, kept)
     expected[1] = True
-    if positives.image_ids is not None:
+    if positives.ids is not None:
         expected[:, 2] = False
     assert torch.equal(panel.flags.view(3, 4), expected.int())
 
