@@ -27,7 +27,8 @@ def distributions(tmp_path_factory):
     pytest.importorskip("build")
     tree = tmp_path_factory.mktemp("tree")
     for name in ("fused_siglip", "kernels"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     out = tmp_path_factory.mktemp("dist")
@@ -40,6 +41,7 @@ def distributions(tmp_path_factory):
 
 def sources() -> set[str]:
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fused_siglip").rglob("*.py")}
+    package.add("fused_siglip/py.typed")
     return package | {f"fused_siglip/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
 
 
@@ -83,7 +85,7 @@ def test_sdist_builds_the_same(distributions):
     with tarfile.open(sdist) as archive:
         names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
     for source in sources():
-        assert source.replace("fused_siglip/kernels/", "kernels/") in names
+        assert source in names
     assert {"setup.py", "README.md", "LICENSE"} <= names
 
 
