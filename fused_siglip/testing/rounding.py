@@ -49,7 +49,7 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     accumulate = torch.promote_types(dtype, torch.float32)
     u = UNIT_ROUNDOFF[accumulate] + UNIT_ROUNDOFF[torch.float64]
     u_sum = 2 * u if x.is_cuda else u
-    (m, d), n = x.shape, y.shape[0]
+    m, n, d = len(x), *y.shape
     if image_ids is not None and text_ids is not None:  # padding may hold anything
         x = torch.where(image_ids[:, None] < 0, 0, x)
         y = torch.where(text_ids[:, None] < 0, 0, y)
@@ -62,9 +62,8 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     z = t * s + b
     v = torch.where(positive, -z, z)
     dz = t.abs() * ds + u * (t.abs() * s.abs() + 3 * z.abs())
-    tiny = torch.finfo(accumulate).tiny  # exponentials may be flushed to 0 below
     p, softplus, d_term, d_g = (
-        torch.where(valid, w, 0) for w in _log_sigmoid_errors(v, dz, u, tiny)
+        torch.where(valid, w, 0) for w in _log_sigmoid_errors(v, dz, u, accumulate)
     )
     if unsure is not None:
         d_term, d_g = d_term + unsure * softplus, d_g + unsure * p
@@ -109,10 +108,11 @@ def _pair_masks(
 
 
 def _log_sigmoid_errors(
-    v: Tensor, dz: Tensor, u: float, tiny: float
+    v: Tensor, dz: Tensor, u: float, accumulate: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M, N) each
     """sigmoid(v) and softplus(v), and what errors ``dz`` of v and rounding do to softplus and
     sigmoid."""
+    tiny = torch.finfo(accumulate).tiny  # exponentials may be flushed to 0 below
     p, q = v.sigmoid(), (-v).sigmoid()
     softplus = v.clamp(min=0) + torch.log1p(torch.exp(-v.abs()))
     grown = torch.expm1(dz.clamp(max=700))  # sigmoid'(v) is p q, and changes by exp(dz) at most
