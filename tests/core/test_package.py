@@ -1,5 +1,6 @@
 """What is built, what it holds, and that it works where nothing else is installed."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_wheel_holds_the_package_and_nothing_else(distributions):
     wheel, _ = distributions
     assert fused_siglip.__version__ in wheel.name
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    assert names == sources()
+    assert names == {*sources(), "fused_siglip/py.typed"}
 
 
 def test_wheel_works_on_its_own(distributions, tmp_path):
@@ -63,6 +64,40 @@ def test_wheel_works_on_its_own(distributions, tmp_path):
         "print(fused_siglip.__file__, x.grad.isfinite().all().item())"
     )
     assert out.split() == [str(tmp_path / "fused_siglip/__init__.py"), "True"]
+
+
+CONSUMER = """
+import torch
+from fused_siglip import LearnableSigLipLoss, Random, SigLipLoss, siglip_loss
+
+x = torch.zeros(4, 8)
+siglip_loss(x, x, 10.0, -10.0, negatives=Random(0.5, seed=1), group="world")
+LearnableSigLipLoss(max_logit_scale=100)(x, x, negatives=None)
+SigLipLoss(world_size=2)(x, x, 10.0, None)
+"""
+
+
+def test_a_user_of_the_wheel_is_type_checked(distributions, tmp_path):
+    pytest.importorskip("mypy")
+    wheel, _ = distributions
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    # torch is left out: reading it takes most of a minute
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n")
+
+    def mypy(code: str) -> str:
+        (tmp_path / "use.py").write_text(code)
+        return subprocess.run(
+            [sys.executable, "-m", "mypy", "use.py"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    assert mypy(CONSUMER).startswith("Success")
+    wrong = mypy(f"{CONSUMER}siglip_loss(x, x, 10.0, reduction=3)\nsiglip_loss(x, x, 1.0, keep=1)")
+    assert "incompatible type" in wrong and "Unexpected keyword" in wrong
+    assert "Found 2 errors" in wrong
 
 
 def test_metadata(distributions):
@@ -84,9 +119,8 @@ def test_sdist_builds_the_same(distributions):
     _, sdist = distributions
     with tarfile.open(sdist) as archive:
         names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
-    for source in sources():
-        assert source in names
-    assert {"setup.py", "README.md", "LICENSE"} <= names
+    # kernels/ is in it where its link is, so that the wheel is built from it alike
+    assert {*sources(), "fused_siglip/py.typed", "setup.py", "README.md", "LICENSE"} <= names
 
 
 def test_import_touches_neither_triton_nor_a_device():
