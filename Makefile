@@ -14,7 +14,9 @@ CORE = $(foreach part,loss autograd checks engine properties negatives distribut
 
 .PHONY: demo demo-full test paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-oldest test-newest bench bench-integrations lint clean
 
-# One to two minutes on two cores; writes to build/demo.
+# One to two minutes on two cores; writes to build/demo. Threads sleep while they wait: where other
+# programs run, those that spin would take each other's time, and the fused loss waits most often.
+demo: export OMP_WAIT_POLICY = passive
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
 
