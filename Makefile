@@ -5,14 +5,19 @@ TRITON ?= triton==3.6.0
 OPEN_CLIP = open_clip_torch==3.3.0
 OPEN_CLIP_NEEDS = ftfy==6.3.1 regex==2026.11.15 webdataset==1.0.2 pandas==3.1.1
 STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 accelerate==1.15.0 datasets==5.2.0
+DOCS = mkdocs-material mkdocstrings-python ruff
 VENV = .venv
+DOCS_VENV = .venv-docs
 MINUTES = 5
 STEPS = 10000
 SCHEDULES = 2000
 RUN = $(VENV)/bin/python
-CORE = $(foreach part,loss autograd checks engine properties negatives distributed long_runs modules selfcheck,tests/test_$(part).py)
+PRODUCT = tests/core tests/triton_backend tests/distributed
+# Triton's kernels in its interpreter.
+QUICK_INTERPRETER = HYPOTHESIS_PROFILE=quick TRITON_INTERPRET=1 $(RUN) -m pytest $(PRODUCT) \
+	-m "interpreter and not exhaustive" -n 2 --dist loadgroup
 
-.PHONY: demo demo-full test paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-oldest test-newest bench bench-integrations lint clean
+.PHONY: demo demo-full test test-all paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-oldest test-newest bench bench-integrations docs lint clean
 
 # One to two minutes on two cores; writes to build/demo. Threads sleep while they wait: where other
 # programs run, those that spin would take each other's time, and the fused loss waits most often.
@@ -26,27 +31,33 @@ demo-full: $(VENV)/ready
 
 # The paper's claims at a small scale: runs what is missing, writes docs/paper.md.
 paper: $(VENV)/ready
-	$(RUN) -m examples.paper --all
+	$(RUN) -m benchmarks.studies --all
 
+# The product's own tests, in five minutes. What is marked as exhaustive is left out (tests/conftest.py).
 test: $(VENV)/ready
-	$(RUN) -m pytest -n 2 --dist loadgroup
-	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton -n 2
+	HYPOTHESIS_PROFILE=quick $(RUN) -m pytest $(PRODUCT) -m "not exhaustive" -n 2 --dist loadgroup
+	$(QUICK_INTERPRETER)
 
-# The laws of the loss on random calls, until a miss.
+# Everything: those again at full length, the tooling, slices of the soak tests, the studies.
+test-all: $(VENV)/ready
+	$(RUN) -m pytest -n 2 --dist loadgroup
+	TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreter -n 2 --dist loadgroup
+
+# The invariants of the loss on random calls, until one does not hold.
 fuzz: $(VENV)/ready
-	PYTHONPATH=tests $(RUN) -m fuzz --minutes $(MINUTES)
+	PYTHONPATH=tests $(RUN) -m soak.fuzz --minutes $(MINUTES)
 
 # The package broken on purpose, one line at a time: which test notices.
 mutations: $(VENV)/ready
-	PYTHONPATH=tests $(RUN) -m mutations
+	PYTHONPATH=tests $(RUN) -m soak.mutations
 
 # Steps of changing batch size: neither memory nor errors nor compiled graphs grow.
 longrun: $(VENV)/ready
-	PYTHONPATH=tests $(RUN) -m longrun --steps $(STEPS)
+	PYTHONPATH=tests $(RUN) -m soak.longrun --steps $(STEPS)
 
 # The Gluon panel kernel on the emulator, a random order of events each.
 soak-gluon: $(VENV)/ready
-	PYTHONPATH=tests $(RUN) -m gluon_soak --schedules $(SCHEDULES)
+	PYTHONPATH=tests $(RUN) -m soak.gluon_soak --schedules $(SCHEDULES)
 
 # Of fused_siglip/ and the torch backend, also in the processes that tests start.
 coverage: $(VENV)/ready
@@ -56,7 +67,7 @@ coverage: $(VENV)/ready
 	$(VENV)/bin/coverage report --fail-under=95
 	mkdir -p build
 	$(VENV)/bin/coverage json --quiet -o build/coverage.json
-	$(RUN) -m benchmarks.covered build/coverage.json
+	$(RUN) -m benchmarks.report.coverage_report build/coverage.json
 
 # The training stacks themselves, each with a tiny model.
 test-integrations: VENV = .venv-integrations
@@ -76,8 +87,8 @@ test-newest-triton: TRITON = triton
 test-newest-triton: VENV = .venv-newest
 test-newest-triton:
 	$(MAKE) VENV=$(VENV) TRITON=$(TRITON) $(VENV)/ready
-	$(RUN) -m pytest tests/test_triton_compiled.py -n 2
-	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton -n 2
+	$(RUN) -m pytest tests/triton_backend/test_triton_compiled.py -n 2
+	$(QUICK_INTERPRETER)
 
 # The ends of what setup.py allows. Both are CUDA builds: gigabytes, minutes to install.
 test-oldest: TORCH = torch==2.10.0
@@ -89,23 +100,28 @@ test-newest: VENV = .venv-newest-torch
 test-oldest test-newest:
 	$(MAKE) VENV=$(VENV) TORCH=$(TORCH) TRITON=$(TRITON) $(VENV)/ready
 	$(RUN) -m fused_siglip
-	$(RUN) -m pytest $(CORE)
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(CORE) -k triton
+	HYPOTHESIS_PROFILE=quick $(RUN) -m pytest tests/core tests/distributed -m "not exhaustive" -n 2 --dist loadgroup
+	$(QUICK_INTERPRETER)
 
 bench: $(VENV)/ready
-	$(RUN) -m benchmarks.bench_loss
+	$(RUN) -m benchmarks.suites.loss
 
 bench-integrations: VENV = .venv-integrations
 bench-integrations:
 	$(MAKE) VENV=$(VENV) $(VENV)/stacks
-	PYTHONPATH=tests:tests/integrations $(RUN) -m benchmarks.bench_integrations
+	PYTHONPATH=tests:tests/integrations $(RUN) -m benchmarks.suites.integrations
+
+# The documentation as a site, in build/site. Nothing is imported: it needs no torch.
+docs: $(DOCS_VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 clean:
-	rm -rf .venv .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info
+	rm -rf .venv .venv-docs .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info
 
 # torch first and pinned: any other package would bring its own choice. open_clip without its
 # dependencies: the tests load its loss, which needs torch alone.
@@ -126,4 +142,9 @@ $(VENV)/stacks: $(VENV)/ready
 # What transformers' tests import besides.
 $(VENV)/peers: $(VENV)/stacks
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check parameterized==0.9.0
+
+# setup.py's docs extra, without the package itself.
+$(DOCS_VENV)/ready: Makefile .ci/constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(DOCS)
 	touch $@

@@ -11,7 +11,6 @@ VERSION = re.search(
 EXTRAS = {
     "test": [
         "pytest",
-        "pytest-benchmark",
         "pytest-xdist",
         "hypothesis",
         "coverage",
@@ -29,7 +28,9 @@ STACKS = {
     "transformers": ["transformers>=5.4,<6"],
     "sentence-transformers": ["sentence-transformers[train]>=6.0,<7"],
 }
-EXTRAS["dev"] = sorted({name for extra in EXTRAS.values() for name in extra} | {"ruff"})
+EXTRAS["dev"] = sorted({name for extra in EXTRAS.values() for name in extra} | {"mypy", "ruff"})
+# Beside dev, not in it: the site is built without importing the package (make docs).
+EXTRAS["docs"] = ["mkdocs-material", "mkdocstrings-python", "ruff"]
 
 setup(
     name="fused-siglip",

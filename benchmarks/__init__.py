@@ -1,2 +1,2 @@
-"""Speed, memory and accuracy of the loss, measured; see README.md here. Run from the repository
-root, for example ``python -m benchmarks.bench_loss``."""
+"""Measures speed, memory and accuracy of the loss; README.md describes it. Run from the repository
+root, for example ``python -m benchmarks.suites.loss``."""

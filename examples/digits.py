@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import compare_sizes, environment, write_results
-from benchmarks.losses import default_fused
+from benchmarks.common.baselines import default_fused
+from benchmarks.common.results import environment, write_results
+from benchmarks.common.timing import compare_sizes
 
 from .captions import load_splits
 from .report import cost_table, plot_costs, plot_training, training_table
@@ -53,10 +54,10 @@ def train_all(steps: int, device: str) -> list[Run]:
 
 
 def measure(plan: Plan, device: str) -> list[dict]:
-    contestants = (default_fused(device), "eager", "row_chunked")
+    baselines = (default_fused(device), "eager", "row_chunked")
     rows = []
     for size, repeats in plan.repeats.items():
-        rows += compare_sizes([size], plan.dim, "float32", device, contestants, repeats)
+        rows += compare_sizes([size], plan.dim, "float32", device, baselines, repeats)
     return rows
 
 

@@ -7,12 +7,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import validation
-from .distributed import exchange
-from .negatives import Negatives, kind_of
-from .operator import GLOBAL_SWEEP, SWEEP, call_operator
+from .distributed import agreement
+from .kernels import Ids
+from .negatives import Negatives, choice_of
+from .operator import call_operator
+from .spec import GradMask, LossSpec
 
 
-def siglip_loss(
+def siglip_loss(  # noqa: PLR0913, the package's one call
     image_features: Tensor,  # (M, D)
     text_features: Tensor,  # (N, D)
     logit_scale: float | Tensor,
@@ -28,17 +30,17 @@ def siglip_loss(
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor:  # ()
-    r"""Sigmoid contrastive loss of image and text features, without the matrix of logits.
+    """Sigmoid contrastive loss of image and text features, without the matrix of logits.
 
-    .. math:: L = -\frac{1}{R} \sum_{i,j} \log\sigma(l_{ij} (t \, x_i \cdot y_j + b))
+        L = -1/R * sum over i, j of log sigmoid(l_ij * (t * <x_i, y_j> + b))
 
-    with :math:`l_{ij} = 1` for a positive pair and -1 for a negative one, summed over texts and
-    averaged over images (algorithm 1 of `arXiv 2303.15343 <https://arxiv.org/abs/2303.15343>`_).
-    One sweep over bounded panels of the pair matrix computes the loss and every gradient that is
-    needed; backward only multiplies by the upstream gradient.
+    with l_ij = 1 for a positive pair and -1 for a negative one, summed over texts and averaged over
+    images (algorithm 1 of https://arxiv.org/abs/2303.15343). One sweep over bounded panels of the
+    pair matrix computes the loss and every gradient that is needed; backward only multiplies by the
+    upstream gradient.
 
     Args:
-        image_features: (M, D), normally L2-normalised; float32, bfloat16, float16, or float64
+        image_features: (M, D), normally L2-normalized; float32, bfloat16, float16, or float64
             (torch backend). Any strides.
         text_features: (N, D), of the same dtype and device. Under autocast both are cast as
             ``torch.matmul`` casts its operands, so float32 and bfloat16 may meet there.
@@ -70,8 +72,8 @@ def siglip_loss(
             can run (not in float64, not below compute capability 8.0), otherwise torch.
 
     Returns:
-        The loss: a float32 scalar (float64 for float64 features), 0 for an empty batch. Logits and
-        sums are float32 (float64) throughout; float32 products are computed as torch's own
+        A float32 scalar (float64 for float64 features), 0 for an empty batch. Logits and sums are
+        float32 (float64) throughout; float32 products are computed as torch's own
         (``torch.set_float32_matmul_precision``, ``torch.backends``). Gradients arrive in the dtype
         and shape of their inputs, accumulated in float32 (float64). NaN and Inf pass through as in
         torch. First derivatives are exact under torch.func.grad, vjp, jacrev and vmap, in
@@ -88,7 +90,7 @@ def siglip_loss(
             rank of the group is lost (gloo. With NCCL a wait returns at once and its watchdog ends
             the process at the group's timeout: docs/distributed.md has what helps).
     """
-    group = validation.check_group(group, dist_impl, exchange.DIST_IMPLS)
+    group = validation.check_group(group, dist_impl, agreement.DIST_IMPLS)
     try:
         dtype = validation.check_features(image_features, text_features)
         device = image_features.device
@@ -102,37 +104,28 @@ def siglip_loss(
     except (TypeError, ValueError):
         if group is not None:
             device = image_features.device if isinstance(image_features, Tensor) else None
-            exchange.report_bad_arguments(group, device)
+            agreement.report_bad_arguments(group, device)
         raise
 
     scale = _as_tensor(logit_scale, dtype, device)
     bias = _as_tensor(logit_bias, dtype, device)
-    if image_ids is not None:
-        image_ids, text_ids = image_ids.long(), text_ids.long()
+    ids = None
+    if image_ids is not None and text_ids is not None:
+        ids = Ids(image_ids.long(), text_ids.long())
         if negative_only:
-            image_ids, text_ids = _never_equal(image_ids, text_ids)
-    if negatives is not None and negatives.keep == 1:
-        negatives = None
-    loss, *_ = call_operator(
-        SWEEP if group is None else GLOBAL_SWEEP,
-        image_features,
-        text_features,
-        scale,
-        bias,
-        image_ids,
-        text_ids,
-        negative_only,
-        *(False,) * 3,  # which gradients: their derivative decides
-        workspace_bytes,
-        backend,
-        None if group is None else group.group_name,
-        dist_impl,
-        reduction,
-        kind_of(negatives),
-        1.0 if negatives is None else float(negatives.keep),
-        getattr(negatives, "seed", 0),
-        dtype,
+            ids = _never_equal(*ids)
+    spec = LossSpec(
+        grads=GradMask(False, False, False),  # the derivative decides
+        negative_only=negative_only,
+        negatives=choice_of(negatives),
+        reduction=reduction,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        group_name=None if group is None else group.group_name,
+        dist_impl=dist_impl,
+        dtype=dtype,
     )
+    loss, *_ = call_operator(image_features, text_features, scale, bias, ids, spec)
     return loss
 
 
@@ -144,6 +137,6 @@ def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) 
     )
 
 
-def _never_equal(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _never_equal(image_ids: Tensor, text_ids: Tensor) -> Ids:
     """Ids that keep the padding and make no pair positive."""
-    return image_ids.clamp(-1, 0), torch.where(text_ids < 0, -1, 1)
+    return Ids(image_ids.clamp(-1, 0), torch.where(text_ids < 0, -1, 1))

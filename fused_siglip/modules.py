@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import scalars, validation
-from .distributed.exchange import DIST_IMPLS
+from .distributed.agreement import DIST_IMPLS
 from .distributed.groups import OMITTED, GroupRef
 from .loss import siglip_loss
 from .negatives import Negatives
@@ -20,6 +20,8 @@ from .negatives import Negatives
 
 class _WithGroup(nn.Module):
     """A module that holds a process group, or the name of one."""
+
+    _group: GroupRef
 
     @property
     def group(self) -> dist.ProcessGroup | str | None:
@@ -165,6 +167,14 @@ class SigLipLoss(_WithGroup):
         return -nn.functional.logsigmoid(labels * logits).sum() / image_features.shape[0]
 
 
+class _LossOptions(TypedDict):
+    """What :func:`siglip_loss` is called with besides."""
+
+    dist_impl: str | None
+    workspace_bytes: int | None
+    backend: str | None
+
+
 class LearnableSigLipLoss(_WithGroup):
     """The loss with its own learnable scale and bias, for a loop that has neither.
 
@@ -188,7 +198,9 @@ class LearnableSigLipLoss(_WithGroup):
         group: as in :func:`fused_siglip.siglip_loss`; "world" is looked up when the module is
             called. ``torch.distributed.group.WORLD`` is None before ``init_process_group``: give
             "world" instead.
-        dist_impl, workspace_bytes, backend: as in :func:`fused_siglip.siglip_loss`.
+        dist_impl: as in :func:`fused_siglip.siglip_loss`.
+        workspace_bytes: likewise.
+        backend: likewise.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -196,6 +208,9 @@ class LearnableSigLipLoss(_WithGroup):
             is not above 0; in ``forward``, a group that was None because it was looked up before
             ``init_process_group``, or was destroyed.
     """
+
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter
 
     def __init__(
         self,
@@ -219,7 +234,7 @@ class LearnableSigLipLoss(_WithGroup):
         self._made_on_meta = self.logit_scale.is_meta
         self.max_logit_scale = max_logit_scale
         self.group = group
-        self.options = {
+        self.options: _LossOptions = {
             "dist_impl": dist_impl,
             "workspace_bytes": workspace_bytes,
             "backend": backend,
@@ -234,7 +249,7 @@ class LearnableSigLipLoss(_WithGroup):
         text_ids: Tensor | None = None,  # (N,)
         negatives: Negatives | None = None,
     ) -> Tensor:  # ()
-        """The loss of L2-normalised features; ids and negatives as in :func:`siglip_loss`."""
+        """The loss of L2-normalized features; ids and negatives as in :func:`siglip_loss`."""
         return siglip_loss(
             image_features,
             text_features,
@@ -276,7 +291,7 @@ class LearnableSigLipLoss(_WithGroup):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnableSigLipLoss:
         return super()._apply(scalars.keeping_scalars(self, fn, self._starts()), recurse)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self._starts():
             value = state_dict.get(prefix + name)
             if not isinstance(value, Tensor):
@@ -290,9 +305,9 @@ class LearnableSigLipLoss(_WithGroup):
 
     @property
     def _is_hf_initialized(self) -> bool:
-        """What transformers asks before it initialises a module whose weights a checkpoint lacks.
+        """What transformers asks before it initializes a module whose weights a checkpoint lacks.
 
-        Its own initialiser knows torch's modules only and would leave whatever memory holds. It
+        Its own initializer knows torch's modules only and would leave whatever memory holds. It
         marks the parameters that it has loaded, which ``reset_parameters`` spares.
         """
         if self._made_on_meta and not self.logit_scale.is_meta:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from .kernels import Panel, multiplies_half_into_fp32, panel_class
+from .kernels import Panel, PanelSpec, multiplies_half_into_fp32, panel_class
+from .spec import GradMask
 
 # Without a caller's bound. On a CPU: fp32 panels of 2048 x 2048, which stay in the last-level
 # cache while products are near their best; a GPU panel wants to be large enough to fill the chip in
@@ -68,81 +71,82 @@ def _side(total: int, most: int, tile: int, d: int, multiprocessors: int | None)
     return min((tiles * tile for tiles in range(max(most // 2, 1), most + 1)), key=cost)
 
 
-def plan_panels(
-    m: int,
-    n: int,
-    d: int,
-    dtype: torch.dtype,
-    device_type: str,
-    backend: str,
-    *,
-    need_image_grad: bool = True,
-    need_text_grad: bool = True,
-    need_scalar_grads: bool = True,
-    filters_negatives: bool = False,
-    copies_operands: bool = False,
-    multiprocessors: int | None = None,
-    workspace_bytes: int | None = None,
-) -> PanelPlan:
-    """Choose the panels: a pure function of its arguments; asks no device anything.
+class PlanRequest(NamedTuple):
+    """What panels are planned for."""
+
+    m: int
+    n: int
+    d: int
+    dtype: torch.dtype  # of the features, after autocast
+    device_type: str
+    backend: str
+    grads: GradMask = GradMask()
+    filters_negatives: bool = False  # negatives are selected, or counted
+    # The sweep copies rows before use, whatever D: padding must be blanked out, or the features'
+    # strides do not suit the backend.
+    copies_operands: bool = False
+    multiprocessors: int | None = None  # of a GPU
+    workspace_bytes: int | None = None  # the caller's bound
+
+
+def plan_panels(request: PlanRequest) -> PanelPlan:
+    """Choose the panels: a pure function of its argument; asks no device anything.
 
     Panels are as square as the budget allows, since every panel reads and writes its rows of dX and
     its columns of dY once: that traffic is proportional to 1/rows + 1/cols. On a GPU the sides are
     then cut back to where the products dX and dY fill whole waves of its ``multiprocessors``;
     elsewhere they are evened out, so that the last panel is not a sliver.
 
-    ``copies_operands`` says that the sweep copies rows before use, whatever D: padding must be
-    blanked out, or the features' strides do not suit the backend. ``filters_negatives`` says that negatives
-    are chosen, or counted.
-
     Raises ValueError when ``workspace_bytes`` cannot hold one tile.
     """
-    return _plan(
-        panel_class(backend), multiplies_half_into_fp32(device_type), m, n, d, dtype, device_type,
-        backend, need_image_grad, need_text_grad, need_scalar_grads, filters_negatives, copies_operands,
-        multiprocessors, workspace_bytes,
-    )  # fmt: skip
+    half_products = multiplies_half_into_fp32(request.device_type)
+    return _plan(request, panel_class(request.backend), half_products)
 
 
 @functools.lru_cache(maxsize=256)  # steps of a training ask for the same plan again
 def _plan(
+    request: PlanRequest,
     panel: type[Panel],
     half_products: bool,  # half operands, accumulated in fp32
-    m: int,
-    n: int,
-    d: int,
-    dtype: torch.dtype,
-    device_type: str,
-    backend: str,
-    need_image_grad: bool,
-    need_text_grad: bool,
-    need_scalar_grads: bool,
-    filters_negatives: bool,
-    copies_operands: bool,
-    multiprocessors: int | None,
-    workspace_bytes: int | None,
 ) -> PanelPlan:
+    m, n, d, dtype = request[:4]
     accumulate_dtype = torch.promote_types(dtype, torch.float32)
     # Where the library products cannot take half operands and accumulate in fp32 (Triton's own
     # can), a panel's rows and columns are converted when it is their turn.
-    operand_dtype = dtype if backend == "triton" or half_products else accumulate_dtype
+    converts = request.backend != "triton" and not half_products
+    operand_dtype = accumulate_dtype if converts else dtype
     operand_dim = _ceil_div(d, panel.align) * panel.align
-    store_dlogits = need_image_grad or need_text_grad
+    grads = request.grads
 
     def workspace(rows: int, cols: int) -> int:
-        return panel.workspace_bytes(
-            rows, cols, operand_dtype, store_dlogits, need_scalar_grads, filters_negatives
-        )
+        spec = PanelSpec(
+            rows, cols, operand_dtype, grads.image or grads.text, grads.scalars,
+            request.filters_negatives,
+        )  # fmt: skip
+        return panel.workspace_bytes(spec)
 
-    budget = workspace_bytes
+    rows, cols = _panel_shape(request, panel.tile, workspace)
+    used = workspace(rows, cols)
+    peak = used + (grads.image * m + grads.text * n) * d * accumulate_dtype.itemsize
+    if request.copies_operands or operand_dim != d or operand_dtype != dtype:
+        peak += (rows + cols) * operand_dim * operand_dtype.itemsize
+    return PanelPlan(rows, cols, operand_dtype, operand_dim, accumulate_dtype, used, peak)
+
+
+def _panel_shape(
+    request: PlanRequest, tile: tuple[int, int], workspace: Callable[[int, int], int]
+) -> tuple[int, int]:
+    """Rows and columns of a panel; ``workspace`` is what the backend takes for a panel's sides."""
+    m, n, d = request[:3]
+    budget = request.workspace_bytes
     if budget is None:
-        budget = _DEFAULT_WORKSPACE.get(device_type, _DEFAULT_WORKSPACE_GPU)
-    tile_m, tile_n = min(panel.tile[0], max(m, 1)), min(panel.tile[1], max(n, 1))
+        budget = _DEFAULT_WORKSPACE.get(request.device_type, _DEFAULT_WORKSPACE_GPU)
+    tile_m, tile_n = min(tile[0], max(m, 1)), min(tile[1], max(n, 1))
     tile_bytes = workspace(tile_m, tile_n)
     if budget < tile_bytes:
         raise ValueError(
-            f"workspace_bytes={budget} cannot hold one {tile_m} x {tile_n} tile of the {backend} "
-            f"backend: expected at least {tile_bytes}"
+            f"workspace_bytes={budget} cannot hold one {tile_m} x {tile_n} tile of the "
+            f"{request.backend} backend: expected at least {tile_bytes}"
         )
 
     tiles = budget // tile_bytes
@@ -154,14 +158,10 @@ def _plan(
     def shape(tiles: int) -> tuple[int, int]:
         rows = min(tiles_m, max(math.isqrt(tiles), tiles // tiles_n))
         cols = min(tiles_n, tiles // rows)
-        rows = min(_side(m, rows, tile_m, d, multiprocessors), m)
-        return rows, min(_side(n, cols, tile_n, d, multiprocessors), n)
+        rows = min(_side(m, rows, tile_m, d, request.multiprocessors), m)
+        return rows, min(_side(n, cols, tile_n, d, request.multiprocessors), n)
 
     rows, cols = shape(max(tiles, side * side))
     if workspace(rows, cols) > budget:
         rows, cols = shape(tiles)
-    used = workspace(rows, cols)
-    peak = used + (need_image_grad * m + need_text_grad * n) * d * accumulate_dtype.itemsize
-    if copies_operands or operand_dim != d or operand_dtype != dtype:
-        peak += (rows + cols) * operand_dim * operand_dtype.itemsize
-    return PanelPlan(rows, cols, operand_dtype, operand_dim, accumulate_dtype, used, peak)
+    return rows, cols

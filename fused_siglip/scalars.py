@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,12 @@ class _BoundedExp(torch.autograd.Function):
         return torch.where(log_scale > math.log(bound), bound, factor.clamp(max=bound))
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, float], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
         log_scale, bound = inputs
         ctx.save_for_backward(output, log_scale > math.log(bound))
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         factor, beyond = ctx.saved_tensors
         grad = upstream * factor
         return torch.where(beyond, grad.clamp(min=0), grad), None
@@ -86,8 +87,9 @@ def fill(parameter: Tensor, values: Sequence[float]) -> None:
         return
     new = torch.tensor(values, dtype=parameter.dtype, device=parameter.device)
     if hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(parameter, DTensor)
         # every rank has the same values: nothing is sent
         new = distribute_tensor(
             new, parameter.device_mesh, parameter.placements, src_data_rank=None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .distributed import exchange
+from .distributed.collectives import resolve_group
+from .spec import LossSpec
+
+TENSORS = 6  # the operators' first arguments: features, scale, bias, ids
 
 _INSTEAD = "use fused_siglip.testing.eager_siglip_loss there, which autograd differentiates"
 
@@ -43,9 +47,10 @@ def refuse_tangents(tensors: tuple[Tensor, ...]) -> None:
 def register(operator: torch._ops.OpOverload) -> None:
     """Teach torch.vmap the operator: one call for every element of the batch."""
 
-    def vmap(info, in_dims, *args):
-        group_name = args[12]
-        if group_name is not None:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        if LossSpec.from_op(*args[TENSORS:]).group_name is not None:
             raise RuntimeError(NO_VMAP_OF_A_GROUP)
         if info.batch_size == 0:
             raise RuntimeError(NO_EMPTY_VMAP)
@@ -58,7 +63,7 @@ def register(operator: torch._ops.OpOverload) -> None:
     torch.library.register_vmap(operator, vmap)
 
 
-def _element(argument, dim: int | None, index: int):
+def _element(argument: Any, dim: int | None, index: int) -> Any:
     return argument if dim is None else argument.select(dim, index)
 
 
@@ -69,9 +74,14 @@ def register_flops() -> None:
     user has, the formula is given to it, and to the counters that run already.
     """
     module = sys.modules.get("torch.utils.flop_counter")
-    if module is None or torch.ops.fused_siglip.sweep in getattr(module, "flop_registry", ()):
+    if module is None:
         return
-    operators = [torch.ops.fused_siglip.sweep, torch.ops.fused_siglip.global_sweep]
+    operators = [
+        torch.ops.fused_siglip.loss_and_grads,
+        torch.ops.fused_siglip.global_loss_and_grads,
+    ]
+    if operators[0] in getattr(module, "flop_registry", ()):
+        return
     module.register_flop_formula(operators)(_flops)
     for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
@@ -79,16 +89,18 @@ def register_flops() -> None:
             counter.flop_registry |= {op: module.flop_registry[op] for op in operators}
 
 
-def _flops(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops(
+    x_shape: torch.Size, y_shape: torch.Size, *args: Any, out_shape: object = None, **kwargs: Any
+) -> int:
     """2 M N D for the similarities, for each tower's gradient, and for each search of thresholds.
 
     In a group N is this rank's number of texts times the number of ranks.
     """
-    (need_image_grad, need_text_grad), group_name, negatives = args[5:7], args[10], args[13]
+    spec = LossSpec.from_op(*args[TENSORS - 2 :], **kwargs)
     texts = y_shape[0]
-    if group_name is not None:
-        texts *= exchange.resolve_group(group_name).size()
-    products = 1 + need_image_grad + need_text_grad
-    if negatives in ("hardest", "easiest"):
+    if spec.group_name is not None:
+        texts *= resolve_group(spec.group_name).size()
+    products = 1 + spec.grads.image + spec.grads.text
+    if spec.negatives.by_score:
         products += 2
     return 2 * products * x_shape[0] * texts * x_shape[1]

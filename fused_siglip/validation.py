@@ -137,7 +137,7 @@ def check_pairing(
     if (image_ids is None) != (text_ids is None):
         given, missing = ("image_ids", "text_ids")[:: 1 if text_ids is None else -1]
         raise ValueError(f"{given} was given without {missing}: expected both or neither")
-    if image_ids is None:
+    if image_ids is None or text_ids is None:
         m, n = image_features.shape[0], text_features.shape[0]
         if m != n and not negative_only:
             raise ValueError(

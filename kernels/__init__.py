@@ -5,9 +5,13 @@ Installed as ``fused_siglip.kernels``. Importing this package imports neither tr
 
 from .interface import (
     GRAD_SCALE,
+    Affine,
+    Ids,
     Pairs,
     Panel,
+    PanelSpec,
     RandomMask,
+    ScoreNormalizer,
     ScoreThreshold,
     aligned,
     aligned_ids,
@@ -26,9 +30,13 @@ from .registry import (
 __all__ = [
     "BACKENDS",
     "GRAD_SCALE",
+    "Affine",
+    "Ids",
     "Pairs",
     "Panel",
+    "PanelSpec",
     "RandomMask",
+    "ScoreNormalizer",
     "ScoreThreshold",
     "aligned",
     "aligned_ids",

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from torch import Tensor
+
+from .interface import Affine
+
+if TYPE_CHECKING:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 CAPABILITY = (9, 0)
 # Gluon is experimental in Triton: what is written for one release need not compile with the next.
@@ -17,7 +23,7 @@ _OPERANDS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """How hopper_kernel.py is compiled; held by tests/test_gluon_compiled.py."""
+    """How hopper_kernel.py is compiled; checked by tests/triton_backend/test_gluon_compiled.py."""
 
     tile: tuple[int, int]
     stages: int  # blocks of x and y in shared memory
@@ -26,14 +32,14 @@ class HopperConfig:
     group_m: int = 16  # tile rows that share a band of y in L2
     block_k: int = 64  # features a step of the product takes
     width: int = 32  # columns a round of the epilogue takes
-    store_buffers: int = 4  # rounds of g on their way to memory; divides the rounds of a tile
+    store_buffers: int = 4  # rounds of dlogits on their way to memory; divides the rounds of a tile
 
     def tiles(self, m: int, n: int) -> int:
-        """Of an (m, n) panel."""
+        """The number of tiles of an (m, n) panel."""
         return triton.cdiv(m, self.tile[0]) * triton.cdiv(n, self.tile[1])
 
 
-# The fastest of those that benchmarks/tune.py timed on an H100: docs/performance-log.md.
+# The fastest of those that benchmarks/gpu/tune.py timed on an H100: docs/performance-log.md.
 HOPPER = HopperConfig((128, 128), stages=5, num_warps=8)
 
 
@@ -49,7 +55,7 @@ def reads(features: Tensor) -> bool:
     return adjacent == 1 and row >= features.shape[1] and aligned
 
 
-def descriptor(tensor: Tensor, rows: int, cols: int):
+def descriptor(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
     """A tensor for the copy engine, in blocks of rows x cols."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -58,7 +64,7 @@ def descriptor(tensor: Tensor, rows: int, cols: int):
 
 
 @functools.cache
-def _layout(rows: int, cols: int, dtype: torch.dtype):
+def _layout(rows: int, cols: int, dtype: torch.dtype) -> Any:  # Gluon's, which has no types
     from triton.experimental.gluon import language as gl
 
     kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
@@ -69,14 +75,13 @@ def launch_panel(
     config: HopperConfig,
     x: Tensor,  # (m, D)
     y: Tensor,  # (n, D)
-    g: Tensor | None,  # at least (m, n), rows aligned
+    dlogits: Tensor | None,  # at least (m, n), rows aligned
     partials: Tensor,  # (3 or 1, tiles) fp32
-    logit_scale: Tensor,  # ()
-    logit_bias: Tensor,  # ()
+    affine: Affine,
     diagonal: int,
     grad_scale: float,
 ) -> None:
-    """g and the sums of a panel: see :class:`fused_siglip.kernels.Panel`."""
+    """dlogits and the sums of a panel: see :class:`fused_siglip.kernels.Panel`."""
     from .hopper_kernel import hopper_panel_kernel
 
     (m, d), n = x.shape, y.shape[0]
@@ -84,10 +89,9 @@ def launch_panel(
     hopper_panel_kernel[(min(programs, config.tiles(m, n)),)](
         descriptor(x, config.tile[0], config.block_k),
         descriptor(y, config.tile[1], config.block_k),
-        None if g is None else descriptor(g, config.tile[0], config.width),
+        None if dlogits is None else descriptor(dlogits, config.tile[0], config.width),
         partials,
-        logit_scale,
-        logit_bias,
+        *affine,
         m,
         n,
         diagonal,

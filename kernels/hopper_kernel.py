@@ -1,8 +1,8 @@
-"""The panel kernel for Hopper in Gluon: persistent, warp-specialised, fed by the copy engine.
+"""The panel kernel for Hopper in Gluon: persistent, warp-specialized, fed by the copy engine.
 
 One producer warp copies blocks of x and y into a ring of shared-memory stages. Two consumers of
 eight warps take turns (ping-pong): each owns whole tiles, and one multiplies while the other turns
-its tile into g and its sums. For half operands and positives on the diagonal.
+its tile into dlogits and its sums. For half operands and positives on the diagonal.
 """
 
 from triton.experimental import gluon
@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .triton_math import (
     MODERATE_LOGIT,
-    column_parts,
+    column_subtiles,
     four_sigmoids,
     join_exps,
     larger,
@@ -41,7 +41,7 @@ def tile_of(t, tiles_m, tiles_n, GROUP_M: gl.constexpr):
 def quarters(t):
     """(m, n) as four of (m / 16, 8, n / 2), without leaving registers: a thread holds rows that are
     8 apart, and columns of both halves."""
-    left, right = column_parts(t, 2)
+    left, right = column_subtiles(t, 2)
     rows: gl.constexpr = (t.shape[0] // 16, 2, 8, t.shape[1] // 2)
     a, b = gl.split(gl.permute(gl.reshape(left, rows), (0, 2, 3, 1)))
     c, d = gl.split(gl.permute(gl.reshape(right, rows), (0, 2, 3, 1)))
@@ -111,15 +111,15 @@ def multiply(i, x_bufs, y_bufs, full, empty, D: gl.constexpr):
 
 @gluon.jit
 def any_pairs(s, row0, col0, M, N, diagonal, scale, bias):
-    """softplus and g of pairs that may be positive, or lie past the edge: 0 there, as s is."""
+    """softplus and dlogits of pairs that may be positive or lie past the edge, where they are 0."""
     rows = row0 + gl.arange(0, s.shape[0], gl.SliceLayout(1, s.type.layout))
     cols = col0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
     positive = (rows + diagonal)[:, None] == cols[None, :]
     sign = gl.where(positive, gl.full_like(s, -1.0), gl.full_like(s, 1.0))
     past = (rows >= M)[:, None] | (cols >= N)[None, :]
     u = gl.where(past, gl.full_like(s, float("-inf")), (s * scale + bias) * sign)
-    softplus, g = softplus_sigmoid(u)
-    return softplus, g * sign
+    softplus, dlogits = softplus_sigmoid(u)
+    return softplus, dlogits * sign
 
 
 @gluon.jit
@@ -129,22 +129,22 @@ def meets_diagonal_or_edge(row0, col0, M, N, diagonal, ROWS: gl.constexpr, COLS:
 
 
 @gluon.jit
-def write_round(g, row0, col0, k, g_desc, g_bufs):
-    """g of one round to memory, by the copy engine; what lies past the edge it leaves out."""
-    BUFFERS: gl.constexpr = g_bufs.shape[0]  # divides the rounds of a tile: k starts anew in each
-    buf = g_bufs.index(k % BUFFERS)
+def write_round(dlogits, row0, col0, k, out_desc, out_bufs):
+    """dlogits of one round to memory, by the copy engine; what lies past the edge it leaves out."""
+    BUFFERS: gl.constexpr = out_bufs.shape[0]  # divides the rounds of a tile: k starts anew in each
+    buf = out_bufs.index(k % BUFFERS)
     tma.store_wait(BUFFERS - 1)  # what was last in this buffer has left it
-    buf.store(g.to(g_desc.dtype))
+    buf.store(dlogits.to(out_desc.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(g_desc, [row0, col0], buf)
+    tma.async_copy_shared_to_global(out_desc, [row0, col0], buf)
 
 
 @gluon.jit
 def one_round(
-    s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, g_desc,
-    g_bufs, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
+    s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, dscale_sum, dbias_sum, out_desc,
+    out_bufs, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
 ):  # fmt: skip
-    """g of the columns from ``at`` on of the tile at col0, and the sums with theirs added."""
+    """dlogits of the columns from ``at`` on of the tile at col0, and the sums with theirs added."""
     ROWS: gl.constexpr = s.shape[0]
     WIDTH: gl.constexpr = s.shape[1]
     s0, s1, s2, s3 = quarters(s)
@@ -156,26 +156,26 @@ def one_round(
         e3 = moderate_exp(s3 * scale + bias)
         a, b = last_halves(join_exps(join_exps(e0, e1), join_exps(e2, e3)))
         loss += log1p_wide(join_exps(a, b))
-        g0, g1, g2, g3 = four_sigmoids(e0, e1, e2, e3)
+        d0, d1, d2, d3 = four_sigmoids(e0, e1, e2, e3)
     else:
-        softplus, g = any_pairs(s, row0, col0 + at, M, N, diagonal, scale, bias)
+        softplus, dlogits = any_pairs(s, row0, col0 + at, M, N, diagonal, scale, bias)
         p0, p1, p2, p3 = quarters(softplus)
         a, b = last_halves((p0 + p1) + (p2 + p3))
         loss += a + b
-        g0, g1, g2, g3 = quarters(g)
+        d0, d1, d2, d3 = quarters(dlogits)
     if SCALAR_GRADS:
-        gs_sum = g3 * s3 + (g2 * s2 + (g1 * s1 + (g0 * s0 + gs_sum)))
-        g_sum += (g0 + g1) + (g2 + g3)
-    if g_desc is not None:
-        g = whole(g0, g1, g2, g3) * GRAD_SCALE
-        write_round(g, row0, col0 + at, at // WIDTH, g_desc, g_bufs)
-    return loss, gs_sum, g_sum
+        dscale_sum = d3 * s3 + (d2 * s2 + (d1 * s1 + (d0 * s0 + dscale_sum)))
+        dbias_sum += (d0 + d1) + (d2 + d3)
+    if out_desc is not None:
+        dlogits = whole(d0, d1, d2, d3) * GRAD_SCALE
+        write_round(dlogits, row0, col0 + at, at // WIDTH, out_desc, out_bufs)
+    return loss, dscale_sum, dbias_sum
 
 
 @gluon.jit
 def rounds(
-    s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, g_desc,
-    g_bufs, WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
+    s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, dscale_sum, dbias_sum, out_desc,
+    out_bufs, WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
 ):  # fmt: skip
     """one_round for every WIDTH columns of s, the columns from ``at`` on of a tile.
 
@@ -184,50 +184,51 @@ def rounds(
     than to run it.
     """
     if s.shape[1] == WIDTH:
-        loss, gs_sum, g_sum = one_round(
-            s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, gs_sum, g_sum, g_desc,
-            g_bufs, GRAD_SCALE, SCALAR_GRADS,
+        loss, dscale_sum, dbias_sum = one_round(
+            s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, dscale_sum, dbias_sum,
+            out_desc, out_bufs, GRAD_SCALE, SCALAR_GRADS,
         )  # fmt: skip
     else:
-        now, later = column_parts(s, 2)
+        now, later = column_subtiles(s, 2)
         for half in range(0, 2):
-            loss, gs_sum, g_sum = rounds(
+            loss, dscale_sum, dbias_sum = rounds(
                 now, at + half * (s.shape[1] // 2), row0, col0, M, N, diagonal, scale, bias,
-                moderate, loss, gs_sum, g_sum, g_desc, g_bufs, WIDTH, GRAD_SCALE, SCALAR_GRADS,
+                moderate, loss, dscale_sum, dbias_sum, out_desc, out_bufs, WIDTH, GRAD_SCALE,
+                SCALAR_GRADS,
             )  # fmt: skip
             now = later
-    return loss, gs_sum, g_sum
+    return loss, dscale_sum, dbias_sum
 
 
 @gluon.jit
 def epilogue(
-    tile, row0, col0, M, N, diagonal, scale, bias, g_desc, g_bufs, partials_ptr, index, tiles,
+    tile, row0, col0, M, N, diagonal, scale, bias, out_desc, out_bufs, partials_ptr, index, tiles,
     WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
 ):  # fmt: skip
-    """g of the index-th of all tiles, and its three sums."""
+    """dlogits of the index-th of all tiles, and its three sums."""
     # NaN is the largest: four_sigmoids would spread it to pairs that do not have it
     most = gl.reduce(gl.reduce(tile, 1, larger), 0, larger) * scale + bias
     moderate = (scale > 0) & (most <= MODERATE_LOGIT)  # 0 times -inf is NaN, too
-    first = column_parts(tile, tile.shape[1] // WIDTH)[0]
+    first = column_subtiles(tile, tile.shape[1] // WIDTH)[0]
     zero = quarters(gl.full_like(first, 0.0))[0]
-    loss, gs_sum, g_sum = rounds(
+    loss, dscale_sum, dbias_sum = rounds(
         tile, 0, row0, col0, M, N, diagonal, scale, bias, moderate, last_halves(zero)[0], zero,
-        zero, g_desc, g_bufs, WIDTH, GRAD_SCALE, SCALAR_GRADS,
+        zero, out_desc, out_bufs, WIDTH, GRAD_SCALE, SCALAR_GRADS,
     )  # fmt: skip
     gl.store(partials_ptr + index, gl.sum(gl.sum(gl.sum(loss, 2), 1), 0))
     if SCALAR_GRADS:
-        gl.store(partials_ptr + tiles + index, gl.sum(gl.sum(gl.sum(gs_sum, 2), 1), 0))
-        gl.store(partials_ptr + 2 * tiles + index, gl.sum(gl.sum(gl.sum(g_sum, 2), 1), 0))
+        gl.store(partials_ptr + tiles + index, gl.sum(gl.sum(gl.sum(dscale_sum, 2), 1), 0))
+        gl.store(partials_ptr + 2 * tiles + index, gl.sum(gl.sum(gl.sum(dbias_sum, 2), 1), 0))
 
 
 @gluon.jit
 def consumer(
-    which: gl.constexpr, x_bufs, y_bufs, g_bufs, full, empty, turn, partials_ptr, g_desc,
+    which: gl.constexpr, x_bufs, y_bufs, out_bufs, full, empty, turn, partials_ptr, out_desc,
     scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n,
     D: gl.constexpr, GROUP_M: gl.constexpr, WIDTH: gl.constexpr, GRAD_SCALE: gl.constexpr,
     SCALAR_GRADS: gl.constexpr,
 ):  # fmt: skip
-    """Multiplies the blocks of every other tile of this program, and turns them into g and sums."""
+    """Multiplies the blocks of every other tile of this program; turns them into its outputs."""
     STAGES: gl.constexpr = x_bufs.shape[0]
     scale = gl.load(scale_ptr)
     bias = gl.load(bias_ptr)
@@ -244,10 +245,10 @@ def consumer(
         tile = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
         epilogue(
-            tile, tm * x_bufs.shape[1], tn * y_bufs.shape[1], M, N, diagonal, scale, bias, g_desc,
-            g_bufs, partials_ptr, t, tiles, WIDTH, GRAD_SCALE, SCALAR_GRADS,
+            tile, tm * x_bufs.shape[1], tn * y_bufs.shape[1], M, N, diagonal, scale, bias, out_desc,
+            out_bufs, partials_ptr, t, tiles, WIDTH, GRAD_SCALE, SCALAR_GRADS,
         )  # fmt: skip
-    if g_desc is not None:
+    if out_desc is not None:
         tma.store_wait(0)
 
 
@@ -255,8 +256,8 @@ def consumer(
 def hopper_panel_kernel(
     x_desc,  # (M, D), blocks of BLOCK_M x BLOCK_K
     y_desc,  # (N, D), blocks of BLOCK_N x BLOCK_K
-    g_desc,  # (M, N) or more, blocks of BLOCK_M x WIDTH; or None
-    partials_ptr,  # (1 or 3, tiles) fp32: a tile's sums of softplus(u), g*s, g
+    out_desc,  # (M, N) or more, blocks of BLOCK_M x WIDTH; or None
+    partials_ptr,  # (1 or 3, tiles) fp32: a tile's sums of softplus(u), dlogits*s, dlogits
     scale_ptr,  # () fp32
     bias_ptr,  # () fp32
     M,
@@ -268,11 +269,11 @@ def hopper_panel_kernel(
     WIDTH: gl.constexpr,  # columns of a round of the epilogue
     GRAD_SCALE: gl.constexpr,
     SCALAR_GRADS: gl.constexpr,
-    STORE_BUFFERS: gl.constexpr,  # rounds of g on their way to memory, of each consumer
+    STORE_BUFFERS: gl.constexpr,  # rounds of dlogits on their way to memory, of each consumer
     REGISTERS: gl.constexpr,  # of a consumer's thread
     num_warps: gl.constexpr,  # of a consumer
 ):
-    """g of a panel, and the three sums over the pairs of each tile."""
+    """dlogits of a panel, and the three sums over the pairs of each tile."""
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = y_desc.block_type.shape[0]
@@ -286,21 +287,21 @@ def hopper_panel_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=1)
-    if g_desc is not None:
-        g_shape: gl.constexpr = [STORE_BUFFERS, BLOCK_M, WIDTH]
-        g_bufs0 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
-        g_bufs1 = gl.allocate_shared_memory(g_desc.dtype, g_shape, g_desc.layout)
+    if out_desc is not None:
+        out_shape: gl.constexpr = [STORE_BUFFERS, BLOCK_M, WIDTH]
+        out_bufs0 = gl.allocate_shared_memory(out_desc.dtype, out_shape, out_desc.layout)
+        out_bufs1 = gl.allocate_shared_memory(out_desc.dtype, out_shape, out_desc.layout)
     else:
-        g_bufs0: gl.constexpr = None
-        g_bufs1: gl.constexpr = None
+        out_bufs0: gl.constexpr = None
+        out_bufs1: gl.constexpr = None
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
     gl.warp_specialize([
-        (consumer, (0, x_bufs, y_bufs, g_bufs0, full, empty, turn, partials_ptr, g_desc, scale_ptr,
-                    bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M, WIDTH, GRAD_SCALE,
-                    SCALAR_GRADS)),
-        (consumer, (1, x_bufs, y_bufs, g_bufs1, full, empty, turn, partials_ptr, g_desc, scale_ptr,
-                    bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M, WIDTH, GRAD_SCALE,
-                    SCALAR_GRADS)),
+        (consumer, (0, x_bufs, y_bufs, out_bufs0, full, empty, turn, partials_ptr, out_desc,
+                    scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M, WIDTH,
+                    GRAD_SCALE, SCALAR_GRADS)),
+        (consumer, (1, x_bufs, y_bufs, out_bufs1, full, empty, turn, partials_ptr, out_desc,
+                    scale_ptr, bias_ptr, M, N, diagonal, tiles_m, tiles_n, D, GROUP_M, WIDTH,
+                    GRAD_SCALE, SCALAR_GRADS)),
         (producer, (x_desc, y_desc, x_bufs, y_bufs, full, empty, tiles_m, tiles_n, D, GROUP_M)),
     ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip

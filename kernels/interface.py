@@ -1,4 +1,10 @@
-"""What a backend implements, and what the sweep hands to it."""
+"""What a backend implements, and what the sweep hands to it.
+
+Notation, here and in the kernels: s = x . y is a pair's similarity, z = scale * s + bias its logit,
+u = -l z with l = +1 for a positive pair and -1 for a negative one; the loss of a pair is
+softplus(u), and ``dlogits`` is the derivative of the loss in z: sigmoid(u), negated for a positive.
+The accumulation dtype is float32, and float64 for float64 features.
+"""
 
 from __future__ import annotations
 
@@ -7,103 +13,142 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# fp16 holds dL/dz of an easy negative (4.5e-5 at b = -10) only as a subnormal. Panels in fp16 are
-# written times this power of two, and the two products divide by it: exact, and |g| <= 1 cannot
-# overflow.
+# fp16 holds dlogits of a negative early in training (4.5e-5 at b = -10) only as a subnormal. Panels
+# in fp16 are written times this power of two, and the two products divide by it: exact, and
+# |dlogits| <= 1 cannot overflow.
 GRAD_SCALE = {torch.float16: 2.0**15}
 
 
+class Affine(NamedTuple):
+    """From similarities to logits: both () in the accumulation dtype."""
+
+    scale: Tensor
+    bias: Tensor
+
+
+class Ids(NamedTuple):
+    """What images and texts are called: a pair with equal ids is positive.
+
+    A row with a negative id is padding, and its pairs take no part.
+    """
+
+    images: Tensor  # (m,) int64
+    texts: Tensor  # (n,) int64
+
+
 class Pairs(NamedTuple):
-    """Which pairs of one panel are positive. Without ids and without diagonal: none."""
+    """Which pairs are positive, and which take part. Without ids and without diagonal: none is."""
 
-    diagonal: int | None = None  # local pair (i, i + diagonal) is positive
-    image_ids: Tensor | None = None  # (m,) int64; pair (i, j) is positive where the ids are equal
-    text_ids: Tensor | None = None  # (n,) int64; and takes no part where either is negative
+    diagonal: int | None = None  # pair (i, i + diagonal) is positive
+    ids: Ids | None = None
 
-    def block(self, rows: slice) -> Pairs:
-        """Of some rows of the panel."""
-        diagonal = None if self.diagonal is None else self.diagonal + rows.start
-        image_ids = None if self.image_ids is None else self.image_ids[rows]
-        return Pairs(diagonal, image_ids, self.text_ids)
+    def block(self, rows: slice, cols: slice = slice(0, None)) -> Pairs:
+        """The pairs of some rows and columns."""
+        diagonal = self.diagonal
+        if diagonal is not None:
+            diagonal += rows.start - cols.start
+        if self.ids is None:
+            return Pairs(diagonal)
+        return Pairs(diagonal, Ids(self.ids.images[rows], self.ids.texts[cols]))
 
 
 class RandomMask(NamedTuple):
-    """Negatives kept by a hash of the pair (see fused_siglip/negatives.py)."""
+    """Negatives that take part by a hash of the pair: see fused_siglip/selection/hashing.py."""
 
     image_keys: Tensor  # (m,) int32
     text_keys: Tensor  # (n,) int32
-    below: int  # kept where the pair's hash, an int32, is below it
+    hash_cutoff: int  # a negative takes part where the pair's hash, an int32, is below it
 
     @property
     def share(self) -> float:
-        """Of pairs that are kept, on average."""
-        return (self.below + 2**31) / 2**32
+        """The share of the negatives that take part, on average."""
+        return (self.hash_cutoff + 2**31) / 2**32
 
     def block(self, rows: slice, cols: slice = slice(None)) -> RandomMask:
-        """Of some rows and columns."""
-        return RandomMask(self.image_keys[rows], self.text_keys[cols], self.below)
+        """The mask of some rows and columns."""
+        return RandomMask(self.image_keys[rows], self.text_keys[cols], self.hash_cutoff)
+
+
+class ScoreNormalizer(NamedTuple):
+    """Maps similarities into [-1, 1] for each image: (s - center) * inv_radius.
+
+    The negatives that are first to take part have the highest values. Both (m,) in the accumulation
+    dtype.
+    """
+
+    center: Tensor
+    inv_radius: Tensor
+
+    def block(self, rows: slice) -> ScoreNormalizer:
+        """The normalizer of some rows."""
+        return ScoreNormalizer(self.center[rows], self.inv_radius[rows])
 
 
 class ScoreThreshold(NamedTuple):
-    """Negatives kept by their logit: dropped where (s - centre) * factor < least (NaN is kept)."""
+    """Negatives that take part by their logit: those whose normalized score is not below a
+    threshold. A NaN takes part."""
 
-    centres: Tensor  # (m,) accumulation dtype, as are the others
-    factors: Tensor  # (m,) (s - centre) * factor lies within -1 and 1, the first to keep highest
-    least: Tensor  # (m,)
+    normalizer: ScoreNormalizer
+    threshold: Tensor  # (m,) accumulation dtype
 
     def block(self, rows: slice, cols: slice = slice(None)) -> ScoreThreshold:
-        """Of some rows; thresholds hold for every column."""
-        return ScoreThreshold(*(of_images[rows] for of_images in self))
+        """The thresholds of some rows; they hold for every column."""
+        return ScoreThreshold(self.normalizer.block(rows), self.threshold[rows])
+
+
+class PanelSpec(NamedTuple):
+    """What a panel is made for."""
+
+    rows: int  # at most
+    cols: int  # at most
+    dtype: torch.dtype  # of the operands x, y and dlogits
+    store_dlogits: bool  # a gradient of features is needed
+    scalar_grads: bool  # so are those of scale and bias
+    filters_negatives: bool = False  # negatives are selected, or counted
 
 
 class Panel(Protocol):
-    """What a backend does with one panel: product, scale and bias, log-sigmoid, dL/dz."""
+    """What a backend does with one panel: product, scale and bias, log-sigmoid, dlogits."""
 
     tile: tuple[int, int]  # panel sides are multiples of it (the last panel may be smaller)
-    # The sum of g*s is left 0, the caller takes it from g Y or g^T X; of a single panel, puts it
-    # into totals[1].
-    gs_from_products: bool
+    # The sum of dlogits * s is left 0. The caller takes it from dlogits Y or dlogits^T X and, with
+    # a single panel, puts it into totals[1].
+    dscale_from_products: bool
     # D and the rows' distance are multiples of it, features adjacent, addresses multiples of 16
     # bytes: see aligned and aligned_ids
     align: int
-    count_bits: tuple[int, ...]  # of a place that count() tells apart in each step, 20 in all
+    # The sums of the last call, given None for them, where dscale_from_products.
+    totals: list[float]
+    count_bits: tuple[int, ...]  # bits of a float key that each step of count() tells apart
 
     @staticmethod
-    def workspace_bytes(
-        rows: int,
-        cols: int,
-        dtype: torch.dtype,
-        store_dlogits: bool,
-        scalar_grads: bool,
-        filters_negatives: bool = False,
-    ) -> int:
-        """Bytes the constructor allocates; the arguments are the constructor's."""
+    def workspace_bytes(spec: PanelSpec) -> int:
+        """Bytes that the constructor allocates."""
+        ...
 
-    def __init__(
-        self,
-        rows: int,
-        cols: int,
-        dtype: torch.dtype,  # of the operands x, y and g
-        device: torch.device,
-        store_dlogits: bool,
-        scalar_grads: bool,
-        filters_negatives: bool = False,  # negatives are chosen, or counted
-    ): ...
+    def __init__(self, spec: PanelSpec, device: torch.device): ...
 
     def __call__(
         self,
         x: Tensor,  # (m, D) image features, m <= rows; right with any strides
         y: Tensor,  # (n, D) text features, n <= cols; likewise
-        logit_scale: Tensor,  # () in the accumulation dtype
-        logit_bias: Tensor,  # () likewise
-        positives: Pairs,
-        sums: Tensor | None,  # (3,) accumulation dtype, overwritten: sums of softplus(u), g*s and
-        # g; without scalar_grads (1,), the first. None: they stay in ``partials``
-        kept: RandomMask | ScoreThreshold | None = None,  # None: all negatives
-    ) -> Tensor | None:  # (m, n) g times GRAD_SCALE in dtype, a view of the workspace; or None
+        affine: Affine,
+        pairs: Pairs,
+        sums: Tensor | None,  # (3,) accumulation dtype, overwritten: sums of softplus(u),
+        # dlogits * s and dlogits; without scalar_grads (1,), the first. None: they stay in
+        # ``partials``
+        selection: RandomMask | ScoreThreshold | None = None,  # None: all negatives take part
+    ) -> Tensor | None:
+        """dlogits times GRAD_SCALE: (m, n) in the operands' dtype, a view of the workspace.
+
+        None without ``store_dlogits``.
+        """
         ...
 
-    partials: Tensor  # (3 or 1, k) what adds up to the sums of the last call, given None for them
+    @property
+    def partials(self) -> Tensor:  # (3 or 1, k)
+        """What adds up to the sums of the last call, given None for them."""
+        ...
 
     @staticmethod
     def finish(
@@ -112,40 +157,45 @@ class Panel(Protocol):
         divisor: float | Tensor,  # ()
         factor: float = 1.0,
     ) -> tuple[Tensor, Tensor]:  # (), (3,) accumulation dtype
-        """The loss, and [sum of g*s, sum of g, t / factor], all over ``divisor``: the gradients of
-        t and of b, and what those of the features, made times ``factor``, are to be multiplied by.
+        """The loss, and [sum of dlogits * s, sum of dlogits, t / factor], all over ``divisor``.
+
+        These are the gradients of scale and bias, and what those of the features, computed times
+        ``factor``, must be multiplied by.
         """
+        ...
 
     def add_product(
         self,
         out: Tensor,  # (m, D) or, transposed, (n, D), accumulation dtype
-        g: Tensor,  # (m, n) from the last call
-        other: Tensor,  # (n, D) or, transposed, (m, D)
+        dlogits: Tensor,  # (m, n) from the last call
+        rhs: Tensor,  # (n, D) or, transposed, (m, D)
         alpha: float,
-        fresh: bool,
+        accumulate: bool,
         transposed: bool,
     ) -> None:
-        """out = alpha * g @ other (g^T @ other), added to what is there unless ``fresh``.
+        """out = alpha * dlogits @ rhs (dlogits^T @ rhs), plus what is there if ``accumulate``.
 
-        Where nothing was kept nothing is multiplied: a tile at a time, or better.
+        Where no negative takes part nothing is multiplied: a tile at a time, or better.
         """
+        ...
 
     def count(
         self,
         x: Tensor,  # (m, D)
         y: Tensor,  # (n, D)
-        positives: Pairs,
-        centres: Tensor,  # (m,) of ScoreThreshold
-        factors: Tensor,  # (m,) likewise
-        known: Tensor | None,  # (m,) int32: the bits of earlier steps; None in the first one
+        pairs: Pairs,
+        normalizer: ScoreNormalizer,
+        prefix: Tensor | None,  # (m,) int32: the key's bits of earlier steps; None in the first one
         step: int,
         counts: Tensor,  # (m, 2**count_bits[step]) int32, added to; contiguous
     ) -> None:
-        """Count an image's negatives by the place (see float_keys.py) of (s - centre) * factor.
+        """Add every image's negatives to a histogram of the keys of their normalized scores.
 
-        Its bits are told apart from the first to the last: the bin is those that come after the
-        ``known`` ones, and only negatives with these are counted. NaN has the highest place.
+        A key (float_keys.py) is told apart from its first bits to its last: the bins of a step are
+        the bits that come after ``prefix``, and only negatives with that prefix are counted. NaN
+        has the highest key.
         """
+        ...
 
 
 _VECTOR_BYTES = 16  # the widest load; Triton's launcher tells such addresses from others
@@ -169,8 +219,8 @@ def aligned(features: Tensor, align: int) -> bool:
     return dense and at_aligned_address(features)
 
 
-def aligned_ids(ids: Tensor | None, align: int) -> Tensor | None:  # (m,)
+def aligned_ids(ids: Tensor, align: int) -> Tensor:  # (m,)
     """Ids as a panel with this ``align`` reads them: adjacent, and starting as features do."""
-    if ids is None or align == 1 or (ids.is_contiguous() and at_aligned_address(ids)):
+    if align == 1 or (ids.is_contiguous() and at_aligned_address(ids)):
         return ids
     return ids.clone(memory_format=torch.contiguous_format)

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from .float_keys import FORMATS, HALF, PLACE_BITS, cut
-from .interface import GRAD_SCALE, Pairs, RandomMask, ScoreThreshold
+from .float_keys import FORMATS, HALF, KEY_BITS, key_format
+from .interface import (
+    GRAD_SCALE,
+    Affine,
+    Pairs,
+    PanelSpec,
+    RandomMask,
+    ScoreNormalizer,
+    ScoreThreshold,
+)
 from .registry import float32_products
 from .torch_products import add_product
-from .torch_totals import finish, numbers
+from .torch_totals import TorchTotals, numbers
+from .torch_workspace import Workspace, workspace_bytes
 
 # torch's softplus returns u itself beyond its threshold; at 40 that is exact in float64 too
 # (the default, 20, drops 2e-9).
 _SOFTPLUS_THRESHOLD = 40.0
 
-# Pairs of a strip: 1 MiB in fp32.
-_STRIP = 1 << 18
-
-# Up to this logit softplus is taken from four pairs at a time: see _easy_strip. Their product of
-# 1 - g is at least 0.28, and its logarithm errs little more than its argument.
+# Up to this logit softplus is taken from four pairs at a time: see _saturated_strip. Their product
+# of 1 - sigmoid is at least 0.28, and its logarithm errs little more than its argument.
 _SATURATED_LOGIT = -1.0
 _FOLDED = 1 << 16  # pairs from which on that is the faster way
 
-# On a CPU, the share of kept pairs below which sparse products are the faster ones. Elsewhere the
-# host would have to wait for their number.
+# On a CPU, the share of pairs that take part below which sparse products are the faster ones.
+# Elsewhere the host would have to wait for their number.
 _SPARSE_SHARE = 1 / 16
 
 
-class TorchPanel:
+class TorchPanel(TorchTotals):
     """A :class:`fused_siglip.kernels.Panel` of plain torch operations.
 
     Everything is written in place or into the workspace. After the product a panel is taken a strip
@@ -39,144 +43,98 @@ class TorchPanel:
 
     tile = (64, 64)
     align = 1
-    finish = staticmethod(finish)
-    count_bits = (10, 10)
+    count_bits: tuple[int, ...] = (10, 10)
 
     @staticmethod
-    @functools.cache
-    def _buffers(
-        dtype: torch.dtype, store_dlogits: bool, scalar_grads: bool, filters_negatives: bool
-    ) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
-        """Of the whole panel, and of a strip."""
-        acc = torch.promote_types(dtype, torch.float32)
-        whole = {"s": acc}  # which becomes g where the dtypes agree
-        if store_dlogits and dtype != acc:
-            whole["g"] = dtype
-        strip = {"terms": acc, "positive": torch.bool}
-        if scalar_grads:
-            strip["u"] = acc  # beside s, for the sum of g*s
-        if filters_negatives:
-            strip |= {"bits": torch.int32, "dropped": torch.bool}
-        return whole, strip
+    def workspace_bytes(spec: PanelSpec) -> int:
+        return workspace_bytes(spec)
 
-    @staticmethod
-    def workspace_bytes(
-        rows: int,
-        cols: int,
-        dtype: torch.dtype,
-        store_dlogits: bool,
-        scalar_grads: bool,
-        filters_negatives: bool = False,
-    ) -> int:
-        whole, strip = (
-            sum(d.itemsize for d in buffers.values())
-            for buffers in TorchPanel._buffers(
-                dtype, store_dlogits, scalar_grads, filters_negatives
-            )
-        )
-        return cols * (rows * whole + _strip_rows(rows, cols) * strip)
-
-    def __init__(
-        self,
-        rows: int,
-        cols: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        store_dlogits: bool,
-        scalar_grads: bool,
-        filters_negatives: bool = False,
-    ):
-        self.store_dlogits, self.scalar_grads = store_dlogits, scalar_grads
-        self.device = device = torch.device(device)
-        self.acc = torch.promote_types(dtype, torch.float32)
-        self.shape = rows, cols
-        self.strip_rows = _strip_rows(rows, cols)
-        self.whole, self.strip = self._buffers(
-            dtype, store_dlogits, scalar_grads, filters_negatives
-        )
-        self.buffers: dict[str, Tensor] = {}  # made when they are first needed
+    def __init__(self, spec: PanelSpec, device: torch.device):
+        self.store_dlogits, self.scalar_grads = spec.store_dlogits, spec.scalar_grads
+        device = torch.device(device)
+        self.acc = torch.promote_types(spec.dtype, torch.float32)
+        self.workspace = Workspace(spec, device)
+        self.strip_rows = self.workspace.strip_rows
+        self._view, self._scratch = self.workspace.view, self.workspace.scratch
         self.on_cpu = device.type == "cpu"
-        self.gs_from_products = store_dlogits and dtype == self.acc and self.on_cpu
-        if self.gs_from_products and dtype == torch.float32:
+        self.dscale_from_products = spec.store_dlogits and spec.dtype == self.acc and self.on_cpu
+        if self.dscale_from_products and spec.dtype == torch.float32:
             # products may be rounded further; their sum must not be
-            self.gs_from_products = float32_products("cpu") == "ieee"
-
-    def _view(self, name: str, m: int, n: int) -> Tensor:  # (m, n)
-        # flat buffers, so that the smaller panels at the edge are contiguous too
-        buffer = self.buffers.get(name)
-        if buffer is None:
-            rows, cols = self.shape
-            if name in self.strip:
-                shape, dtype = (self.strip_rows, cols), self.strip[name]
-            else:
-                shape, dtype = (rows, cols), self.whole[name]
-            self.buffers[name] = buffer = torch.empty(shape, dtype=dtype, device=self.device)
-        if buffer.shape == (m, n):
-            return buffer
-        return buffer.view(-1)[: m * n].view(m, n)
+            self.dscale_from_products = float32_products("cpu") == "ieee"
 
     def __call__(
         self,
         x: Tensor,  # (m, D)
         y: Tensor,  # (n, D)
-        logit_scale: Tensor,  # ()
-        logit_bias: Tensor,  # ()
-        positives: Pairs,
+        affine: Affine,
+        pairs: Pairs,
         sums: Tensor | None,  # (3,)
-        kept: RandomMask | ScoreThreshold | None = None,
+        selection: RandomMask | ScoreThreshold | None = None,
     ) -> Tensor | None:  # (m, n)
         m, step = x.shape[0], self.strip_rows
-        plain = positives.image_ids is None and kept is None
-        # On a CPU scale and bias go into the product; elsewhere the host would wait for them.
-        scales = self.on_cpu and x.dtype == self.acc
-        scales &= plain and (self.gs_from_products or not self.scalar_grads)
-        scale = logit_scale.item() if scales else 0.0
-        if scale:  # with 0 the product would not be looked at, NaN or not
-            values = self._view("s", m, y.shape[0])
-            torch.addmm(logit_bias, x, y.t(), alpha=scale, out=values)
-        else:
-            values = self._similarities(x, y)
+        plain = pairs.ids is None and selection is None
+        values, are_logits = self._product(x, y, affine, plain)
         half = self.store_dlogits and x.dtype != self.acc
-        g = self._view("g", *values.shape) if half else values
+        dlogits = self._view("dlogits", *values.shape) if half else values
         parts, dropped = [], 0
         for start in range(0, m, step):
-            s, labels, chosen, rows = values, positives, kept, slice(start, start + step)
+            s, in_strip, selected, rows = values, pairs, selection, slice(start, start + step)
             if m > step:
-                s, labels = values[rows], positives.block(rows)
-                chosen = None if kept is None else kept.block(rows)
-            positive = self._positive(s, labels)
-            if chosen is not None:
-                dropped += self._drop(s, positive, chosen)
-            u = s if scale else self._logits(s, logit_scale, logit_bias, labels)
-            if plain and self._is_easy(u):
-                loss = self._easy_strip(u, labels.diagonal)
+                s, in_strip = values[rows], pairs.block(rows)
+                selected = None if selection is None else selection.block(rows)
+            positive = self._positive(s, in_strip)
+            if selected is not None:
+                dropped += self._drop(s, positive, selected)
+            u = s if are_logits else self._logits(s, affine, in_strip)
+            if plain and self._is_saturated(u):
+                loss = self._saturated_strip(u, in_strip.diagonal)
             else:
-                loss = self._strip(u, positive, kept is not None)
-            parts.append([loss])
-            if self.scalar_grads:
-                if not self.gs_from_products:
-                    terms = torch.mul(s, u, out=self._view("terms", *s.shape))
-                    # not torch.dot: BLAS adds a million terms one after the other, this pairwise
-                    parts[-1].append(terms.sum())
-                parts[-1].append(u.sum())
+                loss = self._strip(u, positive, selection is not None)
+            parts.append(self._sums(loss, s, u))
             if half:
-                torch.mul(u, GRAD_SCALE.get(x.dtype, 1.0), out=g[rows])
+                torch.mul(u, GRAD_SCALE.get(x.dtype, 1.0), out=dlogits[rows])
             elif m <= step:
-                g = u
+                dlogits = u
             elif u is not s:
                 s.copy_(u)
         self._add_up(parts, sums)
         if not self.store_dlogits:
             return None
-        if kept is not None and self.on_cpu and not half:
-            return g.to_sparse() if 1 - dropped / g.numel() < _SPARSE_SHARE else g
-        return g
+        if selection is not None and self.on_cpu and not half:
+            share = 1 - dropped / dlogits.numel()
+            return dlogits.to_sparse() if share < _SPARSE_SHARE else dlogits
+        return dlogits
+
+    def _product(
+        self, x: Tensor, y: Tensor, affine: Affine, plain: bool
+    ) -> tuple[Tensor, bool]:  # (m, n)
+        """Logits and True, or similarities and False.
+
+        On a CPU scale and bias go into the product; elsewhere the host would wait for them.
+        """
+        scales = self.on_cpu and x.dtype == self.acc
+        scales &= plain and (self.dscale_from_products or not self.scalar_grads)
+        scale = affine.scale.item() if scales else 0.0
+        if not scale:  # with 0 the product would not be looked at, NaN or not
+            return self._similarities(x, y), False
+        values = self._view("s", x.shape[0], y.shape[0])
+        return torch.addmm(affine.bias, x, y.t(), alpha=scale, out=values), True
+
+    def _sums(self, loss: Tensor, s: Tensor, dlogits: Tensor) -> list[Tensor]:
+        """A strip's sums of the loss and, where they are needed, of dlogits * s and dlogits."""
+        if not self.scalar_grads:
+            return [loss]
+        if self.dscale_from_products:
+            return [loss, dlogits.sum()]
+        terms = torch.mul(s, dlogits, out=self._view("terms", *s.shape))
+        # not torch.dot: BLAS adds a million terms one after the other, this pairwise
+        return [loss, terms.sum(), dlogits.sum()]
 
     def _add_up(self, parts: list[list[Tensor]], sums: Tensor | None) -> None:
         """The strips' sums, to ``sums`` or to be asked for."""
         if self.on_cpu:  # the host may look at them
             self.totals = [sum(total.item() for total in of_strips) for of_strips in zip(*parts)]  # noqa: B905
-            if self.scalar_grads and self.gs_from_products:
+            if self.scalar_grads and self.dscale_from_products:
                 self.totals.insert(1, 0.0)
             if sums is not None:
                 sums.copy_(self.partials[:, 0])
@@ -191,18 +149,16 @@ class TorchPanel:
             return self._partials
         return numbers(self.totals, self.acc)[:, None]
 
-    def _logits(
-        self, s: Tensor, logit_scale: Tensor, logit_bias: Tensor, positives: Pairs
-    ) -> Tensor:  # (m, n)
+    def _logits(self, s: Tensor, affine: Affine, pairs: Pairs) -> Tensor:  # (m, n)
         u = self._view("u", *s.shape) if self.scalar_grads else s
-        if positives.image_ids is None and self.on_cpu:
-            return torch.add(logit_bias, s, alpha=logit_scale.item(), out=u)
-        torch.mul(s, logit_scale, out=u)
-        self._add_bias(u, logit_bias, positives)
+        if pairs.ids is None and self.on_cpu:
+            return torch.add(affine.bias, s, alpha=affine.scale.item(), out=u)
+        torch.mul(s, affine.scale, out=u)
+        self._add_bias(u, affine.bias, pairs)
         return u
 
     def _strip(self, u: Tensor, positive: Tensor | int | None, drops: bool) -> Tensor:  # ()
-        """The loss of some rows; their logits become g."""
+        """The loss of some rows; their logits become dlogits."""
         self._negate_positives(u, positive)
         if drops:  # loss 0, gradient 0
             torch.where(self._view("dropped", *u.shape), u.new_full((), -torch.inf), u, out=u)
@@ -212,21 +168,23 @@ class TorchPanel:
             self._negate_positives(u.sigmoid_(), positive)
         return loss
 
-    def _is_easy(self, z: Tensor) -> bool:
+    def _is_saturated(self, z: Tensor) -> bool:
         if not self.on_cpu or z.numel() < _FOLDED or z.numel() % 4:
             return False
         return z.amax().item() <= _SATURATED_LOGIT  # which NaN is not
 
-    def _easy_strip(self, z: Tensor, diagonal: int | None) -> Tensor:  # ()
-        """What _strip does, with a logarithm for four pairs: no g is near 1.
+    def _saturated_strip(self, z: Tensor, diagonal: int | None) -> Tensor:  # ()
+        """What _strip does, with one logarithm for four pairs: no sigmoid is near 1.
 
-        softplus(z) = -log(1 - g), and (1 - a) (1 - b) = 1 - (b + a (1 - b)), where nothing cancels.
-        All pairs are taken for negatives first; a positive's loss is less by z, its g by 1.
+        softplus(z) = -log(1 - g) with g = sigmoid(z), and (1 - a) (1 - b) = 1 - (b + a (1 - b)),
+        where nothing cancels. All pairs are taken for negatives first; a positive's loss is less by
+        z, its dlogits by 1.
         """
         positives = None if diagonal is None else z.diagonal(diagonal)
         loss = 0.0 if positives is None else -positives.sum()
-        g, one = z.sigmoid_().view(2, 2, -1), z.new_ones(())
-        a, b = torch.lerp(g[1], one, g[0], out=self._view("terms", 2, g.shape[2]))
+        sigmoid, one = z.sigmoid_().view(2, 2, -1), z.new_ones(())
+        terms = self._view("terms", 2, sigmoid.shape[2])
+        a, b = torch.lerp(sigmoid[1], one, sigmoid[0], out=terms)
         loss = loss - torch.lerp(b, one, a, out=a).neg_().log1p_().sum()
         if positives is not None:
             positives.sub_(1)
@@ -235,67 +193,70 @@ class TorchPanel:
     def add_product(
         self,
         out: Tensor,  # (m, D) or, transposed, (n, D)
-        g: Tensor,  # (m, n)
-        other: Tensor,  # (n, D) or, transposed, (m, D)
+        dlogits: Tensor,  # (m, n)
+        rhs: Tensor,  # (n, D) or, transposed, (m, D)
         alpha: float,
-        fresh: bool,
+        accumulate: bool,
         transposed: bool,
     ) -> None:
-        add_product(out, g.T if transposed else g, other, alpha, fresh)
+        add_product(out, dlogits.T if transposed else dlogits, rhs, alpha, accumulate)
 
     def count(
         self,
         x: Tensor,  # (m, D)
         y: Tensor,  # (n, D)
-        positives: Pairs,
-        centres: Tensor,  # (m,)
-        factors: Tensor,  # (m,)
-        known: Tensor | None,  # (m,) int32
+        pairs: Pairs,
+        normalizer: ScoreNormalizer,
+        prefix: Tensor | None,  # (m,) int32
         step: int,
         counts: Tensor,  # (m, 2**bits) int32
     ) -> None:
         s = self._similarities(x, y)
         for start in range(0, x.shape[0], self.strip_rows):
             rows = slice(start, start + self.strip_rows)
-            first = None if known is None else known[rows]
-            units = centres[rows], factors[rows]
-            self._count_strip(s[rows], positives.block(rows), *units, first, step, counts[rows])
+            in_strip = None if prefix is None else prefix[rows]
+            self._count_strip(
+                s[rows], pairs.block(rows), normalizer.block(rows), in_strip, step, counts[rows]
+            )
 
     def _count_strip(
         self,
         s: Tensor,  # (m, n)
-        positives: Pairs,
-        centres: Tensor,  # (m,)
-        factors: Tensor,  # (m,)
-        known: Tensor | None,  # (m,) int32
+        pairs: Pairs,
+        normalizer: ScoreNormalizer,
+        prefix: Tensor | None,  # (m,) int32
         step: int,
         counts: Tensor,  # (m, 2**bits) int32
     ) -> None:
         m, n = s.shape
-        value = self._placed(s, centres, factors, s)
+        bits, later = self.count_bits[step], KEY_BITS - sum(self.count_bits[: step + 1])
         counted = self._view("dropped", m, n)
-        below_zero = self._scratch(m, n).copy_(torch.lt(value, 0, out=counted)).neg_()
-        shift, lowest = cut(value.dtype)
-        bits = value.abs_().view(FORMATS[value.dtype][0])
-        bits.bitwise_right_shift_(shift).sub_(lowest).clamp_(0, HALF - 1)
-        bins = self._view("bits", m, n).copy_(bits)
-        bins.bitwise_xor_(below_zero).add_(HALF)  # -1 turns every bit
-        bits, later = self.count_bits[step], PLACE_BITS - sum(self.count_bits[: step + 1])
+        bins = self._keys(self._normalized(s, normalizer, s), counted)
         bins.bitwise_right_shift_(later)
-        if known is None:
+        if prefix is None:
             counted.fill_(True)
         else:
             first = torch.bitwise_right_shift(bins, bits, out=self._scratch(m, n))
-            torch.eq(first, known[:, None], out=counted)
+            torch.eq(first, prefix[:, None], out=counted)
             bins.bitwise_and_(2**bits - 1)
-        _except_positives(counted, self._positive(s, positives))
-        if positives.image_ids is not None:
-            counted.logical_and_(positives.image_ids[:, None] >= 0)
-            counted.logical_and_(positives.text_ids >= 0)
+        _except_positives(counted, self._positive(s, pairs))
+        if pairs.ids is not None:
+            counted.logical_and_(pairs.ids.images[:, None] >= 0)
+            counted.logical_and_(pairs.ids.texts >= 0)
         rows = torch.arange(m, dtype=torch.int32, device=s.device) << bits
         bins.add_(rows[:, None])
         ones = self._scratch(m, n).copy_(counted)
         counts.view(-1).index_add_(0, bins.view(-1), ones.view(-1))
+
+    def _keys(self, value: Tensor, scratch: Tensor) -> Tensor:  # (m, n) int32
+        """Keys (float_keys.py) of values, which are overwritten; ``scratch`` is (m, n) bool."""
+        m, n = value.shape
+        below_zero = self._scratch(m, n).copy_(torch.lt(value, 0, out=scratch)).neg_()
+        shift, offset = key_format(value.dtype)
+        magnitude = value.abs_().view(FORMATS[value.dtype][0])
+        magnitude.bitwise_right_shift_(shift).sub_(offset).clamp_(0, HALF - 1)
+        keys = self._view("bits", m, n).copy_(magnitude)
+        return keys.bitwise_xor_(below_zero).add_(HALF)  # -1 turns every bit
 
     def _similarities(self, x: Tensor, y: Tensor) -> Tensor:  # (m, n)
         s = self._view("s", x.shape[0], y.shape[0])
@@ -304,50 +265,47 @@ class TorchPanel:
         # half precision on a GPU: fp32 logits from half operands
         return torch.mm(x, y.T, out_dtype=s.dtype, out=s)
 
-    def _placed(self, s: Tensor, centres: Tensor, factors: Tensor, out: Tensor) -> Tensor:  # (m, n)
+    def _normalized(self, s: Tensor, normalizer: ScoreNormalizer, out: Tensor) -> Tensor:  # (m, n)
         """What thresholds are compared with: the same bits whenever they are found or applied."""
-        value = torch.sub(s, centres[:, None], out=out)
-        return value.mul_(factors[:, None])
-
-    def _scratch(self, m: int, n: int) -> Tensor:  # (m, n) int32, until "terms" is written
-        return self._view("terms", m, n).view(-1).view(torch.int32)[: m * n].view(m, n)
+        value = torch.sub(s, normalizer.center[:, None], out=out)
+        return value.mul_(normalizer.inv_radius[:, None])
 
     def _drop(
-        self, s: Tensor, positive: Tensor | int | None, kept: RandomMask | ScoreThreshold
+        self, s: Tensor, positive: Tensor | int | None, selection: RandomMask | ScoreThreshold
     ) -> int:
-        """Mark the pairs that are dropped; their number, where the host need not wait for it."""
+        """Mark the pairs that take no part; their number, where the host need not wait for it."""
         m, n = s.shape
         dropped = self._view("dropped", m, n)
-        if isinstance(kept, ScoreThreshold):
-            value = self._placed(s, kept.centres, kept.factors, self._view("terms", m, n))
-            torch.lt(value, kept.least[:, None], out=dropped)
+        if isinstance(selection, ScoreThreshold):
+            value = self._normalized(s, selection.normalizer, self._view("terms", m, n))
+            torch.lt(value, selection.threshold[:, None], out=dropped)
         else:
             h, part = self._view("bits", m, n), self._scratch(m, n)
-            torch.bitwise_xor(kept.image_keys[:, None], kept.text_keys, out=h)
+            torch.bitwise_xor(selection.image_keys[:, None], selection.text_keys, out=h)
             for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
                 # a logical shift: torch's repeats the sign
                 torch.bitwise_right_shift(h, shift, out=part).bitwise_and_((1 << 32 - shift) - 1)
                 h.bitwise_xor_(part).mul_(factor)
-            torch.ge(h, kept.below, out=dropped)
+            torch.ge(h, selection.hash_cutoff, out=dropped)
         _except_positives(dropped, positive)
-        return torch.count_nonzero(dropped).item() if self.on_cpu else 0
+        return int(torch.count_nonzero(dropped)) if self.on_cpu else 0
 
-    def _positive(self, pairs: Tensor, positives: Pairs) -> Tensor | int | None:
+    def _positive(self, s: Tensor, pairs: Pairs) -> Tensor | int | None:
         """Which pairs are positive: (m, n) bool, the number of a diagonal, or None."""
-        if positives.image_ids is None:
-            return positives.diagonal
+        if pairs.ids is None:
+            return pairs.diagonal
         # padding is -1 among images and -2 among texts: never a positive pair
-        images = positives.image_ids.clamp(min=-1)
-        texts = torch.where(positives.text_ids < 0, -2, positives.text_ids)
-        return torch.eq(images[:, None], texts, out=self._view("positive", *pairs.shape))
+        images = pairs.ids.images.clamp(min=-1)
+        texts = torch.where(pairs.ids.texts < 0, -2, pairs.ids.texts)
+        return torch.eq(images[:, None], texts, out=self._view("positive", *s.shape))
 
-    def _add_bias(self, u: Tensor, logit_bias: Tensor, positives: Pairs) -> None:
+    def _add_bias(self, u: Tensor, logit_bias: Tensor, pairs: Pairs) -> None:
         """u += b; -inf (loss 0, gradient 0) in padded rows and columns."""
-        if positives.image_ids is None:
+        if pairs.ids is None:
             u.add_(logit_bias)
             return
-        u.add_(torch.where(positives.text_ids < 0, -torch.inf, logit_bias))
-        u.add_(torch.where(positives.image_ids < 0, -torch.inf, 0.0).to(u.dtype)[:, None])
+        u.add_(torch.where(pairs.ids.texts < 0, -torch.inf, logit_bias))
+        u.add_(torch.where(pairs.ids.images < 0, -torch.inf, 0.0).to(u.dtype)[:, None])
 
     def _negate_positives(self, values: Tensor, positive: Tensor | int | None) -> None:
         """values = -l * values, l = +1 for a positive pair and -1 otherwise."""
@@ -356,11 +314,6 @@ class TorchPanel:
             torch.where(positive, negated, values, out=values)
         elif positive is not None:
             values.diagonal(positive).neg_()
-
-
-def _strip_rows(rows: int, cols: int) -> int:
-    """Rows of a panel that are taken at one time: few strips, or what fits a core's cache."""
-    return min(rows, max(_STRIP // max(cols, 1), -(-rows // 16), 1))
 
 
 def _except_positives(pairs: Tensor, positive: Tensor | int | None) -> None:

@@ -15,17 +15,24 @@ def numbers(values: Sequence[float], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(array.array(code, values), dtype=dtype)
 
 
-def finish(
-    partials: Tensor, logit_scale: Tensor, divisor: float | Tensor, factor: float = 1.0
-) -> tuple[Tensor, Tensor]:  # (), (3,)
-    """See :meth:`fused_siglip.kernels.Panel.finish`."""
-    if partials.is_cpu:  # fewer torch calls, and additions in float64
-        loss, *scalars = (sum(parts) for parts in partials.tolist())
-        scalars = (*(scalars or (0.0, 0.0)), logit_scale.item() / factor)
-        divisor = float(divisor)
-        factors = numbers([value / divisor for value in scalars], partials.dtype)
-        return torch.scalar_tensor(loss / divisor, dtype=partials.dtype, device="cpu"), factors
-    loss, *scalars = partials.sum(1).unbind()
-    if not scalars:
-        scalars = [torch.zeros_like(loss)] * 2
-    return loss / divisor, torch.stack((*scalars, logit_scale / factor)).div_(divisor)
+class TorchTotals:
+    """The part of a panel that adds its sums up, in torch."""
+
+    @staticmethod
+    def finish(
+        partials: Tensor,
+        logit_scale: Tensor,
+        divisor: float | Tensor,
+        factor: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # (), (3,)
+        """See :meth:`fused_siglip.kernels.Panel.finish`."""
+        if partials.is_cpu:  # fewer torch calls, and additions in float64
+            total, *scalars = (sum(parts) for parts in partials.tolist())
+            scalars = [*(scalars or (0.0, 0.0)), logit_scale.item() / factor]
+            divisor = float(divisor)
+            factors = numbers([value / divisor for value in scalars], partials.dtype)
+            return torch.scalar_tensor(total / divisor, dtype=partials.dtype, device="cpu"), factors
+        loss, *sums = partials.sum(1).unbind()
+        if not sums:
+            sums = [torch.zeros_like(loss)] * 2
+        return loss / divisor, torch.stack((*sums, logit_scale / factor)).div_(divisor)

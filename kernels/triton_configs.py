@@ -14,18 +14,20 @@ TILE = (128, 128)
 class PanelConfig:
     """How the panel kernel is compiled and launched.
 
-    parts and fold follow the layout in which the tensor cores leave the accumulator: every thread
-    holds columns of each part, and what folds together belongs to one thread. Other values are
-    correct too, but then threads exchange data in every part, and more sums stay in registers. What
-    the compilers make of each config is printed by benchmarks/compiled.py and held by
-    tests/test_triton_compiled.py.
+    epilogue_subtiles and fold follow the layout in which the tensor cores leave the accumulator:
+    every thread holds columns of each subtile, and what folds together belongs to one thread. Other
+    values are correct too, but then threads exchange data in every subtile, and more sums stay in
+    registers. What the compilers make of each config is printed by benchmarks/suites/compiled.py
+    and checked by tests/triton_backend/test_triton_compiled.py.
     """
 
     block_d: int  # features a step of the product takes
     num_warps: int
     num_stages: int  # steps in flight from global to shared memory
-    parts: int  # column parts of the epilogue
-    fold: tuple[int, int, int]  # shape of the running sums: ROW_GROUPS, PAIR_ROWS, COLS of _fold
+    epilogue_subtiles: int  # column blocks of a tile that the epilogue takes in turn
+    fold: tuple[
+        int, int, int
+    ]  # shape of the running sums: ROW_GROUPS, PAIR_ROWS, FOLD_COLS of _fold
     maxnreg: int | None = None  # CUDA: registers a thread, at most
     group_m: int = 8  # tile rows that share a band of y in L2
     tile: tuple[int, int] = TILE
@@ -37,7 +39,7 @@ class PanelConfig:
             "BLOCK_N": self.tile[1],
             "BLOCK_D": self.block_d,
             "GROUP_M": self.group_m,
-            "PARTS": self.parts,
+            "SUBTILES": self.epilogue_subtiles,
         }
 
     def constants(self) -> dict[str, int]:
@@ -45,7 +47,7 @@ class PanelConfig:
         return self.tile_constants() | {
             "ROW_GROUPS": self.fold[0],
             "PAIR_ROWS": self.fold[1],
-            "COLS": self.fold[2],
+            "FOLD_COLS": self.fold[2],
         }
 
     def options(self) -> dict[str, int | bool]:
@@ -67,21 +69,23 @@ class PanelConfig:
 
 # Two by two warps take 16 rows and 8 columns each; a thread holds rows 8 apart. 48 KiB: consumer
 # chips have 100 a multiprocessor.
-_MMA = PanelConfig(block_d=32, num_warps=4, num_stages=4, parts=8, fold=(2, 2, 16))
+_MMA = PanelConfig(block_d=32, num_warps=4, num_stages=4, epilogue_subtiles=8, fold=(2, 2, 16))
 # Two by four warps.
-_MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, parts=4, fold=(2, 2, 32))
+_MMA_TF32 = PanelConfig(block_d=32, num_warps=8, num_stages=3, epilogue_subtiles=4, fold=(2, 2, 32))
 # Eight warps below one another take 16 rows each; a thread holds rows 8 apart, and 2 of every 8
 # columns.
-_WGMMA = PanelConfig(block_d=64, num_warps=8, num_stages=3, parts=8, fold=(8, 2, 8), maxnreg=128)
+_WGMMA = PanelConfig(
+    block_d=64, num_warps=8, num_stages=3, epilogue_subtiles=8, fold=(8, 2, 8), maxnreg=128
+)
 _WGMMA_TF32 = replace(_WGMMA, block_d=32)
 # A thread reads a whole row back from tensor memory.
-_TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, parts=8, fold=(16, 1, 2))
+_TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, epilogue_subtiles=8, fold=(16, 1, 2))
 _TCGEN05_TF32 = replace(_TCGEN05, block_d=32)
-# Where no g is written, sums folded to two columns spill with Triton 3.9.
+# Where no dlogits are written, sums folded to two columns spill with Triton 3.9.
 _TCGEN05_SUMS = (16, 1, 8)
 # Products in full fp32 run outside the tensor cores and dwarf the epilogue: no spills is enough.
-_FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, parts=8, fold=(16, 1, 8))
-_MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, parts=4, fold=(4, 1, 32))
+_FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, epilogue_subtiles=8, fold=(16, 1, 8))
+_MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, epilogue_subtiles=4, fold=(4, 1, 32))
 
 
 def panel_config(
@@ -90,8 +94,8 @@ def panel_config(
     """The configuration for a device and operands.
 
     target: CUDA compute capability, or "hip". dtype: of the operands. precision: "ieee" or "tf32",
-    how fp32 operands are multiplied (no meaning for the other dtypes). store_dlogits: whether the kernel
-    writes dL/dz, or only sums.
+    how fp32 operands are multiplied (no meaning for the other dtypes). store_dlogits: whether the
+    kernel writes dlogits, or only sums.
     """
     if dtype == torch.float32 and precision == "ieee":
         return _FMA

@@ -1,4 +1,4 @@
-"""Device functions that the Triton kernels share: log-sigmoid, choice of negatives, tile parts."""
+"""Device functions that the Triton kernels share: log-sigmoid, selection of negatives, subtiles."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ _LOG2_E = tl.constexpr(1.4426950216293335)  # rounded to fp32
 _LOG2_E_REST = tl.constexpr(1.9259630e-8)  # what the rounding cut off
 
 _HALF = tl.constexpr(float_keys.HALF)
-_SHIFT, _LOWEST = (tl.constexpr(number) for number in float_keys.cut(torch.float32))
+_SHIFT, _OFFSET = (tl.constexpr(number) for number in float_keys.key_format(torch.float32))
 
 
 @triton.jit
@@ -58,7 +58,7 @@ SATURATED_LOGIT = tl.constexpr(-4.5)
 
 @triton.jit
 def saturated_softplus_sigmoid(u):
-    """As softplus_sigmoid where every u is at most SATURATED_LOGIT: half the operations."""
+    """softplus_sigmoid where every u is at most SATURATED_LOGIT, in half the operations."""
     # softplus = e (1 + e (a0 + a1 e)), sigmoid = e (1 + e (b0 + b1 e)), e in [0, exp(-4.5)]:
     # minimax on the relative error, 1.3e-8 and 5.2e-8, coefficients rounded to fp32 as above.
     e = _exp(u)
@@ -127,16 +127,16 @@ def pair_hash(image_keys, text_keys):
 
 
 @triton.jit
-def placed(s, centres, factors):
+def normalized_score(s, center, inv_radius):
     """What thresholds are compared with: the same bits whenever they are found or applied."""
-    return (s - centres[:, None]) * factors[:, None]
+    return (s - center[:, None]) * inv_radius[:, None]
 
 
 @triton.jit
-def place(value):
+def float_key(value):
     """fp32 to int32 in [0, 2^PLACE_BITS): see float_keys.py."""
     bits = tl.abs(value).to(tl.int32, bitcast=True)
-    magnitude = tl.minimum(tl.maximum((bits >> _SHIFT) - _LOWEST, 0), _HALF - 1)
+    magnitude = tl.minimum(tl.maximum((bits >> _SHIFT) - _OFFSET, 0), _HALF - 1)
     return tl.where(value < 0, ~magnitude, magnitude) + _HALF
 
 
@@ -165,11 +165,11 @@ def added(a, b):
 
 
 @triton.jit
-def column_parts(s, PARTS: tl.constexpr):
-    """``s`` cut into PARTS column blocks, left to right, without leaving registers."""
-    if PARTS == 1:
+def column_subtiles(s, SUBTILES: tl.constexpr):
+    """``s`` cut into SUBTILES column blocks, left to right, without leaving registers."""
+    if SUBTILES == 1:
         return (s,)
     else:
         halves = tl.reshape(s, (s.shape[0], 2, s.shape[1] // 2))
         left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        return column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)
+        return column_subtiles(left, SUBTILES // 2) + column_subtiles(right, SUBTILES // 2)

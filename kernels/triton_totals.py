@@ -11,7 +11,7 @@ BLOCK = 1024  # sums added at one time
 
 
 @triton.jit(do_not_specialize=["count", "stride_sum", "stride_part"])
-def finish_kernel(
+def finish_kernel(  # noqa: PLR0913, a kernel's pointers, sizes and strides
     partials_ptr,  # (SUMS, count) fp32: of softplus(u) and, if SUMS is 3, of g*s and g
     logit_scale_ptr,  # () fp32
     divisor_ptr,  # () integer or floating, or None: see the next
@@ -43,25 +43,32 @@ def finish_kernel(
     tl.store(factors_ptr + 2, tl.div_rn(tl.load(logit_scale_ptr), divisor))
 
 
-def finish(
-    partials: Tensor, logit_scale: Tensor, divisor: float | Tensor, factor: float = 1.0
-) -> tuple[Tensor, Tensor]:  # (), (3,)
-    """See :meth:`fused_siglip.kernels.Panel.finish`."""
-    loss, factors = partials.new_empty(()), partials.new_empty(3)
-    if factor != 1:
-        logit_scale = logit_scale / factor
-    known = not isinstance(divisor, Tensor)
-    with torch.cuda.device_of(partials):  # Triton launches on the current device
-        finish_kernel[(1,)](
-            partials,
-            logit_scale,
-            None if known else divisor,
-            float(divisor) if known else None,
-            loss,
-            factors,
-            partials.shape[1],
-            *partials.stride(),
-            SUMS=partials.shape[0],
-            BLOCK=BLOCK,
-        )
-    return loss, factors
+class TritonTotals:
+    """The part of a panel that adds its sums up, in Triton."""
+
+    @staticmethod
+    def finish(
+        partials: Tensor,
+        logit_scale: Tensor,
+        divisor: float | Tensor,
+        factor: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # (), (3,)
+        """See :meth:`fused_siglip.kernels.Panel.finish`."""
+        loss, factors = partials.new_empty(()), partials.new_empty(3)
+        if factor != 1:
+            logit_scale = logit_scale / factor
+        known = not isinstance(divisor, Tensor)
+        with torch.cuda.device_of(partials):  # Triton launches on the current device
+            finish_kernel[(1,)](
+                partials,
+                logit_scale,
+                None if known else divisor,
+                float(divisor) if known else None,
+                loss,
+                factors,
+                partials.shape[1],
+                *partials.stride(),
+                SUMS=partials.shape[0],
+                BLOCK=BLOCK,
+            )
+        return loss, factors

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .collectives import resolve_group
+
 WORLD = "world"
 
 
@@ -66,7 +68,7 @@ def look_up(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
                 "process's own batch"
             )
         return None
-    if group is None or group == WORLD:
+    if group is None or isinstance(group, str):
         return dist.group.WORLD
     try:
         dist.get_rank(group)
@@ -120,6 +122,7 @@ class GroupRef:
         if is_ready() and self.group is dist.group.WORLD:
             return state | {"group": WORLD}
         group = look_up(self.group)
+        assert group is not None  # which only the whole world may be
         saved = (group.group_name, dist.get_process_group_ranks(group))
         return state | {"group": None, "saved": saved}
 
@@ -127,7 +130,7 @@ class GroupRef:
 def _find(name: str, ranks: list[int]) -> dist.ProcessGroup:
     """The group of that name, if it has the same ranks: names are counted and may be another's."""
     try:
-        group = dist.distributed_c10d._resolve_process_group(name)
+        group = resolve_group(name)
         if dist.get_process_group_ranks(group) == ranks:
             return group
     except (RuntimeError, ValueError, KeyError, AttributeError, LookupError):

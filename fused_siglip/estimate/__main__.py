@@ -60,7 +60,7 @@ def assumptions(name: str, dtype: torch.dtype, world_size: int) -> str:
         "Per rank; the same batch on all; loss and all four gradients. Assumed, not measured here:",
         f"- {_rate(device.flops[dtype], 'FLOP/s')} sustained, or {launches} a panel to launch its "
         "kernels, whichever takes longer",
-        f"- {_rate(link.bandwidth, 'B/s')} each way between neighbours ({where}): "
+        f"- {_rate(link.bandwidth, 'B/s')} each way between neighbors ({where}): "
         f"{cost.SUSTAINED:.0%} of the line rate",
         f"- {cost.OPERATION * 1e6:.1f} us an exchange and {link.latency * 1e6:.1f} us a hop; a "
         "ring is as fast as its slowest link",

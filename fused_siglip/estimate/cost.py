@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..planner import PanelPlan, plan_panels
+from ..planner import PanelPlan, PlanRequest, plan_panels
 
 
 class Link(NamedTuple):
@@ -70,7 +70,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one rank in one step."""
+    """What one step costs one rank."""
 
     peak_bytes: int  # beyond the features; the gradients that are returned are in it
     bytes_sent: int
@@ -85,7 +85,7 @@ class Cost:
 
 
 def _chunk_bytes(rows: int, dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Of one rank's texts, and of their gradient."""
+    """Bytes of one rank's texts, and of their gradient."""
     accumulate = torch.promote_types(dtype, torch.float32)
     return rows * dim * dtype.itemsize, rows * dim * accumulate.itemsize
 
@@ -115,11 +115,10 @@ def _sweep_plan(
     backend: str,
     multiprocessors: int | None,
 ) -> PanelPlan:
-    """Of the texts that are swept at once: a rank's, or everybody's."""
+    """The panels of a sweep over the texts that come together: one rank's, or all."""
     columns = rows if impl == "ring" else world_size * rows
-    return plan_panels(
-        rows, columns, dim, dtype, device_type, backend, multiprocessors=multiprocessors
-    )
+    request = PlanRequest(rows, columns, dim, dtype, device_type, backend)
+    return plan_panels(request._replace(multiprocessors=multiprocessors))
 
 
 def peak_bytes(

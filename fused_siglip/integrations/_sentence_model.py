@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -29,8 +30,14 @@ WHICH = "siglip_parameter"
 PACKED = "packed"
 OTHERS = "other_sentence_embeddings"
 
+# What stands behind the next class in every class that is made of it.
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer as _Model
+else:
+    _Model = object
 
-class _WithScaleAndBias:
+
+class _WithScaleAndBias(_Model):
     """What a SentenceTransformer does besides once a loss has given it scale and bias.
 
     The trainer resumes by loading a second model of the same class from the checkpoint and copying
@@ -39,24 +46,26 @@ class _WithScaleAndBias:
 
     _siglip_starts: Mapping[str, tuple[float, float]] = {}  # (t', b) by parameter; never changed
 
-    def __init__(self, model_name_or_path: str | None = None, *args, **kwargs):
+    def __init__(self, model_name_or_path: str | None = None, *args: Any, **kwargs: Any):
         super().__init__(model_name_or_path, *args, **kwargs)
         file = Path(model_name_or_path or "", SCALE_AND_BIAS_FILE)
         if not file.is_file():
             return
         saved = json.loads(file.read_text())
-        named = {name: value for name, value in saved.items() if isinstance(value, dict)}
+        named: dict[str | None, dict] = {
+            name: value for name, value in saved.items() if isinstance(value, dict)
+        }
         if "logit_scale" in saved:
             named[None] = saved
         for name, values in named.items():
             start = (values["logit_scale"], values["logit_bias"])
             give_scale_and_bias(self, parameter_name(name), *start)
 
-    def save(self, path: str, *args, **kwargs) -> None:
+    def save(self, path: str | None, *args: Any, **kwargs: Any) -> None:
         super().save(path, *args, **kwargs)
         if path is None:  # the library's way of not saving
             return
-        saved = {}
+        saved: dict[str, Any] = {}
         for parameter in self._siglip_starts:
             logit_scale, logit_bias = getattr(self, parameter).tolist()
             values = {"logit_scale": logit_scale, "logit_bias": logit_bias}
@@ -69,10 +78,10 @@ class _WithScaleAndBias:
         for parameter, start in self._siglip_starts.items():
             scalars.fill(getattr(self, parameter), start)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _WithScaleAndBias:
         return super()._apply(scalars.keeping_scalars(self, fn, self._siglip_starts), recurse)
 
-    def forward(self, input: dict[str, Tensor], **kwargs) -> dict[str, Tensor]:
+    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         request, which = input.pop(REQUEST, None), input.pop(WHICH, PARAMETER)
         output = super().forward(input, **kwargs)
         if request is None:
@@ -95,7 +104,7 @@ class _WithScaleAndBias:
 def _packed(embeddings: Tensor, values: Tensor) -> Tensor:  # (b, D), (2,) -> (b + 2, D)
     """Scale and bias in rows below the embeddings, each a direction: (value, 1, 0, ...).
 
-    What MatryoshkaLoss takes for embeddings is cut to fewer columns and normalised; a direction is
+    What MatryoshkaLoss takes for embeddings is cut to fewer columns and normalized; a direction is
     what remains. In float32 at least, which the values need.
     """
     if embeddings.shape[1] < 2:
@@ -116,7 +125,7 @@ def unpacked(rows: Tensor) -> tuple[Tensor, Tensor]:  # (2, D)
 
 
 @functools.cache
-def _class_with_scale_and_bias(base: type[SentenceTransformer]) -> type[SentenceTransformer]:
+def _class_with_scale_and_bias(base: type) -> type:
     """A subclass by the same name (model cards print it), which pickle finds in this module."""
     cls = type(base.__name__, (_WithScaleAndBias, base), {"__module__": __name__})
     cls.__qualname__ = f"_Trained{base.__name__}"
@@ -143,7 +152,8 @@ def give_scale_and_bias(
     model: SentenceTransformer, parameter: str, logit_scale: float, logit_bias: float
 ) -> None:
     if not isinstance(model, _WithScaleAndBias):
-        model.__class__ = _class_with_scale_and_bias(type(model))
+        cls: Any = type(model)
+        model.__class__ = _class_with_scale_and_bias(cls)
     start = (float(logit_scale), float(logit_bias))
     model._siglip_starts = {**getattr(model, "_siglip_starts", {}), parameter: start}
     values = torch.tensor(start, dtype=torch.float32, device=model.device)
@@ -152,6 +162,7 @@ def give_scale_and_bias(
 
 def unwrapped(model: nn.Module) -> SentenceTransformer:
     """Out of DDP, DataParallel and torch.compile."""
-    while not isinstance(model, SentenceTransformer):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
+    inner: Any = model
+    while not isinstance(inner, SentenceTransformer):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    return inner

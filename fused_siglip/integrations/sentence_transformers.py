@@ -10,7 +10,7 @@ that class nor this package.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import validation
-from ..distributed.exchange import report_bad_arguments
-from ..distributed.groups import WORLD, is_ready
+from ..distributed.agreement import report_bad_arguments
+from ..distributed.groups import WORLD, is_ready, look_up
 from ..loss import siglip_loss
 from . import require
 
@@ -135,7 +135,7 @@ class SigLipLoss(nn.Module):
         super().__setattr__(name, value)
 
     def forward(
-        self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
+        self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
     ) -> Tensor:  # ()
         anchors, *texts = _at_least_two(sentence_features)
         merged = merge_feature_batches(texts) if len(texts) > 1 else None
@@ -156,25 +156,31 @@ class SigLipLoss(nn.Module):
         return self._loss(embeddings, logit_scale, logit_bias)
 
     def _loss(self, columns: list[Tensor], logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-        """Loss of the embeddings of all columns, each (B, D) and not normalised."""
+        """Loss of the embeddings of all columns, each (B, D) and not normalized."""
         columns = [_normalized(column) for column in columns]
         anchors, texts = columns[0], columns[1]
-        options = {"group": WORLD} if self.gather_across_devices else {}
-        gathers = self.gather_across_devices and is_ready()
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if gathers else (0, 1)
+        image_ids = text_ids = None
+        world = look_up(WORLD) if self.gather_across_devices and is_ready() else None
+        rank, world_size = 0, 1
+        if world is not None:
+            rank, world_size = dist.get_rank(world), dist.get_world_size(world)
         # also for pairs where ranks gather: another rank may have further columns
         if len(columns) > 2 or world_size > 1:
             if len(columns[1]) != len(anchors):
-                if world_size > 1:
-                    report_bad_arguments(dist.group.WORLD, anchors.device)
+                if world is not None and world_size > 1:
+                    report_bad_arguments(world, anchors.device)
                 raise ValueError(
                     f"{len(anchors)} anchors have {len(columns[1])} positives: expected one each"
                 )
             texts = torch.cat(columns[1:])
             # unique in the global batch: text i is anchor i's positive, those beyond are nobody's
-            ids = torch.arange(len(texts), device=texts.device) * world_size + rank
-            options |= {"image_ids": ids[: len(anchors)], "text_ids": ids}
-        return siglip_loss(anchors, texts, logit_scale, logit_bias, **options)
+            text_ids = torch.arange(len(texts), device=texts.device) * world_size + rank
+            image_ids = text_ids[: len(anchors)]
+        group = WORLD if self.gather_across_devices else None
+        return siglip_loss(
+            anchors, texts, logit_scale, logit_bias,
+            image_ids=image_ids, text_ids=text_ids, group=group,
+        )  # fmt: skip
 
     def get_config_dict(self) -> dict[str, Any]:
         named = {} if self.name is None else {"name": self.name}
@@ -207,8 +213,11 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
     mini-batch, so accumulation, GradScaler and DDP treat them like all others.
 
     Args:
-        model, init_logit_scale, init_logit_bias, gather_across_devices, name: as in
-            :class:`SigLipLoss`.
+        model: as in :class:`SigLipLoss`, like the next four.
+        init_logit_scale: t' to start from.
+        init_logit_bias: b to start from.
+        gather_across_devices: compute the loss of the global batch.
+        name: of this loss's own scale and bias.
         mini_batch_size: rows embedded at a time.
         mini_batch_num_tokens: pack mini-batches by number of tokens instead, up to this many.
         show_progress_bar: show the mini-batches' progress.
@@ -219,6 +228,8 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
             loss works in, or under DataParallel (SigLipLoss works with both). MatryoshkaLoss works,
             with dimensions of 2 or more.
     """
+
+    forward_cached: Callable[..., Tensor]  # of CachedLossMixin
 
     def __init__(
         self,
@@ -249,7 +260,7 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
         self.show_progress_bar = show_progress_bar
 
     def forward(
-        self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
+        self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
     ) -> Tensor:  # ()
         if isinstance(vars(unwrapped(self.model)[0]).get("forward"), TransformerDecorator):
             raise ValueError(
@@ -293,7 +304,7 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
         }
 
 
-def _at_least_two(sentence_features: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def _at_least_two(sentence_features: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     columns = list(sentence_features)
     if len(columns) < 2:
         raise ValueError(

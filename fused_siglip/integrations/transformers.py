@@ -6,13 +6,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch.distributed as dist
 from torch import nn
 
 from .. import scalars, validation
-from ..distributed.exchange import DIST_IMPLS
+from ..distributed.agreement import DIST_IMPLS
 from ..distributed.groups import OMITTED, WORLD, GroupRef
 from ..loss import siglip_loss
 from . import require
@@ -36,6 +36,11 @@ _ORIGINAL = "_fused_siglip_original"
 ModelOrClass = TypeVar("ModelOrClass", bound="nn.Module | type[nn.Module]")
 
 
+class _LossOptions(TypedDict):
+    group: dist.ProcessGroup | str | None
+    dist_impl: str | None
+
+
 @dataclass(frozen=True)
 class _Settings:
     """What a patched model was asked for."""
@@ -43,7 +48,7 @@ class _Settings:
     group: GroupRef  # copies share it: a process group has no copy
     dist_impl: str | None
 
-    def loss_options(self) -> dict:
+    def loss_options(self) -> _LossOptions:
         """Options of siglip_loss, now: groups come into being after models are patched."""
         return {"group": self.group.get(), "dist_impl": self.dist_impl}
 
@@ -57,7 +62,7 @@ def patch_siglip(
     """Let a SigLIP model of transformers compute its loss without the matrix of logits.
 
     With ``return_loss=True`` the model's ``loss`` is :func:`fused_siglip.siglip_loss` of its
-    normalised embeddings, and ``logits_per_image`` and ``logits_per_text`` are None, since they are
+    normalized embeddings, and ``logits_per_image`` and ``logits_per_text`` are None, since they are
     the (B, B) matrix; all other outputs are the model's own. Without ``return_loss`` the model's
     own forward runs, untouched. Parameters, state dict, config and class name stay as they are.
 
@@ -99,21 +104,32 @@ def patch_siglip(
     settings = _Settings(GroupRef(group), dist_impl)
 
     target = _find(model_or_class)
-    cls = target if isinstance(target, type) else type(target)
     if _SETTINGS not in vars(target):
-        _check_forward(cls)
-        if target is cls:
-            cls.forward = _fused(cls.forward)
-            cls.accepts_loss_kwargs = False
-        elif "forward" in vars(target):
-            raise TypeError(
-                f"forward of this {cls.__name__} was replaced on the instance (accelerate does so "
-                "for mixed precision and device_map): expected a model that is patched before that"
-            )
+        if isinstance(target, type):
+            _patch_class(target)
         else:
-            target.__class__ = _patched_class(cls)
+            _patch_instance(target)
     setattr(target, _SETTINGS, settings)
     return model_or_class
+
+
+def _patch_class(cls: Any) -> None:
+    """Give a class the fused forward."""
+    _check_forward(cls)
+    cls.forward = _fused(cls.forward)
+    cls.accepts_loss_kwargs = False
+
+
+def _patch_instance(model: nn.Module) -> None:
+    """Give one model the fused forward, by a class of its own."""
+    cls: Any = type(model)
+    _check_forward(cls)
+    if "forward" in vars(model):
+        raise TypeError(
+            f"forward of this {cls.__name__} was replaced on the instance (accelerate does so "
+            "for mixed precision and device_map): expected a model that is patched before that"
+        )
+    model.__class__ = _patched_class(cls)
 
 
 def unpatch_siglip(model_or_class: ModelOrClass) -> ModelOrClass:
@@ -121,20 +137,24 @@ def unpatch_siglip(model_or_class: ModelOrClass) -> ModelOrClass:
 
     Returns ``model_or_class``. Raises the TypeError of :func:`patch_siglip` for other objects.
     """
-    target = _find(model_or_class)
+    target: Any = _find(model_or_class)
     if _SETTINGS in vars(target):
         delattr(target, _SETTINGS)
-        if not isinstance(target, type):
-            # FSDP2 may have put a class of its own on top, which then finds no settings
-            if hasattr(vars(type(target)).get("forward"), _ORIGINAL):
-                target.__class__ = type(target).__base__
-        else:
-            del target.accepts_loss_kwargs
-            if target in _OUTPUTS:
-                target.forward = getattr(target.forward, _ORIGINAL)
-            else:
-                del target.forward  # inherited
+        if isinstance(target, type):
+            _unpatch_class(target)
+        # FSDP2 may have put a class of its own on top, which then finds no settings
+        elif hasattr(vars(type(target)).get("forward"), _ORIGINAL):
+            target.__class__ = type(target).__base__
     return model_or_class
+
+
+def _unpatch_class(cls: Any) -> None:
+    """Give a class its own forward back."""
+    del cls.accepts_loss_kwargs
+    if cls in _OUTPUTS:
+        cls.forward = getattr(cls.forward, _ORIGINAL)
+    else:
+        del cls.forward  # inherited
 
 
 def _find(model_or_class: ModelOrClass) -> nn.Module | type[nn.Module]:
@@ -156,7 +176,7 @@ def _find(model_or_class: ModelOrClass) -> nn.Module | type[nn.Module]:
     return found[0]
 
 
-def _check_forward(cls: type[nn.Module]) -> None:
+def _check_forward(cls: Any) -> None:
     """Refuse a forward whose work outside the loss is not known here."""
     owner = next(c for c in cls.__mro__ if "forward" in vars(c))
     if owner not in _OUTPUTS and not hasattr(owner.forward, _ORIGINAL):
@@ -180,14 +200,14 @@ def _defaults(forward: Callable) -> dict[str, object]:
 
 
 @functools.cache
-def _patched_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _patched_class(cls: Any) -> Any:
     """A subclass of the same name with the fused forward: the class of patched instances.
 
     Not a ``forward`` in the instance's dict: that would be lost when it is pickled (a bound method
     is pickled by name), and hidden under what accelerate puts there.
     """
 
-    def reduce(self, protocol):
+    def reduce(self: nn.Module, protocol: int) -> tuple:
         return _new_patched, (cls,), object.__reduce_ex__(self, 2)[2]
 
     body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -195,17 +215,16 @@ def _patched_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), body)
 
 
-def _new_patched(cls: type[nn.Module]) -> nn.Module:
+def _new_patched(cls: Any) -> nn.Module:
     patched = _patched_class(cls)
     return patched.__new__(patched)
 
 
-def _fused(original: Callable) -> Callable:
+def _fused(original: Callable) -> Any:
     """``original``, the forward of a model, with the fused loss where settings are found."""
     defaults = _defaults(original)
 
-    @functools.wraps(original)
-    def forward(self, *args, **kwargs):
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         settings = getattr(self, _SETTINGS, None)
         given = dict(zip(defaults, args, strict=False)) | kwargs
         well_formed = len(given) == len(args) + len(kwargs)  # no argument twice, or too many
@@ -213,16 +232,19 @@ def _fused(original: Callable) -> Callable:
             return original(self, *args, **kwargs)
         return _forward_with_loss(self, settings, **(defaults | given))
 
+    fused: Any = functools.update_wrapper(forward, original)
     # accelerate looks for the bare forward by following __wrapped__: it must stop here
-    del forward.__wrapped__
-    forward.__signature__ = inspect.signature(original)  # Trainer keeps the columns named in it
-    setattr(forward, _ORIGINAL, original)
-    return forward
+    del fused.__wrapped__
+    fused.__signature__ = inspect.signature(original)  # Trainer keeps the columns named in it
+    setattr(fused, _ORIGINAL, original)
+    return fused
 
 
 @can_return_tuple
-def _forward_with_loss(self: nn.Module, settings: _Settings, /, return_loss: bool, **given):
-    """The model's outputs with the loss and without logits; normalises as the model does."""
+def _forward_with_loss(
+    self: SiglipModel | Siglip2Model, settings: _Settings, /, return_loss: bool, **given: Any
+) -> SiglipOutput | Siglip2Output:
+    """The model's outputs with the loss and without logits; normalizes as the model does."""
     text, image = (
         {name: given.pop(name) for name in names if name in given} for names in (_TEXT, _IMAGE)
     )

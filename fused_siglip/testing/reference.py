@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def eager_siglip_loss(
+def eager_siglip_loss(  # noqa: PLR0913, the arguments of siglip_loss
     image_features: Tensor,  # (M, D)
     text_features: Tensor,  # (N, D)
     logit_scale: float | Tensor,
@@ -28,7 +28,8 @@ def eager_siglip_loss(
     if logit_bias is not None:
         logits += logit_bias
     labels = -torch.ones_like(logits, requires_grad=False)
-    if image_ids is not None:
+    count: int | Tensor
+    if image_ids is not None and text_ids is not None:
         if not negative_only:
             labels[image_ids[:, None] == text_ids] = 1
         real = (image_ids[:, None] >= 0) & (text_ids >= 0)

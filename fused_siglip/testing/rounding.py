@@ -16,7 +16,7 @@ UNIT_ROUNDOFF = {
 
 
 @torch.no_grad()
-def rounding_errors(
+def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     image_features: Tensor,  # (M, D)
     text_features: Tensor,  # (N, D)
     logit_scale: Tensor,  # one element
@@ -44,51 +44,33 @@ def rounding_errors(
     rounded, which errs twice as much.
     """
     dtype = image_features.dtype
-    x, y, t, b = (
-        tensor.detach().double()
-        for tensor in (image_features, text_features, logit_scale, logit_bias)
-    )
-    t, b = t.reshape(()), b.reshape(())
+    x, y = (features.detach().double() for features in (image_features, text_features))
+    t, b = (value.detach().double().reshape(()) for value in (logit_scale, logit_bias))
     accumulate = torch.promote_types(dtype, torch.float32)
     u = UNIT_ROUNDOFF[accumulate] + UNIT_ROUNDOFF[torch.float64]
     u_sum = 2 * u if x.is_cuda else u
     (m, d), n = x.shape, y.shape[0]
-
-    positive = torch.zeros(m, n, dtype=torch.bool, device=x.device)
-    valid, images = ~positive, m
-    if image_ids is not None:
-        valid = (image_ids >= 0)[:, None] & (text_ids >= 0)
-        images = int((image_ids >= 0).sum())
-        x = torch.where(image_ids[:, None] < 0, 0, x)  # padding may hold anything
+    if image_ids is not None and text_ids is not None:  # padding may hold anything
+        x = torch.where(image_ids[:, None] < 0, 0, x)
         y = torch.where(text_ids[:, None] < 0, 0, y)
-        positive = image_ids[:, None] == text_ids
-    elif not negative_only:
-        positive.fill_diagonal_(True)
-    if negative_only:
-        positive = torch.zeros_like(positive)
+    positive, valid, images = _pair_masks(x, y, image_ids, text_ids, negative_only)
     if kept is not None:
         valid = valid & (kept | positive if unsure is None else kept | positive | unsure)
     divisor = max(images, 1) if reduction == "mean" else 1
 
-    s = x @ y.T
+    s, ds = x @ y.T, d * u_sum * (x.abs() @ y.T.abs())
     z = t * s + b
     v = torch.where(positive, -z, z)
-    ds = d * u_sum * (x.abs() @ y.T.abs())
     dz = t.abs() * ds + u * (t.abs() * s.abs() + 3 * z.abs())
-    p, q = v.sigmoid(), (-v).sigmoid()
-    softplus = v.clamp(min=0) + torch.log1p(torch.exp(-v.abs()))
-    grown = torch.expm1(dz.clamp(max=700))  # sigmoid'(v) is p q, and changes by exp(dz) at most
     tiny = torch.finfo(accumulate).tiny  # exponentials may be flushed to 0 below
-    d_term = torch.minimum(p * grown, dz) + 8 * u * softplus + tiny
-    d_g = (p * q * grown).clamp(max=1) + 8 * u * p + tiny
-    p, softplus, d_term, d_g = (torch.where(valid, w, 0) for w in (p, softplus, d_term, d_g))
+    p, softplus, d_term, d_g = (
+        torch.where(valid, w, 0) for w in _log_sigmoid_errors(v, dz, u, tiny)
+    )
     if unsure is not None:
         d_term, d_g = d_term + unsure * softplus, d_g + unsure * p
     stored = d_g  # in the dtype of the products
-    g_dtype = dtype if g_dtype is None else g_dtype
-    if g_dtype != accumulate:
-        stored = d_g + UNIT_ROUNDOFF[g_dtype] * (p + d_g)
-        stored += valid * smallest(g_dtype) / GRAD_SCALE.get(g_dtype, 1.0)
+    if (g_dtype or dtype) != accumulate:
+        stored = d_g + _stored_errors(p + d_g, g_dtype or dtype) * valid
 
     pairs = min(m * n, 128)
     errors = [
@@ -99,6 +81,44 @@ def rounding_errors(
         d_g.sum() + pairs * u * p.sum(),
     ]
     return [e / divisor for e in errors]
+
+
+def _stored_errors(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """What writing dL/dz of at most this size in ``dtype`` may do to it."""
+    return UNIT_ROUNDOFF[dtype] * largest + smallest(dtype) / GRAD_SCALE.get(dtype, 1.0)
+
+
+def _pair_masks(
+    x: Tensor,
+    y: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    negative_only: bool,
+) -> tuple[Tensor, Tensor, int]:  # (M, N) bool, (M, N) bool
+    """Which pairs are positive, which take part, and how many images are no padding."""
+    positive = torch.zeros(len(x), len(y), dtype=torch.bool, device=x.device)
+    valid, images = ~positive, len(x)
+    if image_ids is not None and text_ids is not None:
+        valid = (image_ids >= 0)[:, None] & (text_ids >= 0)
+        images = int((image_ids >= 0).sum())
+        if not negative_only:
+            positive = image_ids[:, None] == text_ids
+    elif not negative_only:
+        positive.fill_diagonal_(True)
+    return positive, valid, images
+
+
+def _log_sigmoid_errors(
+    v: Tensor, dz: Tensor, u: float, tiny: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M, N) each
+    """sigmoid(v) and softplus(v), and what errors ``dz`` of v and rounding do to softplus and
+    sigmoid."""
+    p, q = v.sigmoid(), (-v).sigmoid()
+    softplus = v.clamp(min=0) + torch.log1p(torch.exp(-v.abs()))
+    grown = torch.expm1(dz.clamp(max=700))  # sigmoid'(v) is p q, and changes by exp(dz) at most
+    d_term = torch.minimum(p * grown, dz) + 8 * u * softplus + tiny
+    d_g = (p * q * grown).clamp(max=1) + 8 * u * p + tiny
+    return p, softplus, d_term, d_g
 
 
 def smallest(dtype: torch.dtype) -> float:

@@ -9,13 +9,17 @@ from __future__ import annotations
 import platform
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..kernels import (
     BACKENDS,
+    PanelSpec,
     default_backend,
     float32_products,
     multiplies_half_into_fp32,
@@ -24,7 +28,7 @@ from ..kernels import (
     why_triton_unavailable,
 )
 from ..loss import siglip_loss
-from ..planner import plan_panels
+from ..planner import PlanRequest, plan_panels
 from ..validation import FEATURE_DTYPES
 from .reference import eager_siglip_loss
 from .rounding import excess, rounding_errors
@@ -76,8 +80,8 @@ def describe(device: str) -> str:
         multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     for dtype in FEATURE_DTYPES:
         backend = default_backend(device, dtype)
-        options = {"multiprocessors": multiprocessors}
-        plan = plan_panels(rows, rows, d, dtype, device, backend, **options)
+        request = PlanRequest(rows, rows, d, dtype, device, backend)
+        plan = plan_panels(request._replace(multiprocessors=multiprocessors))
         lines.append(
             f"  {_name(dtype):<9} {backend:<7} {plan.rows} x {plan.cols}, workspace "
             f"{plan.workspace_bytes / 2**20:.0f} MiB, at most {plan.peak_bytes / 2**20:.0f} MiB "
@@ -110,20 +114,21 @@ def measure(call: str, backend: str, dtype: torch.dtype, device: str) -> list[fl
         for rows in (m, n)
     ]
     features = [tower.to(device, dtype) for tower in towers]
-    ids = {}
+    image_ids = text_ids = None
     if with_ids:
-        ids = {
-            name: torch.randint(-10, 50, (rows,), generator=generator).to(device)
-            for name, rows in (("image_ids", m), ("text_ids", n))
-        }
+        image_ids, text_ids = (
+            torch.randint(-10, 50, (rows,), generator=generator).to(device) for rows in (m, n)
+        )
     accumulate = torch.promote_types(dtype, torch.float32)
     inputs = [*features, *(torch.tensor(v, dtype=accumulate, device=device) for v in (t, b))]
-    operand = plan_panels(1, 1, 1, dtype, device, backend).operand_dtype
-    workspace = panel_class(backend).workspace_bytes(256, 256, operand, True, True)
+    operand = plan_panels(PlanRequest(1, 1, 1, dtype, device, backend)).operand_dtype
+    workspace = panel_class(backend).workspace_bytes(PanelSpec(256, 256, operand, True, True))
 
-    def run(loss_function, values, **options) -> list[torch.Tensor]:
+    def run(
+        loss_function: Callable[..., Tensor], values: Sequence[Tensor], **options: Any
+    ) -> list[Tensor]:
         leaves = [v.detach().clone().requires_grad_() for v in values]
-        loss = loss_function(*leaves, **ids, **options)
+        loss = loss_function(*leaves, image_ids=image_ids, text_ids=text_ids, **options)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     actual = run(siglip_loss, inputs, backend=backend, workspace_bytes=workspace)
@@ -131,7 +136,7 @@ def measure(call: str, backend: str, dtype: torch.dtype, device: str) -> list[fl
     if not all(torch.equal(v, w) for v, w in zip(actual, again, strict=True)):
         raise RuntimeError("the same inputs gave other bits the second time")
     exact = run(eager_siglip_loss, [v.double() for v in inputs])
-    errors = rounding_errors(*inputs, **ids, g_dtype=operand)
+    errors = rounding_errors(*inputs, image_ids=image_ids, text_ids=text_ids, g_dtype=operand)
     return [excess(a, x, e) for a, x, e in zip(actual, exact, errors, strict=True)]
 
 

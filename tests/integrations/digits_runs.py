@@ -17,7 +17,8 @@ from examples.captions import Tokenizer
 from examples.trainers import SEED, load_pairs
 from examples.training import EagerSigLipLoss, TwoTowers
 from fused_siglip import LearnableSigLipLoss
-from helpers import UNIT_ROUNDOFF, error
+from fused_siglip.testing.rounding import UNIT_ROUNDOFF
+from support.tolerances import error
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 16  # of all ranks

@@ -37,7 +37,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks.memory import peak_bytes
+from benchmarks.common.memory import peak_bytes
 from fused_siglip.integrations.sentence_transformers import CachedSigLipLoss, SigLipLoss
 from fused_siglip.testing import eager_siglip_loss
 
@@ -183,7 +183,7 @@ def peak_extra_bytes(loss: str, batch_size: int, *, dim: int = 256, **options) -
 
     loss: a key of LOSSES; options: what its constructor takes. The model only normalises
     embeddings it is given, two columns of (batch_size, dim), so what is measured is the loss.
-    Without the embeddings and their gradients, as in benchmarks/memory.py.
+    Without the embeddings and their gradients, as in benchmarks/common/memory.py.
     """
     return _in_a_process("_peak_of_loss", loss, batch_size, dim, options)
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
-from launch import launch, returned
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from examples import train_accelerate as example
 from examples.trainers import make_optimizer
 from examples.training import TwoTowers
+from support.processes import launch, returned
 
 CASES = {
     "sgd": {"sgd": True},

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import launch, returned
 from torchvision_on_cpu import define_schemas
+
+from support.processes import launch, returned
 
 define_schemas()  # also in the processes of launch(): Lightning imports torchvision
 import digits_runs as runs

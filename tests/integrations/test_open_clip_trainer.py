@@ -17,12 +17,14 @@ pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
 
-from benchmarks.cases import Case
-from benchmarks.memory import peak_extra_bytes
+from benchmarks.common.memory import peak_extra_bytes
+from benchmarks.common.workloads import Case
 from examples.captions import training_captions
 from fused_siglip import SigLipLoss, siglip_loss
 from fused_siglip.integrations import open_clip as integration
-from helpers import UNIT_ROUNDOFF, error, make_inputs
+from fused_siglip.testing.rounding import UNIT_ROUNDOFF
+from support.inputs import make_inputs
+from support.tolerances import error
 
 HERE = Path(__file__).parent
 THEIRS = open_clip.loss.SigLipLoss

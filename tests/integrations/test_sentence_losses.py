@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from launch import launch, returned
 from sentence_models import EagerSigLipLoss, features, part, tiny_model, trainer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses import column_merging_disabled
@@ -26,7 +25,8 @@ from fused_siglip.integrations.sentence_transformers import (
     SigLipLoss,
 )
 from fused_siglip.testing import eager_siglip_loss
-from helpers import error
+from support.processes import launch, returned
+from support.tolerances import error
 
 KINDS: dict[str, Callable] = {
     "plain": SigLipLoss,

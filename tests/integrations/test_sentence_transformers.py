@@ -1,23 +1,8 @@
 """SigLipLoss and CachedSigLipLoss in sentence-transformers' own trainer, on small models."""
 
-import copy
-import functools
-import json
-import os
-import pickle
-import subprocess
-import sys
-import tempfile
-from importlib.metadata import version
-from pathlib import Path
-
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
-from launch import launch, returned
-from packaging.version import Version
 from sentence_models import (
-    HERE,
     EagerSigLipLoss,
     features,
     images,
@@ -29,72 +14,21 @@ from sentence_models import (
     tiny_towers,
     trainer,
 )
+from sentence_runs import KINDS, ROUNDING, both, gradients, scale_and_bias, train, train_eager
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import CoSENTLoss, MatryoshkaLoss
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
 
 from fused_siglip.integrations.sentence_transformers import (
-    SCALE_AND_BIAS_FILE,
     CachedSigLipLoss,
     SigLipLoss,
 )
 from fused_siglip.testing import eager_siglip_loss
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
-from helpers import error
-
-KINDS = {"plain": SigLipLoss, "cached": lambda m, **o: CachedSigLipLoss(m, mini_batch_size=5, **o)}
-both = pytest.mark.parametrize("kind", list(KINDS))
-
-# of float64; before 6.2 the library multiplies cached gradients in float32
-ROUNDING = 1e-12 if Version(version("sentence-transformers")) >= Version("6.2") else 1e-5
+from support.tolerances import error
 
 torch.set_num_threads(1)
-
-
-def weights(model) -> torch.Tensor:
-    """The encoder's weights, one vector."""
-    named = (p for name, p in model.named_parameters() if name != "logit_scale_and_bias")
-    return nn.utils.parameters_to_vector(named).detach().clone()
-
-
-def scale_and_bias(loss) -> torch.Tensor:
-    if isinstance(loss, EagerSigLipLoss):
-        return torch.stack([loss.logit_scale, loss.logit_bias]).detach()
-    model = getattr(loss.model, "module", loss.model)  # out of DDP
-    return model.logit_scale_and_bias.detach().clone()
-
-
-def gradients(loss, columns, scaling: float = 1.0) -> list[torch.Tensor]:
-    """The loss, and the gradients of the encoder and of [t', b], of one step."""
-    loss.zero_grad()
-    value = loss(columns, None)
-    (value * scaling).backward()
-    named = dict(loss.named_parameters())
-    if isinstance(loss, EagerSigLipLoss):
-        own = torch.stack([named.pop("logit_scale").grad, named.pop("logit_bias").grad])
-    else:
-        own = named.pop("model.logit_scale_and_bias").grad.clone()
-    encoder = torch.cat([p.grad.flatten() for p in named.values() if p.grad is not None])
-    return [value.detach(), encoder, own]
-
-
-def train(make_loss, dtype=torch.float32, **options):
-    """Logged losses, and of the encoder and of [t', b]: (start, end)."""
-    model = tiny_model().to(dtype)
-    loss = make_loss(model).to(dtype)
-    start = weights(model), scale_and_bias(loss)
-    with tempfile.TemporaryDirectory() as folder:
-        run = trainer(folder, model, loss, **options)
-        run.train()
-    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    ends = zip(start, (weights(model), scale_and_bias(loss)), strict=True)
-    return torch.tensor(logged, dtype=torch.float64), *ends
-
-
-@functools.cache
-def train_eager(dtype, *options):
-    return train(EagerSigLipLoss, dtype, **dict(options))
 
 
 @both
@@ -249,215 +183,6 @@ def test_matryoshka(kind):
     assert error(values[0].detach(), values[1].detach()) < ROUNDING
     own = torch.stack([eager.logit_scale.grad, eager.logit_bias.grad])
     assert error(model.logit_scale_and_bias.grad, own) < ROUNDING
-
-
-@both
-def test_evaluate(tmp_path, kind):
-    model = tiny_model()
-    loss = KINDS[kind](model)
-    held_out = Dataset.from_dict(sentences(16))
-    run = trainer(tmp_path, model, loss, steps=1, per_device_eval_batch_size=16)
-    logged = run.evaluate(held_out)["eval_loss"]
-    with torch.no_grad():
-        expected = EagerSigLipLoss(tiny_model())(features(model, 16))
-    assert logged == pytest.approx(expected.item(), rel=1e-5)
-    # and the trained model still encodes as any other
-    assert model.encode(["w1 w2"], output_value=None)[0].keys() == (
-        tiny_model().encode(["w1 w2"], output_value=None)[0].keys()
-    )
-
-
-@both
-def test_resumed_run_equals_an_uninterrupted_one(tmp_path, kind):
-    options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 3}
-    model = tiny_model()
-    loss = KINDS[kind](model)
-    trainer(tmp_path, model, loss, **options).train()
-
-    again = tiny_model()
-    loss_again = KINDS[kind](again)
-    run = trainer(tmp_path, again, loss_again, **options)
-    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert torch.equal(scale_and_bias(loss_again), scale_and_bias(loss))
-    assert torch.equal(weights(again), weights(model))
-
-    saved = json.loads((tmp_path / "checkpoint-3" / SCALE_AND_BIAS_FILE).read_text())
-    assert saved["logit_scale"] != loss.init_logit_scale
-    assert saved["logit_bias"] != pytest.approx(model.logit_scale_and_bias[1].item(), abs=1e-6)
-
-
-def test_best_model_has_its_own_scale_and_bias(tmp_path):
-    model = tiny_model()
-    run = trainer(
-        tmp_path,
-        model,
-        SigLipLoss(model),
-        steps=4,
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=True,  # so that the first checkpoint is the best
-        eval_dataset=Dataset.from_dict(sentences(16)),
-    )
-    run.train()
-    best = run.state.best_model_checkpoint
-    assert best.endswith("checkpoint-1")
-    saved = json.loads(Path(best, SCALE_AND_BIAS_FILE).read_text())
-    assert model.logit_scale_and_bias.tolist() == [saved["logit_scale"], saved["logit_bias"]]
-
-
-def test_resuming_without_saved_scale_and_bias_is_refused(tmp_path):
-    model = tiny_model()
-    trainer(
-        tmp_path, model, SigLipLoss(model), steps=1, save_strategy="steps", save_steps=1
-    ).train()
-    (tmp_path / "checkpoint-1" / SCALE_AND_BIAS_FILE).unlink()
-    run = trainer(tmp_path, model, SigLipLoss(model))
-    with pytest.raises(RuntimeError, match="logit_scale_and_bias"):
-        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-
-
-PLAIN_LOAD = """
-import sys
-sys.modules["fused_siglip"] = None  # as if it were not installed
-sys.path.insert(0, {here!r})
-import torch
-from torchvision_on_cpu import define_schemas
-define_schemas()
-from sentence_transformers import SentenceTransformer
-model = SentenceTransformer({folder!r}, device="cpu")
-assert type(model) is SentenceTransformer and not hasattr(model, "logit_scale_and_bias")
-torch.save(model.encode(["w1 w2", "w3"], convert_to_tensor=True), {folder!r} + "/encoded.pt")
-"""
-
-
-def test_saved_model_loads_without_this_package(tmp_path):
-    model = tiny_model()
-    trainer(tmp_path / "run", model, SigLipLoss(model), steps=2).train()
-    folder = str(tmp_path / "saved")
-    model.save_pretrained(folder)
-    program = PLAIN_LOAD.format(here=str(HERE), folder=folder)
-    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    encoded = model.encode(["w1 w2", "w3"], convert_to_tensor=True)
-    assert torch.equal(torch.load(f"{folder}/encoded.pt"), encoded)
-    assert "_Trained" not in Path(folder, "README.md").read_text()
-
-
-def test_copies_and_pickles():
-    model = tiny_model()
-    loss = SigLipLoss(model, init_logit_bias=-7)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(other) is type(model)
-        assert torch.equal(other.logit_scale_and_bias, model.logit_scale_and_bias)
-    pickle.dumps(type(model)._multi_process_worker)  # what encode's pool of processes starts
-    assert isinstance(model, SentenceTransformer) and type(model).__name__ == "SentenceTransformer"
-    model.to(torch.bfloat16)
-    assert model.dtype == torch.bfloat16
-    assert loss.model.logit_scale_and_bias.dtype == torch.float32
-
-
-def test_model_init_starts_each_model_anew(tmp_path):
-    made = []
-
-    def make():
-        made.append(tiny_model())
-        return made[-1]
-
-    run = trainer(tmp_path, None, lambda model: SigLipLoss(model, 2.0, -5.0), model_init=make)
-    run.train()
-    assert len(made) > 1 and run.model is made[-1]
-    assert run.model.logit_scale_and_bias.tolist() != [2.0, -5.0]
-    assert run.model.logit_scale_and_bias.detach().sub(torch.tensor([2.0, -5.0])).abs().max() < 1
-
-
-def _ddp(rank, world_size, folder, cases):
-    """[(encoder, [t', b], steps)] of the cases, each a run in DDP."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # of a group that exists
-    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate would set more
-    return [_ddp_run(folder, *case) for case in cases]
-
-
-def _ddp_run(folder, kind, gather, data, options):
-    model = SentenceTransformer(
-        str(folder / ("towers" if data == "images" else "model")), device="cpu"
-    )
-    loss = KINDS[kind](model, gather_across_devices=gather).double()
-    dataset, losses = None, loss
-    if data == "images":
-        columns = {"image": images(64), "text": sentences(64)["anchor"]}
-        dataset = Dataset.from_dict(columns)
-    elif data == "mixed":  # a batch of the one on rank 0, of the other on rank 1
-        scored = {"a": ["w1", "w2"] * 48, "b": ["w3", "w2"] * 48, "score": [0.1, 0.9] * 48}
-        dataset = DatasetDict(
-            first=Dataset.from_dict(sentences(96)), second=Dataset.from_dict(scored)
-        )
-        losses = {"first": loss, "second": CoSENTLoss(model)}
-    elif data == "columns":  # pairs on rank 0, with hard negatives on rank 1
-        dataset = DatasetDict(
-            first=Dataset.from_dict(sentences(96)), second=Dataset.from_dict(sentences(96, 4))
-        )
-    run = trainer(folder / "run", model, losses, dataset=dataset, steps=4, **options)
-    run.train()
-    assert isinstance(run.model_wrapped, nn.parallel.DistributedDataParallel)
-    return weights(model), scale_and_bias(loss), run.state.global_step
-
-
-HALF = {"per_device_train_batch_size": 8}
-DDP_CASES = {
-    **{
-        f"{kind}, accumulated {n}": (
-            kind,
-            True,
-            "texts",
-            {**HALF, "gradient_accumulation_steps": n},
-        )
-        for kind in KINDS
-        for n in (1, 2)
-    },
-    **{f"{kind}, local": (kind, False, "texts", {}) for kind in KINDS},
-    **{f"{kind}, images": (kind, True, "images", {}) for kind in KINDS},
-    "mixed": ("plain", False, "mixed", {"multi_dataset_batch_sampler": "round_robin"}),
-    **{
-        f"{kind}, columns": (kind, True, "columns", {"multi_dataset_batch_sampler": "round_robin"})
-        for kind in KINDS
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def ddp(tmp_path_factory):
-    """{case: its results on both ranks}, of two processes that run them one after the other."""
-    folder = tmp_path_factory.mktemp("ddp")
-    tiny_model().save_pretrained(str(folder / "model"))
-    tiny_towers().save_pretrained(str(folder / "towers"))
-    ranks = returned(launch(_ddp, 2, folder, list(DDP_CASES.values()), limit=500))
-    return dict(zip(DDP_CASES, zip(*ranks, strict=True), strict=True))
-
-
-@pytest.mark.parametrize("case", list(DDP_CASES))
-def test_processes_stay_together(ddp, case):
-    (encoder, own, steps), (other_encoder, other_own, other_steps) = ddp[case]
-    assert steps == other_steps == 4
-    assert torch.equal(encoder, other_encoder) and torch.equal(own, other_own)
-    assert (own - torch.tensor([2.3026, -10])).abs().min() > 1e-4, "both have moved"
-
-
-@both
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_equal_one(tmp_path, ddp, kind, accumulate):
-    ours = ddp[f"{kind}, accumulated {accumulate}"][0]
-    model = tiny_model()
-    loss = SigLipLoss(model).double()
-    run = trainer(tmp_path, model, loss, steps=4, gradient_accumulation_steps=accumulate)
-    run.train()
-    assert error(ours[0], weights(model)) < 10 * ROUNDING
-    assert error(ours[1], scale_and_bias(loss)) < 10 * ROUNDING
 
 
 def test_memory_of_the_loss():

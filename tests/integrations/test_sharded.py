@@ -4,10 +4,11 @@ import os
 
 import pytest
 import torch
-from launch import launch, returned
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torchvision_on_cpu import define_schemas
+
+from support.processes import launch, returned
 
 define_schemas()
 import lightning as L

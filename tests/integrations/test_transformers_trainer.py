@@ -7,14 +7,14 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from launch import launch, returned
 from tiny_siglip import assert_as_exact_as_own, cast, make_batch, make_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from fused_siglip.integrations.transformers import patch_siglip, unpatch_siglip
-from helpers import error
+from support.processes import launch, returned
+from support.tolerances import error
 
 PAIRS, EVAL_PAIRS = 28, 20
 
@@ -275,7 +275,7 @@ def test_loss_and_gradients_of_the_global_batch():
 
 
 def copies(rank: int, world_size: int) -> None:
-    """A copy shares the process group of its model, a pickle finds it by its name."""
+    """A copy error_ratios the process group of its model, a pickle finds it by its name."""
     sub = dist.new_group([0, 1])
     batch = {key: value[rank : rank + 2] for key, value in make_batch("siglip", 3).items()}
     loss = patch_siglip(make_model(), group="world")(**batch, return_loss=True).loss

@@ -16,7 +16,8 @@ from transformers import (
     SiglipModel,
 )
 
-from helpers import UNIT_ROUNDOFF, error
+from fused_siglip.testing.rounding import UNIT_ROUNDOFF
+from support.tolerances import error
 
 MODELS = {"siglip": (SiglipModel, SiglipConfig), "siglip2": (Siglip2Model, Siglip2Config)}
 TOKENS, VOCABULARY = 6, 99

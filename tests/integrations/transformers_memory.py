@@ -32,7 +32,7 @@ def peak_extra_bytes(loss: str, batch_size: int) -> int:
 
 
 def memory_rows(batch_sizes: tuple[int, ...] = (1024, 4096)) -> list[dict]:
-    """One row a loss and batch size, for benchmarks/harness.py's write_results."""
+    """One row a loss and batch size, for benchmarks/common/timing.py's write_results."""
     return [
         {
             "kind": "memory",
@@ -51,7 +51,7 @@ def memory_rows(batch_sizes: tuple[int, ...] = (1024, 4096)) -> list[dict]:
 def _measure(loss: str, batch_size: int) -> int:
     from tiny_siglip import make_batch, make_model
 
-    from benchmarks.memory import WARM_UP_BATCH, peak_bytes
+    from benchmarks.common.memory import WARM_UP_BATCH, peak_bytes
     from fused_siglip.integrations.transformers import patch_siglip
 
     model = make_model("siglip", hidden_size=DIM, num_hidden_layers=1)

@@ -23,6 +23,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler prints a line a call otherwise
+
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
@@ -30,6 +32,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fused_siglip import Easiest, Hardest, Random, siglip_loss
+from support.memory import peak_allocated
 
 DTYPES = {
     "float32": torch.float32,
@@ -60,7 +63,10 @@ def inputs(m: int, n: int, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tens
 
 def run(function: Callable, tensors: Sequence[Tensor], needs: Sequence[int], **options) -> str:
     """A hash of the loss and of the gradients that are needed."""
-    leaves = [t.detach().clone().requires_grad_(bool(need)) for t, need in zip(tensors, needs)]
+    leaves = [
+        t.detach().clone().requires_grad_(bool(need))
+        for t, need in zip(tensors, needs, strict=True)
+    ]
     loss = function(*leaves, **options)
     out = [loss.detach()]
     if loss.requires_grad:
@@ -71,25 +77,6 @@ def run(function: Callable, tensors: Sequence[Tensor], needs: Sequence[int], **o
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def peak(function: Callable) -> int:
-    """Most bytes that torch held at one time, beyond those before the call."""
-    with (
-        torch.profiler.profile(profile_memory=True) as profile,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
-    changes = [
-        e["args"]["Bytes"]
-        for e in sorted(events, key=lambda e: e.get("ts", 0))
-        if e["name"] == "[memory]"
-    ]
-    return max(itertools.accumulate(changes), default=0)
 
 
 def calls(sizes: Sequence[tuple[int, int]], dtypes: Sequence[str]) -> Iterator[tuple[str, dict]]:
@@ -115,7 +102,7 @@ def one_process(backend: str, sizes: Sequence[tuple[int, int]]) -> Iterator[tupl
             options = {"backend": backend, "workspace_bytes": workspace}
             found = run(siglip_loss, **call, **options)
             if backend == "torch":
-                found += f" {peak(lambda: run(siglip_loss, **call, **options))}"  # noqa: B023
+                found += f" {peak_allocated(lambda: run(siglip_loss, **call, **options))}"  # noqa: B023
             yield f"{backend} {name} workspace={workspace}", found
     x = inputs(130, 130, torch.float32)[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -184,14 +171,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.record:
         args.record.write_text(json.dumps(lines, indent=0))
         print(f"{len(lines)} calls recorded")
-    if args.compare:
-        before = json.loads(args.compare.read_text())
-        different = [k for k in before.keys() | lines.keys() if before.get(k) != lines.get(k)]
-        for key in sorted(different)[:40]:
-            print(f"{key}: {before.get(key)} -> {lines.get(key)}")
-        print(f"{len(lines) - len(different)} of {len(lines)} calls as before")
-        return 1 if different else 0
-    return 0
+    return compare(json.loads(args.compare.read_text()), lines) if args.compare else 0
+
+
+def compare(before: dict[str, str], after: dict[str, str]) -> int:
+    """Print what has changed; 1 where bits differ or a peak has grown."""
+    names = sorted(before.keys() | after.keys())
+    other_bits = [n for n in names if _bits(before.get(n)) != _bits(after.get(n))]
+    grown = [n for n in names if _peak(after.get(n)) > _peak(before.get(n))]
+    for name in (other_bits + grown)[:40]:
+        print(f"{name}: {before.get(name)} -> {after.get(name)}")
+    print(f"{len(names) - len(other_bits)} of {len(names)} calls give the bits of before")
+    print(f"{len(grown)} of {len(names)} take more memory at their peak")
+    return 1 if other_bits or grown else 0
+
+
+def _bits(line: str | None) -> str | None:
+    return line and line.split()[0]
+
+
+def _peak(line: str | None) -> int:
+    return int(line.split()[1]) if line and " " in line else 0
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def run(module: ModuleType, case: Case, seed: int) -> Outcome:
     arguments = {
         "x_desc": x,
         "y_desc": y,
-        "g_desc": Descriptor(g, (block_m, case.width)) if case.store_g else None,
+        "out_desc": Descriptor(g, (block_m, case.width)) if case.store_g else None,
         "partials_ptr": Pointer(partials),
         "scale_ptr": Pointer(Buffer((1, 1), float32, case.t)),
         "bias_ptr": Pointer(Buffer((1, 1), float32, case.b)),

@@ -1,0 +1,68 @@
+"""Writes a results file of the lines that no test runs, and why, from coverage's report.
+
+``make coverage`` calls ``python -m benchmarks.report.coverage_report REPORT.json``. The exit status
+is 1 where a line that no test runs has no reason here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..common.results import environment, write_results
+
+ON_CUDA = "a CUDA device"
+# By file and function.
+REASONS = {
+    "fused_siglip/testing/selfcheck.py _device": "the self-check on a GPU",
+    "fused_siglip/testing/selfcheck.py describe": "the self-check on a GPU",
+    "fused_siglip/testing/selfcheck.py _version": "triton not installed: its version line",
+    "fused_siglip/distributed/exchange.py _exchange": "a group without gloo: NCCL exchanges",
+    "kernels/torch_products.py add_product": f"{ON_CUDA}: half operands with a float32 sum",
+    "fused_siglip/sweep.py _multiprocessors": f"{ON_CUDA}: its multiprocessors",
+    "kernels/registry.py why_not_default": "Triton's interpreter: it could run, and is not chosen",
+    "kernels/torch_panel.py TorchPanel.__call__": f"{ON_CUDA}: half operands that stay half",
+}
+
+
+def rows(report: dict) -> list[dict]:
+    """Rows of the results file, from ``coverage json``."""
+    totals = report["totals"]
+    found = [
+        {
+            "kind": "total",
+            "lines": totals["covered_lines"] / totals["num_statements"],
+            "branches": totals["covered_branches"] / totals["num_branches"],
+            "num_lines": totals["num_statements"],
+            "num_branches": totals["num_branches"],
+        }
+    ]
+    for file, content in report["files"].items():
+        for function, region in content["functions"].items():
+            missing = region["missing_lines"]
+            lines = [str(line) for line in missing]
+            lines += [f"{a}->{b}" for a, b in region["missing_branches"] if b not in missing]
+            if lines:
+                where = f"{file} {function}".strip()
+                row = {"kind": "not covered", "where": f"{where}: {', '.join(lines)}"}
+                found.append(row | {"why": REASONS.get(where)})
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.report.coverage_report", description=__doc__)
+    parser.add_argument("report", type=Path, help="what `coverage json` wrote")
+    parser.add_argument("--output", type=Path, help="results file; by default under results/")
+    args = parser.parse_args(arguments)
+    found = rows(json.loads(args.report.read_text()))
+    print(f"written to {write_results('coverage', environment(), found, args.output)}")
+    unexplained = [r["where"] for r in found if r["kind"] == "not covered" and r["why"] is None]
+    for where in unexplained:
+        print(f"not covered, and no reason given: {where}")
+    return int(bool(unexplained))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

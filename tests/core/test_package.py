@@ -1,0 +1,121 @@
+"""What is built, what it holds, and that it works where nothing else is installed."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fused_siglip
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory):
+    """Wheel and source distribution, built from a copy: setuptools writes into the tree it builds,
+    and other workers may be building at the same time."""
+    pytest.importorskip("build")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("fused_siglip", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def sources() -> set[str]:
+    package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fused_siglip").rglob("*.py")}
+    return package | {f"fused_siglip/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+
+
+def test_wheel_holds_the_package_and_nothing_else(distributions):
+    wheel, _ = distributions
+    assert fused_siglip.__version__ in wheel.name
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    assert names == sources()
+
+
+def test_wheel_works_on_its_own(distributions, tmp_path):
+    wheel, _ = distributions
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    out = run(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import torch, fused_siglip\n"
+        "x = torch.eye(3, requires_grad=True)\n"
+        "fused_siglip.siglip_loss(x, x, 10.0, -10.0).backward()\n"
+        "print(fused_siglip.__file__, x.grad.isfinite().all().item())"
+    )
+    assert out.split() == [str(tmp_path / "fused_siglip/__init__.py"), "True"]
+
+
+def test_metadata(distributions):
+    wheel, _ = distributions
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        metadata = archive.read(name).decode()
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
+    assert [r for r in required if "extra ==" not in r] == ["Requires-Dist: torch>=2.10"]
+    extras = {
+        line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")
+    }
+    stacks = {"open-clip", "transformers", "sentence-transformers"}
+    assert extras == {"test", "bench", "demo", "dev", "docs", "triton"} | stacks
+    assert "License-Expression: Apache-2.0" in metadata or "License: Apache-2.0" in metadata
+
+
+def test_sdist_builds_the_same(distributions):
+    _, sdist = distributions
+    with tarfile.open(sdist) as archive:
+        names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
+    for source in sources():
+        assert source.replace("fused_siglip/kernels/", "kernels/") in names
+    assert {"setup.py", "README.md", "LICENSE"} <= names
+
+
+def test_import_touches_neither_triton_nor_a_device():
+    out = run(
+        "import sys, torch\n"
+        "import fused_siglip\n"
+        "print('triton' in sys.modules, torch.cuda.is_initialized())"
+    )
+    assert out.split() == ["False", "False"]
+
+
+def test_loss_runs_where_triton_is_not_installed():
+    out = run(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import torch, fused_siglip\n"
+        "x = torch.eye(4, requires_grad=True)\n"
+        "fused_siglip.siglip_loss(x, x, 10.0, -10.0).backward()\n"
+        "try: fused_siglip.siglip_loss(x, x, 1.0, backend='triton')\n"
+        "except ValueError as error: print(error)"
+    )
+    assert "triton is not installed" in out
+
+
+def test_no_warning_of_ours_on_import_and_use():
+    run(
+        "import torch, warnings\n"
+        "warnings.simplefilter('error')\n"
+        "import fused_siglip\n"
+        "x = torch.eye(4, requires_grad=True)\n"
+        "fused_siglip.siglip_loss(x, x, 10.0, -10.0).backward()"
+    )

@@ -1,0 +1,387 @@
+"""The paper's claims: the studies run and resume, verdicts follow their rule, the page is fresh."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn", reason="the studies need the [demo] extra")
+pytest.importorskip("matplotlib", reason="the studies need the [demo] extra")
+pytest.importorskip("tqdm", reason="the studies need the [demo] extra")
+
+from benchmarks.studies import languages, locked, noise, page, words
+from benchmarks.studies.__main__ import STUDIES
+from benchmarks.studies.losses import SoftmaxLoss
+from benchmarks.studies.page import FULL, Folders
+from benchmarks.studies.study import (
+    NOT_SEEN,
+    OPPOSITE,
+    SEEN,
+    ResultsFile,
+    Study,
+    above,
+    claim,
+    claims,
+    interval,
+    within,
+)
+from benchmarks.studies.towers import load_pictures
+
+ROOT = Path(__file__).resolve().parents[2]
+WHERE = {"commit": "0" * 40, "device": "a CPU", "torch": "2", "date": "2026-01-02T03:04:05"}
+
+
+def start(folder: Path) -> subprocess.Popen:
+    """To a file: workers that outlive their parent would hold a pipe open."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.studies",
+        "--all",
+        "--quick",
+        "--output-dir",
+        folder,
+    ]
+    with (folder / "output.txt").open("a") as output:
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+
+
+def until(condition, what: str, seconds: float = 300.0):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+    return found
+
+
+def runs_of(folder: Path) -> dict[str, list[dict]]:
+    return {path.stem: json.loads(path.read_text())["runs"] for path in folder.glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory) -> tuple[Path, dict[str, list[dict]], list[int]]:
+    """The folder of a quick run that was killed and started again; what there was in between."""
+    folder = tmp_path_factory.mktemp("paper")
+    first = start(folder)
+    until(lambda: runs_of(folder) or first.poll() is not None, "a first cell")
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    first.kill()
+    first.wait(60)
+    between = runs_of(folder)
+    second = start(folder)
+    assert second.wait(600) == 0, (folder / "output.txt").read_text()
+    return folder, between, [int(child) for child in children]
+
+
+def test_a_quick_run_writes_every_section(killed_and_resumed):
+    folder, *_ = killed_and_resumed
+    text = (folder / "paper.md").read_text()
+    assert "Not run yet" not in text
+    for study in STUDIES:
+        assert {json.dumps(run["cell"]) for run in runs_of(folder)[study.name]} == {
+            json.dumps(cell) for cell in study.cells(True)
+        }
+        assert (folder / f"paper_{study.name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"(paper_{study.name}.png)" in text
+        section = study.section(ResultsFile(folder / f"{study.name}.json").rows, folder)
+        assert claims(section), study.name
+    assert max(map(len, text.splitlines())) < 2000  # nothing of a loop ran away
+
+
+def test_a_killed_run_goes_on_where_it_stopped(killed_and_resumed):
+    folder, between, _ = killed_and_resumed
+    done, after = sum(map(len, between.values())), runs_of(folder)
+    assert 0 < done < sum(map(len, after.values()))
+    for name, runs in between.items():
+        for run in runs:  # with the seconds they took: not run again
+            assert run in after[name]
+
+
+def test_nobody_waits_for_a_killed_run(killed_and_resumed):
+    *_, children = killed_and_resumed
+    assert children
+
+    def ended(child: int) -> bool:
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return True
+        return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+    until(lambda: all(map(ended, children)), "the workers to end", 30)
+
+
+def test_a_finished_run_runs_nothing(killed_and_resumed):
+    folder, *_ = killed_and_resumed
+    for study in STUDIES:
+        assert ResultsFile(folder / f"{study.name}.json").missing(study.cells(True)) == []
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+@pytest.mark.parametrize("quick", [True, False])
+def test_cells_are_small_and_all_different(study: Study, quick: bool):
+    cells = study.cells(quick)
+    assert json.loads(json.dumps(cells)) == cells == study.cells(quick)
+    keys = [json.dumps(cell, sort_keys=True) for cell in cells]
+    assert len(set(keys)) == len(keys)
+    assert max(map(len, keys)) < 400
+    assert all("seed" in cell for cell in cells)
+
+
+def test_the_committed_page_is_what_the_results_say(tmp_path):
+    built = page.build(STUDIES, FULL, tmp_path)
+    assert FULL.page.read_text() == built, "run python -m benchmarks.studies --page"
+    for plot in tmp_path.glob("*.png"):
+        assert (FULL.docs / plot.name).exists()
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_committed_results_are_those_of_the_cells(study: Study):
+    path = FULL.results / f"{study.name}.json"
+    if not path.exists():
+        pytest.skip("not run yet")
+    results = ResultsFile(path)
+    before = len(results.runs)
+    assert results.missing(study.cells(False)) == []
+    assert len(results.runs) == before, "runs of cells that are no longer asked for"
+
+
+def test_a_study_without_results_is_a_line(tmp_path):
+    folders = Folders(tmp_path, tmp_path)
+    page.write(STUDIES, folders)
+    text = folders.page.read_text()
+    for study in STUDIES:
+        assert f"## {study.name}\n\nNot run yet" in text
+    assert "## SigLIP 2" in text
+
+
+# What files of results do
+
+
+CELLS = [{"seed": seed, "size": size} for size in (1, 2) for seed in (0, 1)]
+
+
+def test_results_resume_in_the_order_of_the_cells(tmp_path):
+    path = tmp_path / "toy.json"
+    results = ResultsFile(path)
+    assert results.missing(CELLS) == CELLS
+    for cell in (CELLS[2], CELLS[0]):
+        results.add(cell, {"value": cell["size"]}, 1.234, WHERE)
+    again = ResultsFile(path)
+    assert again.missing(CELLS) == [CELLS[1], CELLS[3]]
+    assert again.rows == [
+        {"seed": 0, "size": 1, "value": 1, "seconds": 1.23},
+        {"seed": 0, "size": 2, "value": 2, "seconds": 1.23},
+    ]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_changed_parameters_are_new_cells_and_old_ones_go(tmp_path):
+    results = ResultsFile(tmp_path / "toy.json")
+    results.missing(CELLS)
+    results.add(CELLS[0], {"value": 1}, 1.0, WHERE)
+    changed = [{**cell, "steps": 5} for cell in CELLS]
+    assert results.missing(changed) == changed
+    assert results.rows == []
+
+
+def test_results_refuse_what_would_be_lost(tmp_path):
+    results = ResultsFile(tmp_path / "toy.json")
+    with pytest.raises(ValueError, match="toy has two cells of the same parameters"):
+        results.missing([CELLS[0], CELLS[0]])
+    results.missing(CELLS)
+    with pytest.raises(ValueError, match=r"must not rename \{'size'\}"):
+        results.add(CELLS[0], {"size": 7}, 1.0, WHERE)
+
+
+# Verdicts
+
+
+def test_the_interval_is_students():
+    found = interval([1.0, 2.0, 3.0])  # standard error 1 / sqrt(3), 4.303 of them with 2 degrees
+    assert found.mean == 2.0
+    assert found.half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert interval([5.0]).half == math.inf
+
+
+@pytest.mark.parametrize(
+    ("verdict", "differences", "bound"),
+    [
+        (SEEN, [0.1, 0.11, 0.12], 0.0),
+        (NOT_SEEN, [0.3, 0.01, -0.05], 0.0),
+        (OPPOSITE, [-0.1, -0.11, -0.12], 0.0),
+        (NOT_SEEN, [0.1, 0.11, 0.12], 0.1),
+        (SEEN, [-0.011, -0.01, -0.009], -0.02),
+        (NOT_SEEN, [0.5], 0.0),  # one seed shows nothing
+        (NOT_SEEN, [0.0, 0.0, 0.0], 0.0),
+    ],
+)
+def test_above(verdict, differences, bound):
+    assert above(differences, bound) == verdict
+
+
+@pytest.mark.parametrize(
+    ("verdict", "differences"),
+    [
+        (SEEN, [0.001, -0.001, 0.002]),
+        (NOT_SEEN, [0.0, 0.03, -0.03]),
+        (OPPOSITE, [0.1, 0.11, 0.12]),
+        (OPPOSITE, [-0.1, -0.11, -0.12]),
+    ],
+)
+def test_within(verdict, differences):
+    assert within(differences, 0.02) == verdict
+
+
+def test_claims_are_found_in_a_section():
+    text = f"## T\n\n- {claim(SEEN, 'a is b (or c)', 'section 4.2', 'By 3.')}\n- other\n\n"
+    text += claim(NOT_SEEN, "d is e", "sections 4.1, 4.2", "By 0.")
+    assert claims(text) == [
+        (SEEN, "a is b (or c)", "section 4.2"),
+        (NOT_SEEN, "d is e", "sections 4.1, 4.2"),
+    ]
+
+
+def filled(study: Study, result) -> list[dict]:
+    """Rows of the full cells, with made-up results."""
+    return [{**cell, **result(cell), "seconds": 1.0} for cell in study.cells(False)]
+
+
+def wobble(cell: dict) -> float:
+    """Differs by seed, alike for what is compared."""
+    return 0.01 * math.sin(100 * cell["seed"])
+
+
+def verdicts(study: Study, rows: list[dict], folder: Path) -> list[str]:
+    return [verdict for verdict, *_ in claims(study.section(rows, folder))]
+
+
+@pytest.mark.parametrize(
+    ("lead", "expected"),
+    [
+        (lambda cell: 0.1 + 0.2 * cell["p"], [SEEN] * 6),
+        (lambda cell: -0.1 - 0.2 * cell["p"], [OPPOSITE] * 6),
+        (lambda cell: 0.1, [SEEN] * 5 + [NOT_SEEN]),
+        (lambda cell: 0.3 * math.sin(10 * cell["seed"]), [NOT_SEEN] * 6),
+    ],
+)
+def test_verdicts_of_noise(lead, expected, tmp_path):
+    def result(cell: dict) -> dict:
+        return {"accuracy": 0.5 + wobble(cell) + (cell["loss"] == "sigmoid") * lead(cell)}
+
+    assert verdicts(noise.STUDY, filled(noise.STUDY, result), tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ({"mix": 0.1, "bottleneck": 0.095, "English only": 0.2}, [SEEN] * 4),
+        ({"mix": -0.1, "English only": -0.2}, [OPPOSITE, OPPOSITE, SEEN, OPPOSITE]),
+        ({"mix": 0.1}, [SEEN, SEEN, OPPOSITE, OPPOSITE]),
+    ],
+)
+def test_verdicts_of_languages(gains, expected, tmp_path):
+    def result(cell: dict) -> dict:
+        every = cell["language"] == languages.ALL
+        names = list(words.LANGUAGES) if every else [cell["language"]]
+        value = 0.5 + wobble(cell) + gains.get(cell["role"], 0.0)
+        return {"accuracy": dict.fromkeys(names, value)}
+
+    assert verdicts(languages.STUDY, filled(languages.STUDY, result), tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("ratio", "gains", "expected"),
+    [
+        (0.7, {"locked": 0.2, "unlocked": 0.1}, [SEEN] * 5),
+        (0.8, {"locked": -0.2, "unlocked": 0.0}, [*[OPPOSITE] * 3, *[NOT_SEEN] * 2]),
+    ],
+)
+def test_verdicts_of_the_locked_tower(ratio, gains, expected, tmp_path):
+    def result(cell: dict) -> dict:
+        if cell["role"] == "time":
+            value = ratio + 0.1 * wobble(cell)
+            return {"seconds_both": 1.0, "seconds_locked": value, "ratio": value}
+        value = 0.5 + wobble(cell) + gains.get(cell["mode"], 0.0)
+        return {"accuracy": value, "seconds_tuning": 1.0, "seconds_pretraining": 1.0}
+
+    assert verdicts(locked.STUDY, filled(locked.STUDY, result), tmp_path) == expected
+
+
+# What the studies are made of
+
+
+def test_the_softmax_loss_is_clips():
+    generator = torch.Generator().manual_seed(0)
+    image, text = (
+        torch.nn.functional.normalize(torch.randn(6, 4, generator=generator)) for _ in range(2)
+    )
+    loss = SoftmaxLoss()
+    value = loss(image, text)
+    value.backward()
+    logits = (image @ text.T).double() / 0.07
+    exact = -(logits.log_softmax(1) + logits.log_softmax(0)).diagonal().mean() / 2
+    assert value.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert loss.logit_scale.grad is not None
+    assert SoftmaxLoss(init_logit_scale=9.0).factor().item() == 100
+
+
+def test_captions_tell_every_number_in_every_language():
+    assert len(words.LANGUAGES) >= 10
+    for name, language in words.LANGUAGES.items():
+        assert len(set(language.digits.split())) == 10, name
+        assert len(set(language.places.split())) == 3, name
+        starts = [*language.training, language.test]
+        texts = {words.caption(name, n, start) for n in words.NUMBERS for start in starts}
+        assert len(texts) == 3 * len(words.NUMBERS), name
+        tokens = words.test_tokens(name, noise.VOCABULARY).sort(dim=1).values
+        assert len(tokens.unique(dim=0)) == len(words.NUMBERS), f"{name}: two numbers look alike"
+
+
+def test_tokens_are_the_same_on_every_machine():
+    assert words.features("left seven, 左边四、") == [
+        *("left", "-lef-", "-eft-", "seven", "-sev-", "-eve-", "-ven-", "左边四", "-左边四-"),
+        *("left seven", "seven 左边四"),
+    ]
+    # 1 + crc32 % 4095 of "one" and "-one-"
+    assert words.tokenize(["one"], 4096)[0].tolist() == [3636, 370]
+
+
+def test_no_digit_is_in_both_splits():
+    train, test = load_pictures(seed=3)
+    assert len(train.digits.digits) + len(test.digits.digits) == 1797
+    known = {image.numpy().tobytes() for image in train.digits.images}
+    assert not any(image.numpy().tobytes() in known for image in test.digits.images)
+    images, numbers = test.draw(50, torch.Generator().manual_seed(0))
+    assert images.shape == (50, 8, 24)
+    for image, number in zip(images, numbers.tolist(), strict=True):
+        for place, digit in enumerate(words.NUMBERS[number]):
+            single = image[:, 8 * place : 8 * place + 8]
+            same = (test.digits.images[:, 0] == single).all(dim=(1, 2))
+            assert digit in test.digits.digits[same].tolist()
+
+
+@pytest.mark.parametrize("kind", noise.KINDS)
+def test_corruption_is_as_likely_as_asked(kind: str):
+    generator = torch.Generator().manual_seed(0)
+    images, tokens = torch.full((4000, 8, 24), 2.0), torch.arange(1, 4001)[:, None].repeat(1, 5)
+    noisy, changed = noise.corruption(kind, 0.3, 10**6)(images, tokens, generator)
+    expected = {
+        "image": (0.3, 0.0),
+        "text": (0.0, 0.3),
+        "batch alignment": (0.0, 0.3),
+        "image & text": (0.3, 0.3),
+        "image, text & batch": (0.3, 1 - 0.7**2),
+    }[kind]
+    found = ((noisy != images).any(dim=(1, 2)), (changed != tokens).any(dim=1))
+    for share, hit in zip(expected, found, strict=True):
+        assert hit.float().mean().item() == pytest.approx(share, abs=0.03)
+    assert (images == 2).all() and (noisy <= 2).all()
+    if kind == "batch alignment":  # the same texts, elsewhere
+        assert torch.equal(changed[:, 0].sort().values, tokens[:, 0])

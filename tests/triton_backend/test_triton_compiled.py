@@ -1,0 +1,136 @@
+"""The shipped Triton configurations, compiled ahead of time: no GPU is needed."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from support.devices import INTERPRETED
+
+pytest.importorskip("triton")
+if INTERPRETED:
+    pytest.skip(
+        "the interpreter replaces the compiler: run this file without TRITON_INTERPRET",
+        allow_module_level=True,
+    )
+
+from benchmarks.common.machine_code import SHARED, Compiled
+from benchmarks.suites.compiled import (
+    compile_count,
+    compile_panel,
+    compile_product,
+    shipped,
+)
+
+pytestmark = pytest.mark.exhaustive
+
+SHARE_A_CONFIG = ("sm_86", "sm_89", "sm_120")
+MATRIX_INSTRUCTION = {
+    **dict.fromkeys(("sm_80", *SHARE_A_CONFIG), "HMMA"),
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "gfx942": "v_mfma",
+}
+
+
+def check(compiled: Compiled, target: str) -> None:
+    assert compiled.spills == 0 and compiled.stack_bytes == 0, compiled
+    assert compiled.shared_bytes <= SHARED[target][1], compiled
+
+
+def gated() -> list:
+    """Every shipped kernel, but of chips that share a config with another, only what differs:
+    fp32 runs outside the tensor cores everywhere, and sm_89 compiles as sm_86 does."""
+    return [
+        pytest.param(*row, ids, id=f"{row[0]}-{row[1]}-{row[2]}-{'ids' if ids else 'diagonal'}")
+        for row, ids in product(shipped(), (False, True))
+        if row[0] not in SHARE_A_CONFIG or (row[1:] != (torch.float32, "ieee"))
+        if row[0] != "sm_89" or not ids
+    ]
+
+
+@pytest.mark.parametrize("target, dtype, precision, ids", gated())
+def test_no_spills(target, dtype, precision, ids):
+    compiled = compile_panel(target, dtype, precision, ids=ids)
+    check(compiled, target)
+    if target == "gfx942" or dtype != torch.float32 or precision == "tf32":
+        assert compiled.tensor_core.startswith(MATRIX_INSTRUCTION[target])
+    if target != "gfx942":
+        assert compiled.async_copies > 0
+    if target.startswith("sm") and dtype != torch.float32:
+        assert compiled.occupancy == 2  # one program's epilogue under the other's product
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"store_dlogits": False, "scalar_grads": False},
+        {"store_dlogits": False},
+        {"scalar_grads": False},
+        {"d": 1152},
+        {"d": 720},  # not a multiple of block_d: masked loads
+    ],
+    ids=["forward", "sums", "frozen scalars", "D=1152", "D=720"],
+)
+def test_no_spills_in_variants(target, variant):
+    check(compile_panel(target, torch.bfloat16, "ieee", **variant), target)
+
+
+def once() -> list:
+    """Of the gated kernels those that differ in more than the bits of a half operand; fp32 of
+    chips that share a config once."""
+    return [
+        pytest.param(*row, id=f"{row[0]}-{row[1]}-{row[2]}")
+        for row in shipped()
+        if row[1] != torch.float16 and row[0] != "sm_89"
+        if row[0] not in SHARE_A_CONFIG or row[1] != torch.float32
+    ]
+
+
+@pytest.mark.parametrize("kept, ids", [("hash", False), ("logit", True)])
+@pytest.mark.parametrize("target, dtype, precision", once())
+def test_no_spills_where_negatives_are_chosen(target, dtype, precision, kept, ids):
+    compiled = compile_panel(target, dtype, precision, kept=kept, ids=ids)
+    check(compiled, target)
+    if target.startswith("sm") and dtype != torch.float32:
+        assert compiled.occupancy == 2
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["tallied", "added in memory"])
+@pytest.mark.parametrize("target, dtype, precision", once())
+def test_no_spills_where_logits_are_counted(target, dtype, precision, step):
+    """The first step is the second without the bits that are known."""
+    check(compile_count(target, dtype, precision, ids=True, step=step), target)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("target, dtype, precision", once())
+def test_no_spills_in_products_that_skip_tiles(target, dtype, precision, transposed):
+    compiled = compile_product(target, dtype, precision, transposed=transposed)
+    check(compiled, target)
+    if target == "gfx942" or dtype != torch.float32 or precision == "tf32":
+        assert compiled.tensor_core.startswith(MATRIX_INSTRUCTION[target])
+    if target != "gfx942":
+        assert compiled.async_copies > 0  # tiles are loaded ahead, though a list names them
+    if target.startswith("sm") and dtype != torch.float32:
+        assert compiled.occupancy == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_spills_in_products_where_the_library_has_none(transposed, dtype):
+    for d in (768, 1000):  # rows of out that are no multiple of 16 apart
+        compiled = compile_product("gfx942", dtype, "ieee", transposed=transposed, skips=False, d=d)
+        check(compiled, "gfx942")
+        assert compiled.tensor_core.endswith("_f16" if dtype == torch.float16 else "_bf16")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_no_spills_in_a_product_with_masked_features(target):
+    check(
+        compile_product(target, torch.bfloat16, "ieee", transposed=True, accumulate=False, d=720),
+        target,
+    )
