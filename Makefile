@@ -19,7 +19,9 @@ QUICK_INTERPRETER = HYPOTHESIS_PROFILE=quick TRITON_INTERPRET=1 $(RUN) -m pytest
 
 .PHONY: demo demo-full test test-all paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-oldest test-newest bench bench-integrations docs lint clean
 
-# One to two minutes on two cores; writes to build/demo.
+# One to two minutes on two cores; writes to build/demo. Threads sleep while they wait: where other
+# programs run, those that spin would take each other's time, and the fused loss waits most often.
+demo: export OMP_WAIT_POLICY = passive
 demo: $(VENV)/ready
 	$(RUN) -m examples.digits
 
