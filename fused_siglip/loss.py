@@ -40,36 +40,37 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
     upstream gradient.
 
     Args:
-        image_features: (M, D), normally L2-normalized; float32, bfloat16, float16, or float64
-            (torch backend). Any strides.
+        image_features: (M, D), L2-normalized, which is not checked; float32, bfloat16, float16, or
+            float64 (torch backend). Any strides.
         text_features: (N, D), of the same dtype and device. Under autocast both are cast as
             ``torch.matmul`` casts its operands, so float32 and bfloat16 may meet there.
         logit_scale: t, already exponentiated: a number or a tensor of one element, () or (1,).
-        logit_bias: b, likewise; None means 0.
+        logit_bias: b, a number or a tensor of one element; None means 0.
         image_ids: (M,) integers. With ids, every pair with ``image_ids[i] == text_ids[j]`` is
             positive, and M may differ from N; without, pair (i, i) is, and M must equal N. A row
             with a negative id is padding: it takes no part, whatever its features hold.
-        text_ids: (N,) integers, likewise. Both or neither.
-        negative_only: no pair is positive (a block of another device's texts).
+        text_ids: (N,) integers. Give both kinds of ids or neither.
+        negative_only: no pair is positive, as in a block of another device's texts.
         negatives: which negative pairs take part: None for all, or ``Random(keep, seed)``,
-            ``Hardest(keep)``, ``Easiest(keep)`` for a share of them, positives always beside. The
-            divisor stays M: what is left out counts as loss 0. Hardest and Easiest take the share
-            of every image's negatives and need two further sweeps of one product each; the choice
-            itself has no gradient.
+            ``Hardest(keep)`` or ``Easiest(keep)`` for a share of them. Positive pairs always take
+            part. The divisor stays M: what is left out counts as loss 0. Hardest and Easiest take
+            the share of every image's negatives and need further sweeps of one product each. The
+            choice itself has no gradient.
         reduction: "mean" divides by M, the number of images (without padding); "sum" does not.
-        group: compute the loss of the global batch of this process group; "world": of all ranks
-            (the default group, looked up now; without one this process is the world). None: the
-            loss of this process's own batch. Every rank calls with its own rows (their number may
-            differ, also 0), and the mean of the returned losses over the ranks is the loss of the
-            global batch: with DDP's averaging, gradients are exact. The upstream gradient must be
-            the same on every rank, and so must t and b (docs/distributed.md).
+        group: the process group whose global batch the loss is of. "world" means all ranks: the
+            default group, looked up now, or this process where there is none. None means this
+            process's own batch. Every rank calls with its own rows (their number may differ, also
+            0), and the mean of the returned losses over the ranks is the loss of the global batch,
+            so that DDP's averaging gives exact gradients. The upstream gradient must be the same on
+            every rank, and so must t and b (docs/distributed.md).
         dist_impl: "ring" (texts and their gradients travel; memory does not grow with the number of
-            ranks), "gather" (texts are collected; fewest launches), or None: gather while that
-            stays small, otherwise the ring. open_clip's "bidir", "shift" and "reduce" are accepted
-            for the same numbers. Without ``group`` it means the default group.
+            ranks), "gather" (texts are collected; this has the fewest launches), or None, which
+            gathers while that stays small and uses the ring otherwise. open_clip's "bidir", "shift"
+            and "reduce" are accepted and give the same numbers. Given without ``group``, it means
+            the default group.
         workspace_bytes: upper bound of the panel workspace; None lets the planner choose.
-        backend: "torch" (any device), "triton" (CUDA, ROCm), or None: triton on a GPU where it
-            can run (not in float64, not below compute capability 8.0), otherwise torch.
+        backend: "torch" (any device), "triton" (CUDA, ROCm), or None, which takes triton on a GPU
+            where it can run (not in float64, not below compute capability 8.0) and torch otherwise.
 
     Returns:
         A float32 scalar (float64 for float64 features), 0 for an empty batch. Logits and sums are

@@ -21,11 +21,12 @@ class _Share:
 
 @dataclass(frozen=True)
 class Random(_Share):
-    """Keep each negative pair with probability ``keep``, whatever the others do.
+    """Each negative pair takes part with probability ``keep``, independently of the others.
 
-    A hash of (seed, index of the image, index of the text) decides, in a group of the indices in
-    the global batch: the same pairs on every device, backend, panel shape and number of ranks, and
-    in forward and backward. Another ``seed`` (0 up to 2**63), such as the step, keeps others.
+    A hash of (seed, index of the image, index of the text) decides; in a group these are the
+    indices in the global batch. It selects the same pairs on every device, backend, panel shape and
+    number of ranks, and in forward and backward. Another ``seed`` (0 up to 2**63), such as the
+    step, selects other pairs.
 
     Raises:
         TypeError, ValueError: a share that is not a number above 0 and at most 1; a seed that is
@@ -46,11 +47,11 @@ class Random(_Share):
 
 @dataclass(frozen=True)
 class Hardest(_Share):
-    """Keep, of each image's negatives, the share ``keep`` with the largest logits.
+    """Of each image's negatives, the share ``keep`` with the largest logits takes part.
 
-    At least one, and the number rounded up; in a group out of the texts of all ranks. Logits are
-    told apart to 2**-14 of their distance from the image's logit with the mean text: negatives
-    closer than that to the last one kept may be kept with it, and equal logits always are.
+    The number is rounded up and at least one; in a group it is taken out of the texts of all ranks.
+    Logits are told apart to 2**-14 of their distance from the image's logit with the mean text.
+    Negatives closer than that to the last one may be selected with it, and equal logits always are.
 
     Raises:
         TypeError, ValueError: a share that is not a number above 0 and at most 1.
@@ -59,7 +60,10 @@ class Hardest(_Share):
 
 @dataclass(frozen=True)
 class Easiest(_Share):
-    """Keep, of each image's negatives, those with the smallest logits; else as :class:`Hardest`."""
+    """Of each image's negatives, the share ``keep`` with the smallest logits takes part.
+
+    Everything else is as for :class:`fused_siglip.Hardest`.
+    """
 
 
 Negatives = Random | Hardest | Easiest

@@ -20,7 +20,7 @@ GRAD_SCALE = {torch.float16: 2.0**15}
 
 
 class Affine(NamedTuple):
-    """From similarities to logits: both () in the accumulation dtype."""
+    """What turns similarities into logits. Both are () in the accumulation dtype."""
 
     scale: Tensor
     bias: Tensor
@@ -175,7 +175,7 @@ class Panel(Protocol):
     ) -> None:
         """out = alpha * dlogits @ rhs (dlogits^T @ rhs), plus what is there if ``accumulate``.
 
-        Where no negative takes part nothing is multiplied: a tile at a time, or better.
+        Tiles in which no negative takes part need not be multiplied.
         """
         ...
 

@@ -77,7 +77,7 @@ def run(cell: dict) -> dict:
 
 
 def _values(rows: list[dict], loss: str, batch_size: int, metric: str = "mrr") -> list[float]:
-    """On the test's modules, one value a seed."""
+    """A metric on the modules of the test, one value a seed."""
     found = [row for row in rows if (row["loss"], row["batch_size"]) == (loss, batch_size)]
     return [row["test"][metric] for row in sorted(found, key=lambda row: row["seed"])]
 
@@ -200,35 +200,37 @@ many examples each. Below 16 k (SigLiT) or 32 k (SigLIP) the sigmoid loss is bet
 the gap closes as the batch grows; SigLIP is best at 32 k (softmax at 98 k), and a far larger batch
 hurts both.
 
-**Here.** Functions and the first paragraphs of their docstrings, from the sources of the standard
-library, numpy and torch: {pairs["train"]} pairs to train with, {pairs["test"]} of other modules to
-test on, no near copies in both (no text or body of one whose words have a Jaccard index of {NEAR:g}
-or more with one of the other; modules alike, such as optimizers, do share many words). Two towers,
-each a bag of hashed tokens and a small MLP, D = {retrieval.DIM};
-{first["steps"] * first["batch_size"]} examples seen by every run,
-{len({row["seed"] for row in rows})} seeds; softmax is CLIP's loss with its own temperature.
-Quality: the mean reciprocal rank of the right docstring among all {pairs["test"]} for each
-function, and of the right function for each docstring, averaged. Chance: {level["mrr"]:.1%};
-of the right one being first {level["recall_at_1"]:.2%}, among ten {level["recall_at_10"]:.2%}.
+**Here** the data are functions and the first paragraphs of their docstrings, from the sources of
+the standard library, numpy and torch: {pairs["train"]} pairs to train with, and {pairs["test"]} of
+other modules to test on. There are no near copies in both: no text or body of one has words with a
+Jaccard index of {NEAR:g} or more with one of the other (similar modules, such as optimizers, do
+share many words). Each of the two towers is a bag of hashed tokens and a small MLP, with
+D = {retrieval.DIM}. Every run sees {first["steps"] * first["batch_size"]} examples, and there are
+{len({row["seed"] for row in rows})} seeds. Softmax is CLIP's loss with its own temperature. Quality
+is the mean reciprocal rank of the right docstring among all {pairs["test"]} for each function, and
+of the right function for each docstring, averaged. Chance is {level["mrr"]:.1%}; that the right one
+is first has a chance of {level["recall_at_1"]:.2%}, and that it is among the first ten
+{level["recall_at_10"]:.2%}.
 
 {table(("batch", "steps", "sigmoid", "softmax", "sigmoid minus softmax"), ranks)}
 
 ![Mean reciprocal rank by batch size, sigmoid and softmax](paper_batch_size.png)
 
-Means over seeds (and range); differences paired by seed, with 95% intervals (Student's t). The same
-runs, how often the right one is first, and among the first ten:
+The table shows means over seeds (and ranges). Differences are paired by seed and have 95% intervals
+(Student's t). The next table shows, for the same runs, how often the right one is first, and how
+often it is among the first ten:
 
 {table(("batch", "first: sigmoid", "softmax", "in ten: sigmoid", "softmax"), recalls)}
 
 {chr(10).join(f"- {line}" for line in _claims(rows, sizes))}
 
-Rule: seen where the whole interval lies where the claim says, opposite where it lies outside
-altogether, otherwise not seen.
+The rule of the verdicts: a claim is seen where the whole interval lies where the claim says,
+opposite where it lies outside altogether, and otherwise not seen.
 
-Rates: {len(RATES)} were tried for either loss at three batch sizes, on a seed of their own; the
-best there, by the mean reciprocal rank on the {pairs["tune"]} pairs of modules that are neither
-trained nor tested with, is taken for that batch size, and times the root of the ratio of the sizes
-for those beyond:
+For either loss {len(RATES)} rates were tried at three batch sizes, on a seed of their own. The best
+one, by the mean reciprocal rank on the {pairs["tune"]} pairs of modules that are neither trained
+nor tested with, is taken for that batch size. Larger batches take it times the root of the ratio of
+the sizes:
 
 {table(("loss", "batch", *(f"{rate:g}" for rate in RATES), "taken"), _sweep(everything), left=2)}
 

@@ -144,7 +144,7 @@ def side(module: str) -> str:
 
 
 def split(pairs: list[Pair]) -> dict[str, list[Pair]]:
-    """By whole modules; no pair of "train" is a near copy of one to test or tune with."""
+    """Split by whole modules; no pair of "train" is a near copy of one to test or tune with."""
     parts: dict[str, list[Pair]] = {name: [] for name in ("train", *SHARES)}
     for pair in pairs:
         parts[side(pair.module)].append(pair)

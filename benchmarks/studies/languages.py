@@ -86,7 +86,7 @@ def _of(rows: list[dict], role: str, language: str) -> list[float]:
 
 
 def _gains(rows: list[dict]) -> dict[str, list[float]]:
-    """By language, accuracy of the mix minus that of the language alone, one value a seed."""
+    """Accuracy of the mix minus that of the language alone, by language, one value a seed."""
     return {
         name: _minus(_of(rows, "mix", name), _of(rows, "alone", name))
         for name in LANGUAGES
@@ -219,15 +219,15 @@ then K x W; K = 96, W = 768) costs about half a percent on ImageNet against the 
 in English. The paper also finds a batch of 32 k to be sufficient for many languages: batch sizes
 are studied in a section of their own here, in one language.
 
-**Here.** Images of three handwritten digits in a row, captions in {len(LANGUAGES)} languages and
-{len({words.digits for words in LANGUAGES.values()})} sets of digit words, tokens hashed from words
-and parts of words, both towers from scratch with the sigmoid loss; {first["steps"]} steps,
-{len({row["seed"] for row in study})} seeds. The mix: batches of {first["batch_size"]}, the language
-of each caption drawn at random. Alone: a model for each language, batches of {SHARE}, so it sees as
-many captions of its language, in as many steps. English only: batches of {first["batch_size"]}, all
-English. Accuracy: of 1000 images of unseen digits, the share whose most similar of the 1000
-possible prompts in that language (worded as no training caption is) names all three digits. Chance
-is 0.1%.
+**Here** the pairs are images of three handwritten digits in a row with captions in {len(LANGUAGES)}
+languages and {len({words.digits for words in LANGUAGES.values()})} sets of digit words, tokens
+hashed from words and parts of words. Both towers start from scratch with the sigmoid loss, for
+{first["steps"]} steps and on {len({row["seed"] for row in study})} seeds. "Mix" has batches of
+{first["batch_size"]}, in which the language of each caption is drawn at random. "Alone" is a model
+for each language with batches of {SHARE}, so it sees as many captions of its language, in as many
+steps. "English only" has batches of {first["batch_size"]}, all English. Accuracy is the share of
+1000 images of unseen digits whose most similar of the 1000 possible prompts in that language
+(worded as no training caption is) names all three digits. Chance is 0.1%.
 
 {table(("language", "mix", "alone", "mix minus alone"), lines)}
 
@@ -237,23 +237,24 @@ English only: {_share(_of(study, "English only", "English"))}.
 
 ![Accuracy by language, of the mix and of each language alone](paper_languages.png)
 
-Means over seeds (and range); differences paired by seed, with 95% intervals (Student's t).
+The table shows means over seeds (and ranges). Differences are paired by seed and have 95% intervals
+(Student's t).
 
 {chr(10).join(f"- {line}" for line in _claims(study))}
 
-Rule: seen where the whole interval lies above the bound given, opposite where it lies below,
-otherwise not seen.
+The rule of the verdicts: a claim is seen where the whole interval lies above the bound given,
+opposite where it lies below, and otherwise not seen.
 
-Rates that were tried, on a seed of their own, whose images to train and to test with are drawn anew
-(so they overlap with the study's); the study takes {RATE[BATCH_SIZE]:g} for batches of
+The rates below were tried on a seed of their own, whose images to train and to test with are drawn
+anew (so they overlap with the study's). The study takes {RATE[BATCH_SIZE]:g} for batches of
 {BATCH_SIZE} and {RATE[SHARE]:g} for batches of {SHARE}:
 
 {table(("captions", "rate", "accuracy"), tried)}
 
 Limits: every language describes the same ten digits in the same order, so sharing an image tower
-helps more than it would on the web, where each language brings its own images; a text is a bag of
-tokens; an eighth of this width is {BOTTLENECK} numbers a token, not the paper's 96; the same rate
-for every language and every table."""
+helps more than it would on the web, where each language brings its own images. A text is a bag of
+tokens. An eighth of this width is {BOTTLENECK} numbers a token, not the paper's 96. Every language
+and every table has the same rate."""
 
 
 STUDY = Study("languages", cells, run, section)

@@ -282,19 +282,20 @@ computed once (section 4.1), and with four chips reaches 79.7% zero-shot accurac
 day, 84.5% in two with a larger tower (section 4.4); a pretrained tower that goes on training, at a
 tenth of the rate and without weight decay, reaches 71% on 16 chips in three days (section 4.5).
 
-**Here.** Pretraining: {quality[0]["pretraining"]} steps of {BATCH_SIZE} images of three digits, to
-name the digits; no captions ({before:.1f} s, median). Then images with English captions, made of
-{quality[0]["captioned"]} single digits where pretraining had 1437: sigmoid loss, Adam at {RATE:g}
-(the image tower of "unlocked": {RATE * SLOWER:g}; no weight decay anywhere), the same pairs and the
-same first text tower for all three; {len({r["seed"] for r in quality})} seeds. Accuracy: of
-1000 images of unseen digits, the share whose most similar of the 1000 possible prompts names all
-three digits. Chance is 0.1%.
+**Here** pretraining is {quality[0]["pretraining"]} steps of {BATCH_SIZE} images of three digits, in
+which the tower learns to name the digits, without captions ({before:.1f} s, median). Then come
+images with English captions, made of {quality[0]["captioned"]} single digits where pretraining had
+1437. They are trained with the sigmoid loss and Adam at {RATE:g} (the image tower of "unlocked" at
+{RATE * SLOWER:g}, and no weight decay anywhere), with the same pairs and the same first text tower
+for all three, on {len({r["seed"] for r in quality})} seeds. Accuracy is the share of 1000 images of
+unseen digits whose most similar of the 1000 possible prompts names all three digits. Chance is
+0.1%.
 
 {_quality_table(quality, steps)}
 
-Loss and backward of random features, D = {times[0]["dim"]}, float32, gradients of both towers or of
-the text tower alone: medians of {times[0]["repeats"]} calls each, in turn, in each of
-{len({r["seed"] for r in times})} trials.
+The next table times loss and backward of random features (D = {times[0]["dim"]}, float32), with
+gradients of both towers or of the text tower alone. It shows medians of {times[0]["repeats"]} calls
+each, in turn, in each of {len({r["seed"] for r in times})} trials.
 
 {_times_table(times)}
 
@@ -302,17 +303,17 @@ the text tower alone: medians of {times[0]["repeats"]} calls each, in turn, in e
 
 {chr(10).join(f"- {line}" for line in _claims(rows))}
 
-Rule: the difference paired by seed (of the time: its trials); seen where its 95% interval
-(Student's t) lies above the bound (the time: below), opposite where it lies on the other side,
-otherwise not seen.
+The rule of the verdicts: differences are paired by seed (those of the time by trial). A claim is
+seen where the 95% interval (Student's t) lies above the bound (for the time: below), opposite where
+it lies on the other side, and otherwise not seen.
 
-Rates that were tried, on a seed of their own, {sweep[0]["steps"]} steps:
+These rates were tried, on a seed of their own, for {sweep[0]["steps"]} steps:
 
 {_rates_table(sweep)}
 
 Limits: pretraining was told the very digits that captions name, and saw more of them than the
-captioned pairs hold, as the paper's image towers saw more images; its cost comes on top of the
-steps; so few steps are a start for towers from scratch, not their end; images are embedded anew at
+captioned pairs hold, as the paper's image towers saw more images. Its cost comes on top of the
+steps. So few steps are a start for towers from scratch, not their end. Images are embedded anew at
 every step here, where the paper's embeddings are computed once, so a step of the paper's saves
 more."""
 

@@ -60,7 +60,7 @@ def cells(quick: bool) -> list[dict]:
 
 
 def chooser(cell: dict) -> Callable[[int], Random | Hardest | Easiest | None]:
-    """By step, which negatives take part."""
+    """A function of the step: which negatives take part."""
     kind, keep = cell["negatives"], cell["keep"]
     if kind == "all":
         return lambda step: None
@@ -260,28 +260,29 @@ each positive. In as many steps, keeping random ones deteriorates the result, ke
 does not work at all, and keeping the hardest almost maintains it; trained longer, by the share that
 was left out, the hardest gain slightly. With fewer negatives the bias ends higher.
 
-**Here.** Functions and docstrings, towers and measure as under
-[batch size](#batch-size-sigmoid-against-softmax); batches of {first["batch_size"]}, rate
-{first["rate"]:g}, {len({row["seed"] for row in rows})} seeds. `negatives=` of the loss keeps a
-share of each batch's: `Random` (others at every step), `Hardest` and `Easiest` (of each function's,
-by logit). Twice: for {base} steps, and for as many more as negatives are fewer, so that as many
-pairs are seen (the paper does so with the hardest only), beside all negatives for as many steps.
-Chance: {level["mrr"]:.1%}.
+**Here** functions and docstrings, towers and measure are those under
+[batch size](#batch-size-sigmoid-against-softmax), with batches of {first["batch_size"]}, a rate of
+{first["rate"]:g} and {len({row["seed"] for row in rows})} seeds. `negatives=` of the loss keeps a
+share of each batch's negatives: `Random` (others at every step), `Hardest` and `Easiest` (of each
+function's, by logit). Each is run twice: for {base} steps, and for as many more as negatives are
+fewer, so that as many pairs are seen (the paper does so with the hardest only), beside all
+negatives for as many steps. Chance is {level["mrr"]:.1%}.
 
 {table(header, lines)}
 
 ![Mean reciprocal rank by the ratio of positives to negatives](paper_negatives.png)
 
-Means over seeds (and range), of the bias at the end and of the logits of right and wrong pairs of
-the test; differences paired by seed, with 95% intervals (Student's t).
+The table shows means over seeds (and ranges), also of the bias at the end and of the logits of
+right and wrong pairs of the test. Differences are paired by seed and have 95% intervals (Student's
+t).
 
 {chr(10).join(f"- {line}" for line in _claims(rows))}
 
-Rule: seen where the whole interval lies above the bound given, opposite where it lies below,
-otherwise not seen. Undecided, and not seen, where what should be better ends within three times
-chance.
+The rule of the verdicts: a claim is seen where the whole interval lies above the bound given,
+opposite where it lies below, and otherwise not seen. It is undecided, and counts as not seen, where
+what should be better ends within three times chance.
 
-Limits: the paper's image tower is trained already and locked (SigLiT); here both towers start
+Limits: the paper's image tower is trained already and locked (SigLiT). Here both towers start
 from scratch, where the hardest negatives of towers that know nothing yet can hold all features
 together. In {base} steps the bias moves little, and one rate serves all, between those
 that were best at batches of 256 and 1024. Longer runs, for as many pairs seen, end at

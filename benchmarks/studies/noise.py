@@ -101,7 +101,7 @@ def run(cell: dict) -> dict:
 
 
 def _lead(rows: list[dict], kind: str, p: float) -> dict[int, float]:
-    """By seed, accuracy with the sigmoid loss minus that with the softmax loss."""
+    """Accuracy with the sigmoid loss minus that with the softmax loss, by seed."""
     of = {(r["loss"], r["seed"]): r["accuracy"] for r in rows if (r["kind"], r["p"]) == (kind, p)}
     seeds = sorted({seed for _, seed in of})
     return {seed: of["sigmoid", seed] - of["softmax", seed] for seed in seeds}
@@ -195,35 +195,38 @@ def section(rows: list[dict], folder: Path) -> str:
 finds that models trained with the sigmoid loss keep their lead over the softmax loss, the more so
 the stronger the corruption (figure 7: M/16 towers, batch 16384, 3.6 billion examples).
 
-**Here.** Images of three handwritten digits in a row, English captions, both towers from scratch:
-{first["steps"]} steps of {first["batch_size"]} fresh pairs, {seeds} seeds. The paper's five kinds:
-an image becomes uniform noise; a text becomes random tokens, of a random number; a share of the
-batch has its texts shuffled; image and text each with probability p; all three. Accuracy: of 1000
-clean images of unseen digits, the share whose most similar of the 1000 possible prompts (worded as
-no training caption is) names all three digits. Chance is 0.1%.
+**Here** the pairs are images of three handwritten digits in a row with English captions. Both
+towers start from scratch and take {first["steps"]} steps of {first["batch_size"]} fresh pairs, on
+{seeds} seeds. There are the paper's five kinds of corruption: an image becomes uniform noise; a
+text becomes random tokens, of a random number; a share of the batch has its texts shuffled; image
+and text are each corrupted with probability p; all three happen. Accuracy is the share of 1000
+clean images of unseen digits whose most similar of the 1000 possible prompts (worded as no training
+caption is) names all three digits. Chance is 0.1%.
 
 {table(("corrupted", "p", "sigmoid", "softmax", "lead of sigmoid"), lines, left=1)}
 
 ![Accuracy against the probability of each corruption, both losses](paper_noise.png)
 
-Means over seeds (and range); the lead with its 95% interval. Band in the plot: range over seeds.
+The table shows means over seeds (and ranges), and the lead with its 95% interval. The band in the
+plot is the range over seeds.
 
 {chr(10).join(f"- {line}" for line in _claims(study))}
 
-Rule: the difference paired by seed, averaged over the probabilities; seen where its 95% interval
-(Student's t) lies above 0, opposite where it lies below, otherwise not seen.
+The rule of the verdicts: differences are paired by seed and averaged over the probabilities. A
+claim is seen where the 95% interval (Student's t) lies above 0, opposite where it lies below, and
+otherwise not seen.
 
-Both losses use Adam (beta2 = 0.95, as the paper's) with warmup and decay; rates that were tried on
-clean pairs, with seeds of their own (the study takes {RATE["sigmoid"]:g} for the sigmoid and
+Both losses use Adam (beta2 = 0.95, as in the paper) with warmup and decay. These rates were tried
+on clean pairs, with seeds of their own (the study takes {RATE["sigmoid"]:g} for the sigmoid and
 {RATE["softmax"]:g} for the softmax loss):
 
 {table(("accuracy at rate", *(f"{rate:g}" for rate in rates)), tried)}
 
-Limits: a small task of fresh, otherwise noiseless pairs; with 1000 numbers about one caption in
-five has another of its number in a batch, which both losses count as a negative; hundreds of steps
-where the paper takes hundreds of thousands; rates tuned on clean pairs only; the two losses start
-as their papers say (sigmoid: t = 10, b = -10; softmax: t = 1 / 0.07), so how fast each gets going
-is in the numbers."""
+Limits: this is a small task of fresh, otherwise noiseless pairs. With 1000 numbers about one
+caption in five has another of its number in a batch, which both losses count as a negative. There
+are hundreds of steps where the paper takes hundreds of thousands, and rates were tuned on clean
+pairs only. The two losses start as their papers say (sigmoid: t = 10, b = -10; softmax: t = 1 /
+0.07), so the numbers also show how fast each gets going."""
 
 
 def _order(kind: str) -> int:

@@ -33,21 +33,21 @@ WIDTH = 100
 INTRODUCTION = """\
 # The paper's claims, on one machine
 
-What the sigmoid loss is for, claim by claim: what the paper (Zhai et al., Sigmoid Loss for Language
-Image Pre-Training, [arXiv 2303.15343](https://arxiv.org/abs/2303.15343)) says, what became of it
-here, and why. Section numbers are those of the paper unless another is named.
+This page goes through the claims of the paper (Zhai et al., Sigmoid Loss for Language Image
+Pre-Training, [arXiv 2303.15343](https://arxiv.org/abs/2303.15343)) one by one: what the paper says,
+what came out here, and why. Section numbers are those of the paper unless another is named.
 
 **Read the scale first.** The paper trains on billions of image-text pairs for days on TPUs. Here
 two CPU cores train small towers for seconds, on data that ships with packages or the interpreter:
 scikit-learn's 8 x 8 handwritten digits with captions written for this page, and the functions and
-docstrings of installed packages. What is seen here can be looked into and run again by anyone; what
-is not seen here says little about the paper. No result is left out: each verdict comes from all
-seeds, by the rule that its section states.
+docstrings of installed packages. Anyone can look into what is seen here and run it again. What is
+not seen here says little about the paper. No result is left out: each verdict comes from all seeds,
+by the rule that its section states.
 
     python -m benchmarks.studies --all    # runs what is missing, writes this page: under 40 minutes
     python -m benchmarks.studies --page   # only writes this page, from benchmarks/studies/results/
 
-An interrupted run goes on where it stopped; to run a study anew, delete its file of results."""
+An interrupted run goes on where it stopped. To run a study anew, delete its file of results."""
 
 
 def build(studies: list[Study], folders: Folders, plots: Path) -> str:

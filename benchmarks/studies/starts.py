@@ -95,7 +95,7 @@ def _gains(rows: list[dict], better: Start, worse: Start) -> list[float]:
 
 
 def _claims(rows: list[dict]) -> list[str]:
-    """Of one schedule."""
+    """The claims about one schedule."""
     large, small = (_gains(rows, (-10.0, t), (0.0, t)) for t in (10.0, 1.0))
     more = [a - b for a, b in zip(small, large, strict=True)]
     none, factor = _gains(rows, PAPERS, (None, 10.0)), _gains(rows, PAPERS, (-10.0, 1.0))
@@ -160,7 +160,7 @@ def _plot(rows: list[dict], path: Path) -> None:
 
 
 def _lines(rows: list[dict]) -> list[tuple[str, ...]]:
-    """Of one schedule."""
+    """The lines of a table about one schedule."""
 
     def share(start: Start, metric: str) -> str:
         values = _values(rows, start, metric)
@@ -199,27 +199,29 @@ def section(rows: list[dict], folder: Path) -> str:
 to the prior: nearly all pairs are negatives. On ImageNet that gives 63.0%; without a bias 62.0%;
 b = 0 61.7%; t = 1 with b = -10 61.0%; and b = 0 with t = 1 53.7%, for the first steps over-correct.
 
-**Here.** Functions and docstrings, towers and measure as under
-[batch size](#batch-size-sigmoid-against-softmax), as many examples in two ways: few steps of large
-batches, and many of small ones. {len({row["seed"] for row in rows})} seeds. The rate is the same
-from every start, as in the paper, and within a fraction of a point of the best of those tried for
-the paper's start under batch size. Chance: {level["mrr"]:.1%}.
+**Here** functions and docstrings, towers and measure are those under
+[batch size](#batch-size-sigmoid-against-softmax). Every run sees as many examples, in one of two
+ways: few steps of large batches, or many of small ones. There are
+{len({row["seed"] for row in rows})} seeds. The rate is the same from every start, as in the paper,
+and within a fraction of a point of the best of those tried for the paper's start under batch size.
+Chance is {level["mrr"]:.1%}.
 
 {table(header, lines)}
 
 ![Loss while training, and the mean reciprocal rank it leads to, by start](paper_starts.png)
 
-Means over seeds (and range); differences paired by seed, with 95% intervals (Student's t).
+The table shows means over seeds (and ranges). Differences are paired by seed and have 95% intervals
+(Student's t).
 
 {chr(10).join(f"- {line}" for line in verdicts)}
 
-Rule: seen where the whole interval lies above 0, opposite where it lies below, otherwise not seen.
-Undecided, and not seen, where the start that should be better ends within three times chance; and a
-comparison of costs where, from b = -10, t = 1 reaches less than half of what t = 10 does: there is
-little then that b = 0 could cost.
+The rule of the verdicts: a claim is seen where the whole interval lies above 0, opposite where it
+lies below, and otherwise not seen. It is undecided, and counts as not seen, where the start that
+should be better ends within three times chance. So is a comparison of costs where, from b = -10,
+t = 1 reaches less than half of what t = 10 does: there is little then that b = 0 could cost.
 
-Limits: even the many steps are few, and at these rates b cannot move by more than a unit or two, so
-a start that is off stays off; the rate was tuned for the paper's start."""
+Limits: even the many steps are few. At these rates b cannot move by more than a unit or two, so a
+start that is off stays off. The rate was tuned for the paper's start."""
 
 
 STUDY = Study("starts", cells, run, section)

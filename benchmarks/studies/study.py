@@ -50,7 +50,7 @@ class ResultsFile:
         return [cell for cell, key in zip(cells, self.order, strict=True) if key not in self.runs]
 
     def _arrange(self) -> None:
-        """In the order of the cells, whichever ended first."""
+        """Put runs in the order of the cells, whichever ended first."""
         self.runs = {key: self.runs[key] for key in self.order if key in self.runs}
 
     def add(self, cell: dict, result: dict, seconds: float, environment: dict) -> None:
@@ -92,7 +92,7 @@ class Interval:
         return self.mean + self.half
 
     def points(self) -> str:
-        """Of a share, in percentage points."""
+        """A difference of shares, in percentage points."""
         return f"{self.mean * 100:+.1f} ± {self.half * 100:.1f} points"
 
 

@@ -65,7 +65,7 @@ class Pictures:
 
 
 def load_pictures(seed: int) -> tuple[Pictures, Pictures]:
-    """To train with and to test on: no digit image is in both."""
+    """Pictures to train with and pictures to test on; no digit image is in both."""
     train, test = load_splits(seed)
     return Pictures(train), Pictures(test)
 

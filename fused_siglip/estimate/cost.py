@@ -46,7 +46,7 @@ RANKS_PER_NODE = 8  # DGX and HGX of all three
 def _device(
     half: float, single: float, nvlink: float, network: float, multiprocessors: int
 ) -> Device:
-    """From peak TFLOP/s of half precision and fp32, and GB/s in one direction."""
+    """A device, from peak TFLOP/s of half precision and fp32 and from GB/s in one direction."""
     flops = {torch.bfloat16: half, torch.float16: half, torch.float32: single}
     return Device(
         {dtype: SUSTAINED * peak * 1e12 for dtype, peak in flops.items()},
@@ -72,7 +72,7 @@ DEVICES = {
 class Cost:
     """What one step costs one rank."""
 
-    peak_bytes: int  # beyond the features; the gradients that are returned are in it
+    peak_bytes: int  # beyond the features, the gradients that are returned included
     bytes_sent: int
     flops: int
     compute_seconds: float
@@ -101,7 +101,7 @@ def bytes_sent(impl: str, world_size: int, rows: int, dim: int, dtype: torch.dty
 
 
 def step_flops(world_size: int, rows: int, dim: int) -> int:
-    """Three products of this rank's images with all texts."""
+    """FLOPs of the three products of this rank's images with all texts."""
     return 6 * rows * (world_size * rows) * dim
 
 
@@ -133,7 +133,7 @@ def peak_bytes(
 ) -> int:
     """Peak memory beyond the features, the returned gradients included.
 
-    What torch allocates for the loss: the transport's own buffers are not in it.
+    This is what torch allocates for the loss. The transport's own buffers are not in it.
     """
     texts, grads = _chunk_bytes(rows, dim, dtype)
     plan = _sweep_plan(impl, world_size, rows, dim, dtype, device_type, backend, multiprocessors)
@@ -157,7 +157,17 @@ def predict(
     device: Device,
     backend: str = "torch",
 ) -> Cost:
-    """The cost on a cluster of a GPU device. ``impl`` is "ring" or "gather"."""
+    """The cost of a step on a cluster.
+
+    Args:
+        impl: "ring" or "gather".
+        world_size: number of ranks.
+        rows: images, and texts, on each rank.
+        dim: D, the dimension of the features.
+        dtype: of the features.
+        device: one of ``DEVICES``, or rates of your own.
+        backend: whose panels are planned.
+    """
     texts, grads = _chunk_bytes(rows, dim, dtype)
     link = device.node if world_size <= RANKS_PER_NODE else device.network
     others = world_size - 1

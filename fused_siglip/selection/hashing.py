@@ -41,7 +41,7 @@ def image_keys(seed: int, first: int, count: int, device: torch.device) -> Tenso
 
 
 def text_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """Likewise of texts."""
+    """(count,) int32 keys of texts ``first`` to ``first + count`` of the global batch."""
     return _keys(first, count, _words(seed, 2), device)
 
 

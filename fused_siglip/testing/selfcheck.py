@@ -1,7 +1,7 @@
 """``python -m fused_siglip``: what runs here, and whether it is right.
 
-Prints versions, the device, the backend and panels of each dtype, and holds the loss and its
-gradients to float64. Ends in PASS, or in FAIL with what to report and status 1.
+Prints versions, the device, the backend and panels of each dtype, and compares the loss and its
+gradients with float64. Ends with PASS, or with FAIL, what to report and status 1.
 """
 
 from __future__ import annotations
@@ -141,12 +141,12 @@ def measure(call: str, backend: str, dtype: torch.dtype, device: str) -> list[fl
 
 
 def _triton_runs(device: str, dtype: torch.dtype) -> bool:
-    """On a GPU where it is what users get; elsewhere where its interpreter does."""
+    """Whether Triton runs there: on a GPU, or in its interpreter."""
     return why_triton_unavailable(device, dtype) is None
 
 
 def check(device: str) -> list[str]:
-    """Hold every backend that runs here to float64; print the errors and return what is wrong."""
+    """Compare every backend that runs here with float64; print errors, return what is wrong."""
     print("\nerror against float64, over the largest that rounding can cause (1 or less is right):")
     print(" " * 36 + "".join(f"{name:>8}" for name in OUTPUTS))
     wrong = []
