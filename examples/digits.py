@@ -43,7 +43,7 @@ class Plan:
 
 
 QUICK = Plan(steps=100, dim=64, repeats={256: 2, 512: 2})
-SHORT = Plan(steps=300, dim=512, repeats={1024: 10, 4096: 3, 8192: 1})
+SHORT = Plan(steps=300, dim=512, repeats={1024: 10, 2048: 5, 4096: 3, 8192: 1})
 FULL = Plan(steps=300, dim=512, repeats={1024: 20, 2048: 10, 4096: 5, 8192: 3, 16384: 2})
 
 

@@ -12,7 +12,7 @@ from .spec import NegativeChoice
 class _Share:
     keep: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.keep, numbers.Real) or isinstance(self.keep, bool):
             raise TypeError(f"keep is a {type(self.keep).__qualname__}: expected a number")
         if not 0 < self.keep <= 1:
@@ -35,7 +35,7 @@ class Random(_Share):
 
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.seed, numbers.Integral) or isinstance(self.seed, bool):
             raise TypeError(f"seed is a {type(self.seed).__qualname__}: expected an int")

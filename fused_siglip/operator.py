@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +50,30 @@ def _ids(image_ids: Tensor | None, text_ids: Tensor | None) -> Ids | None:
     return None if image_ids is None or text_ids is None else Ids(image_ids, text_ids)
 
 
-def _kernel(x, y, logit_scale, logit_bias, image_ids, text_ids, *flat, **named):
+def _kernel(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    *flat: Any,
+    **named: Any,
+) -> Outputs:
     ids = _ids(image_ids, text_ids)
     return _compute(x, y, logit_scale, logit_bias, ids, LossSpec.from_op(*flat, **named))
 
 
-def _fake(x, y, logit_scale, logit_bias, image_ids, text_ids, *flat, **named):
+def _fake(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    *flat: Any,
+    **named: Any,
+) -> Outputs:
     """The outputs' shapes and dtypes, without values."""
     spec = LossSpec.from_op(*flat, **named)
     acc = torch.promote_types(spec.dtype or x.dtype, torch.float32)
@@ -117,10 +136,26 @@ def _register(name: str) -> torch._ops.OpOverload:
     torch.library.register_fake(f"fused_siglip::{name}", _fake)
     op = getattr(torch.ops.fused_siglip, name).default
 
-    def below(x, y, logit_scale, logit_bias, ids, spec):
+    def below(
+        x: Tensor,
+        y: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        ids: Ids | None,
+        spec: LossSpec,
+    ) -> Outputs:
         return op(x, y, logit_scale, logit_bias, *(ids or (None, None)), *spec.to_op())
 
-    def at_autograd(x, y, logit_scale, logit_bias, image_ids, text_ids, *flat, **named):
+    def at_autograd(
+        x: Tensor,
+        y: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        image_ids: Tensor | None,
+        text_ids: Tensor | None,
+        *flat: Any,
+        **named: Any,
+    ) -> Outputs:
         ids = _ids(image_ids, text_ids)
         return _differentiable(
             below, x, y, logit_scale, logit_bias, ids, LossSpec.from_op(*flat, **named)

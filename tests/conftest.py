@@ -93,8 +93,6 @@ def thin_out(items: list[pytest.Item]) -> None:
 def pytest_collection_modifyitems(config, items):
     """Marks what runs on a GPU (-m gpu), in Triton's interpreter (-m interpreter), and what only
     `make test-all` runs (-m exhaustive).
-
-    Of two workers one runs a file whole, for its fixtures; compiling, the longest, is shared.
     """
     thin_out(items)
     for item in items:
@@ -102,10 +100,23 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("gpu")
         if needs_triton(item):
             item.add_marker("interpreter")
-    if config.getoption("loadgroup", False):
-        for item in items:
-            if not item.path.name.endswith("_compiled.py"):
-                item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One worker runs a file whole, for its fixtures; compiling, the longest, is shared.
+
+    With --dist loadfile. The marker xdist_group is no way there: pytest-xdist 3.8 does not hand it
+    on with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith("_compiled.py") else file
+
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ REASONS = {
     "fused_siglip/testing/selfcheck.py _device": "the self-check on a GPU",
     "fused_siglip/testing/selfcheck.py describe": "the self-check on a GPU",
     "fused_siglip/testing/selfcheck.py _version": "triton not installed: its version line",
-    "fused_siglip/distributed/exchange.py _exchange": "a group without gloo: NCCL exchanges",
+    "fused_siglip/distributed/agreement.py _exchange": "a group without gloo: NCCL exchanges",
     "kernels/torch_products.py add_product": f"{ON_CUDA}: half operands with a float32 sum",
     "fused_siglip/sweep.py _multiprocessors": f"{ON_CUDA}: its multiprocessors",
     "kernels/registry.py why_not_default": "Triton's interpreter: it could run, and is not chosen",

@@ -9,6 +9,7 @@ loss or the task is made. On the command line this module stands in for open_cli
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from ..modules import SigLipLoss
 from . import require
@@ -16,7 +17,7 @@ from . import require
 _replaced: dict[str, type] = {}  # open_clip's own class, by the module that held it
 
 
-def _modules():
+def _modules() -> tuple[Any, Any]:
     require("open_clip_torch", ">=3.0,<5")
     import open_clip.factory
     import open_clip.loss

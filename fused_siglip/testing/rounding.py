@@ -49,10 +49,8 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     accumulate = torch.promote_types(dtype, torch.float32)
     u = UNIT_ROUNDOFF[accumulate] + UNIT_ROUNDOFF[torch.float64]
     u_sum = 2 * u if x.is_cuda else u
-    (m, d), n = x.shape, y.shape[0]
-    if image_ids is not None and text_ids is not None:  # padding may hold anything
-        x = torch.where(image_ids[:, None] < 0, 0, x)
-        y = torch.where(text_ids[:, None] < 0, 0, y)
+    m, n, d = len(x), *y.shape
+    x, y = _without_padding(x, image_ids), _without_padding(y, text_ids)
     positive, valid, images = _pair_masks(x, y, image_ids, text_ids, negative_only)
     if kept is not None:
         valid = valid & (kept | positive if unsure is None else kept | positive | unsure)
@@ -62,10 +60,7 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     z = t * s + b
     v = torch.where(positive, -z, z)
     dz = t.abs() * ds + u * (t.abs() * s.abs() + 3 * z.abs())
-    tiny = torch.finfo(accumulate).tiny  # exponentials may be flushed to 0 below
-    p, softplus, d_term, d_g = (
-        torch.where(valid, w, 0) for w in _log_sigmoid_errors(v, dz, u, tiny)
-    )
+    p, softplus, d_term, d_g = _log_sigmoid_errors(v, dz, valid, u, accumulate)
     if unsure is not None:
         d_term, d_g = d_term + unsure * softplus, d_g + unsure * p
     stored = d_g  # in the dtype of the products
@@ -86,6 +81,11 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
 def _stored_errors(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """What writing dL/dz of at most this size in ``dtype`` may do to it."""
     return UNIT_ROUNDOFF[dtype] * largest + smallest(dtype) / GRAD_SCALE.get(dtype, 1.0)
+
+
+def _without_padding(features: Tensor, ids: Tensor | None) -> Tensor:
+    """Features with zeros in padded rows, which may hold anything."""
+    return features if ids is None else torch.where(ids[:, None] < 0, 0, features)
 
 
 def _pair_masks(
@@ -109,15 +109,17 @@ def _pair_masks(
 
 
 def _log_sigmoid_errors(
-    v: Tensor, dz: Tensor, u: float, tiny: float
+    v: Tensor, dz: Tensor, valid: Tensor, u: float, accumulate: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M, N) each
     """sigmoid(v) and softplus(v), and what errors ``dz`` of v and rounding do to softplus and
-    sigmoid."""
+    sigmoid; 0 for pairs that are not ``valid``."""
+    tiny = torch.finfo(accumulate).tiny  # exponentials may be flushed to 0 below
     p, q = v.sigmoid(), (-v).sigmoid()
     softplus = v.clamp(min=0) + torch.log1p(torch.exp(-v.abs()))
     grown = torch.expm1(dz.clamp(max=700))  # sigmoid'(v) is p q, and changes by exp(dz) at most
     d_term = torch.minimum(p * grown, dz) + 8 * u * softplus + tiny
     d_g = (p * q * grown).clamp(max=1) + 8 * u * p + tiny
+    p, softplus, d_term, d_g = (torch.where(valid, w, 0) for w in (p, softplus, d_term, d_g))
     return p, softplus, d_term, d_g
 
 

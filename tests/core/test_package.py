@@ -1,5 +1,6 @@
 """What is built, what it holds, and that it works where nothing else is installed."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,8 @@ def distributions(tmp_path_factory):
     pytest.importorskip("build")
     tree = tmp_path_factory.mktemp("tree")
     for name in ("fused_siglip", "kernels"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     out = tmp_path_factory.mktemp("dist")
@@ -40,6 +42,7 @@ def distributions(tmp_path_factory):
 
 def sources() -> set[str]:
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fused_siglip").rglob("*.py")}
+    package.add("fused_siglip/py.typed")
     return package | {f"fused_siglip/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
 
 
@@ -63,6 +66,40 @@ def test_wheel_works_on_its_own(distributions, tmp_path):
     assert out.split() == [str(tmp_path / "fused_siglip/__init__.py"), "True"]
 
 
+CONSUMER = """
+import torch
+from fused_siglip import LearnableSigLipLoss, Random, SigLipLoss, siglip_loss
+
+x = torch.zeros(4, 8)
+siglip_loss(x, x, 10.0, -10.0, negatives=Random(0.5, seed=1), group="world")
+LearnableSigLipLoss(max_logit_scale=100)(x, x, negatives=None)
+SigLipLoss(world_size=2)(x, x, 10.0, None)
+"""
+
+
+def test_a_user_of_the_wheel_is_type_checked(distributions, tmp_path):
+    pytest.importorskip("mypy")
+    wheel, _ = distributions
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    # torch is left out: reading it takes most of a minute
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n")
+
+    def mypy(code: str) -> str:
+        (tmp_path / "use.py").write_text(code)
+        return subprocess.run(
+            [sys.executable, "-m", "mypy", "use.py"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    assert mypy(CONSUMER).startswith("Success")
+    wrong = mypy(f"{CONSUMER}siglip_loss(x, x, 10.0, reduction=3)\nsiglip_loss(x, x, 1.0, keep=1)")
+    assert "incompatible type" in wrong and "Unexpected keyword" in wrong
+    assert "Found 2 errors" in wrong
+
+
 def test_metadata(distributions):
     wheel, _ = distributions
     with zipfile.ZipFile(wheel) as archive:
@@ -82,9 +119,8 @@ def test_sdist_builds_the_same(distributions):
     _, sdist = distributions
     with tarfile.open(sdist) as archive:
         names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
-    for source in sources():
-        assert source.replace("fused_siglip/kernels/", "kernels/") in names
-    assert {"setup.py", "README.md", "LICENSE"} <= names
+    # kernels/ is in it where its link is, so that the wheel is built from it alike
+    assert {*sources(), "setup.py", "README.md", "LICENSE"} <= names
 
 
 def test_import_touches_neither_triton_nor_a_device():

@@ -48,7 +48,7 @@ def opcheck(
     inputs, ids=(None, None), negative_only=False, needs=(True,) * 3, negatives=None,
     reduction="mean", dtype=None, group=None, **options,
 ):  # fmt: skip
-    name = "sweep" if group is None else "global_sweep"
+    name = "loss_and_grads" if group is None else "global_loss_and_grads"
     operator = getattr(torch.ops.fused_siglip, name).default
     rest = (None, "torch", group, None, reduction, negatives, 0.5, 7, dtype)
     arguments = (*inputs, *ids, negative_only, *needs, *rest)

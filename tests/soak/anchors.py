@@ -9,6 +9,7 @@ a name stands for the same expression throughout, and in the replacement for its
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,12 +117,15 @@ def _offset(text: str, line: int, column: int) -> int:
     return before + len(lines[line - 1].encode()[:column].decode())
 
 
+_parsed = functools.lru_cache(maxsize=256)(ast.parse)  # every mutation looks through all files
+
+
 def places(root: Path, function: str, pattern: str, strip: str = "") -> list[Place]:
     """Where in the package the pattern occurs, in functions of that name."""
     wanted, found = pattern_of(pattern), {}
     for path in sorted(p for folder in FOLDERS for p in (root / folder).rglob("*.py")):
         text = path.read_text()
-        for scope in functions(ast.parse(text), function, strip):
+        for scope in functions(_parsed(text), function, strip):
             for node in _statements(scope, function):
                 names: dict[str, ast.AST] = {}
                 if not matches(wanted, node, names):

@@ -84,7 +84,7 @@ class Box:
     [
         ("", "LIMIT = ANY", "LIMIT = 4", "LIMIT = 4  # of what"),
         ("scale", "add(ANY1, *ANY, out=ANY2)", "ANY2.add_(ANY1)", "    total = x.add_(x)"),
-        ("scale", "add(ANY1, ANY2, **ANY)", "ANY1 - ANY2", "    total = x - y"),
+        ("scale", "add(ANY1, ANY2, out=ANY)", "ANY1 - ANY2", "    total = x - y"),
         ("Box.scale", "where(ANY1, -ANY1, ANY1)", "ANY1", "        x = x"),
         ("Box.scale", "x = where(*ANY)", "pass", "        pass"),
         ("scale", "total < LIMIT", "True", "    return -total if True else (total)[0] + é"),

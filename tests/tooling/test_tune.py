@@ -49,7 +49,7 @@ def test_a_wrong_panel_is_found(t):
     wrong[7, 8] = torch.nan  # not written
     assert panel_errors(x, y, t, 3, wrong, sums)["g"] == float("inf")
     assert panel_errors(x, y, t, 2, g, sums)["g"] > 1  # another diagonal
-    for i, name in enumerate(("loss", "gs_sum", "g_sum")):
+    for i, name in enumerate(("loss", "dscale_sum", "dbias_sum")):
         off = sums.clone()
         off[i] *= 1.01
         found = panel_errors(x, y, t, 3, g, off)
