@@ -83,7 +83,7 @@ class SigLipLoss(_WithGroup):
         self.group = group
         # open_clip's cache, which its class does not use either
         self.prev_num_logits = 0
-        self.labels: dict = {}
+        self.labels: dict[Any, Any] = {}
 
     def forward(
         self,

@@ -112,10 +112,10 @@ class GroupRef:
             )
         return self.group
 
-    def __deepcopy__(self, memo: dict) -> GroupRef:
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupRef:
         return self
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
         if self.group is None or self.group == WORLD:
             return state

@@ -52,7 +52,7 @@ class _WithScaleAndBias(_Model):
         if not file.is_file():
             return
         saved = json.loads(file.read_text())
-        named: dict[str | None, dict] = {
+        named: dict[str | None, dict[str, float]] = {
             name: value for name, value in saved.items() if isinstance(value, dict)
         }
         if "logit_scale" in saved:

@@ -193,7 +193,7 @@ def _check_forward(cls: Any) -> None:
         )
 
 
-def _defaults(forward: Callable) -> dict[str, object]:
+def _defaults(forward: Callable[..., Any]) -> dict[str, object]:
     """The named arguments of a model's forward, in their order, with their defaults."""
     _, *parameters = inspect.signature(forward).parameters.values()  # without self
     return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
@@ -207,7 +207,7 @@ def _patched_class(cls: Any) -> Any:
     is pickled by name), and hidden under what accelerate puts there.
     """
 
-    def reduce(self: nn.Module, protocol: int) -> tuple:
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         return _new_patched, (cls,), object.__reduce_ex__(self, 2)[2]
 
     body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -220,7 +220,7 @@ def _new_patched(cls: Any) -> nn.Module:
     return patched.__new__(patched)
 
 
-def _fused(original: Callable) -> Any:
+def _fused(original: Callable[..., Any]) -> Any:
     """``original``, the forward of a model, with the fused loss where settings are found."""
     defaults = _defaults(original)
 
