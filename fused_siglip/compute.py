@@ -16,6 +16,7 @@ from .kernels import (
     Pairs,
     RandomMask,
     ScoreThreshold,
+    accumulate_dtype,
     default_backend,
     panel_class,
 )
@@ -40,7 +41,7 @@ def loss_and_grads(
     contributions of all ranks.
     """
     dtype = spec.dtype or x.dtype
-    acc = torch.promote_types(dtype, torch.float32)
+    acc = accumulate_dtype(dtype)
     run = Execution(spec.backend or default_backend(x.device, dtype), spec.workspace_bytes)
     # the dtypes are settled: autocast must not round the products inside once more
     without_autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()

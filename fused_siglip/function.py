@@ -44,20 +44,20 @@ class SigLipFunction(torch.autograd.Function):
         spec: LossSpec,
         function: Callable[..., Outputs],
     ) -> Outputs:
-        tensors = (x, y, logit_scale, logit_bias)
+        inputs = x, y, logit_scale, logit_bias
         if torch._C._are_functorch_transforms_active():
             # With gradients enabled: an outer torch.func transform differentiates this call, and
             # turns them off where its caller has.
             with torch.enable_grad(), _set_fwd_grad_enabled(True):
-                outputs = below_autograd(function, *tensors, ids, spec)
+                outputs = below_autograd(function, inputs, ids, spec)
         else:
-            outputs = below_autograd(function, *tensors, ids, spec)
+            outputs = below_autograd(function, inputs, ids, spec)
         # logit_scale only so that a change of it since is noticed
         ctx.save_for_backward(*outputs[1:], logit_scale)
         ctx.grads = spec.grads
         # where compute.py may know the factor, and have it in the products already
         ctx.factor_may_be_one = x.is_cpu and spec.backend != "triton" and spec.group_name is None
-        ctx.like = [(t.shape, t.dtype) for t in tensors]
+        ctx.like = [(t.shape, t.dtype) for t in inputs]
         ctx.set_materialize_grads(False)
         return outputs
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from . import validation
 from .distributed import agreement
-from .kernels import Ids
+from .kernels import Ids, accumulate_dtype
 from .negatives import Negatives, choice_of
-from .operator import call_operator
+from .operator import Inputs, call_operator
 from .spec import GradMask, LossSpec
 
 
@@ -116,7 +116,7 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
         if negative_only:
             ids = _never_equal(*ids)
     spec = LossSpec(
-        grads=GradMask(False, False, False),  # the derivative decides
+        grads=GradMask(False, False, False),  # operator.py fills in what requires grad
         negative_only=negative_only,
         negatives=choice_of(negatives),
         reduction=reduction,
@@ -126,16 +126,15 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
         dist_impl=dist_impl,
         dtype=dtype,
     )
-    loss, *_ = call_operator(image_features, text_features, scale, bias, ids, spec)
+    inputs = Inputs(image_features, text_features, scale, bias)
+    loss, *_ = call_operator(inputs, ids, spec)
     return loss
 
 
 def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    return torch.full(
-        (), float(value), dtype=torch.promote_types(dtype, torch.float32), device=device
-    )
+    return torch.full((), float(value), dtype=accumulate_dtype(dtype), device=device)
 
 
 def _never_equal(image_ids: Tensor, text_ids: Tensor) -> Ids:

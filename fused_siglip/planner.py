@@ -10,7 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import Panel, PanelSpec, multiplies_half_into_fp32, panel_class
+from .kernels import (
+    Panel,
+    PanelSpec,
+    accumulate_dtype,
+    multiplies_half_into_fp32,
+    panel_class,
+)
 from .spec import GradMask
 
 # Without a caller's bound. On a CPU: fp32 panels of 2048 x 2048, which stay in the last-level
@@ -27,20 +33,30 @@ LIBRARY_TILE = (128, 256)
 class PanelPlan:
     """The panels of one sweep over an (M, N) pair matrix of D-dimensional features.
 
-    ``rows`` x ``cols`` is the panel's shape (the last ones may be smaller), ``operand_dtype`` what
-    enters the three products, ``accumulate_dtype`` what they and the sums accumulate in.
-    ``operand_dim`` is D, rounded up to what the backend asks for.
-    ``workspace_bytes`` is the backend's panel workspace, ``peak_bytes`` all that the sweep
-    allocates: workspace, operand copies and the gradient accumulators it returns.
+    ``panel`` has the panels' shape (the last ones may be smaller) and the dtype that enters the
+    three products, ``accumulate_dtype`` is what they and the sums accumulate in. ``operand_dim`` is
+    D, rounded up to what the backend asks for. ``workspace_bytes`` is the backend's panel
+    workspace, ``peak_bytes`` all that the sweep allocates: workspace, operand copies and the
+    gradient accumulators it returns.
     """
 
-    rows: int
-    cols: int
-    operand_dtype: torch.dtype
+    panel: PanelSpec
     operand_dim: int
     accumulate_dtype: torch.dtype
     workspace_bytes: int
     peak_bytes: int
+
+    @property
+    def rows(self) -> int:
+        return self.panel.rows
+
+    @property
+    def cols(self) -> int:
+        return self.panel.cols
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        return self.panel.dtype
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -110,27 +126,29 @@ def _plan(
     half_products: bool,  # half operands, accumulated in fp32
 ) -> PanelPlan:
     m, n, d, dtype = request[:4]
-    accumulate_dtype = torch.promote_types(dtype, torch.float32)
+    acc = accumulate_dtype(dtype)
     # Where the library products cannot take half operands and accumulate in fp32 (Triton's own
     # can), a panel's rows and columns are converted when it is their turn.
     converts = request.backend != "triton" and not half_products
-    operand_dtype = accumulate_dtype if converts else dtype
+    operand_dtype = acc if converts else dtype
     operand_dim = _ceil_div(d, panel.align) * panel.align
     grads = request.grads
 
-    def workspace(rows: int, cols: int) -> int:
-        spec = PanelSpec(
+    def spec(rows: int, cols: int) -> PanelSpec:
+        return PanelSpec(
             rows, cols, operand_dtype, grads.image or grads.text, grads.scalars,
             request.filters_negatives,
         )  # fmt: skip
-        return panel.workspace_bytes(spec)
+
+    def workspace(rows: int, cols: int) -> int:
+        return panel.workspace_bytes(spec(rows, cols))
 
     rows, cols = _panel_shape(request, panel.tile, workspace)
     used = workspace(rows, cols)
-    peak = used + (grads.image * m + grads.text * n) * d * accumulate_dtype.itemsize
+    peak = used + (grads.image * m + grads.text * n) * d * acc.itemsize
     if request.copies_operands or operand_dim != d or operand_dtype != dtype:
         peak += (rows + cols) * operand_dim * operand_dtype.itemsize
-    return PanelPlan(rows, cols, operand_dtype, operand_dim, accumulate_dtype, used, peak)
+    return PanelPlan(spec(rows, cols), operand_dim, acc, used, peak)
 
 
 def _panel_shape(

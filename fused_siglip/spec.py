@@ -47,6 +47,9 @@ class LossSpec(NamedTuple):
     dist_impl: str | None
     dtype: torch.dtype | None  # of the products' operands; None: that of the image features
 
+    def with_grads(self, grads: GradMask) -> LossSpec:
+        return LossSpec(grads, *self[1:])
+
     def to_op(self) -> tuple[Any, ...]:
         """The operator's arguments after the tensors, in the order of :data:`SCHEMA`."""
         return (

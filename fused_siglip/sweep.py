@@ -14,7 +14,6 @@ from .kernels import (
     Ids,
     Pairs,
     Panel,
-    PanelSpec,
     RandomMask,
     ScoreNormalizer,
     ScoreThreshold,
@@ -37,7 +36,7 @@ class GradBuffers(NamedTuple):
     y: Tensor | None  # (N, D) likewise
     scalars: bool  # whether the sums of dlogits * s and dlogits are needed
     accumulate_x: bool = False  # the gradient is added to what x holds
-    factor: float = 1.0  # gradients of features are multiplied by it
+    factor: float = 1.0  # multiplies the gradients of features, not the sums
 
     @property
     def mask(self) -> GradMask:
@@ -177,7 +176,6 @@ class _PanelGrid:
         if ids is not None:
             ids = Ids(aligned_ids(ids.images, align), aligned_ids(ids.texts, align))
         self.pairs = Pairs(pairs.diagonal, ids)
-        self.grads, self.filters_negatives = grads, filters_negatives
         self.copies = ids is not None or not (aligned(x, align) and aligned(y, align))
         self.plan = plan_panels(
             PlanRequest(
@@ -187,12 +185,8 @@ class _PanelGrid:
         )  # fmt: skip
 
     def make_panel(self) -> Panel:
-        plan, grads = self.plan, self.grads
-        spec = PanelSpec(
-            plan.rows, plan.cols, plan.operand_dtype, grads.image or grads.text, grads.scalars,
-            self.filters_negatives,
-        )  # fmt: skip
-        panel = self.panel_class(spec, self.x.device)
+        """The memory and the functions of one panel, for all of them in turn."""
+        panel = self.panel_class(self.plan.panel, self.x.device)
         if panel.dscale_from_products and self.y.shape[0] <= self.x.shape[1]:
             panel.dscale_from_products = False  # a pass over the pairs is the shorter one
         return panel

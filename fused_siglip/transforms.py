@@ -94,6 +94,7 @@ def _flops(
 ) -> int:
     """2 M N D for the similarities, for each tower's gradient, and for each search of thresholds.
 
+    A search takes two products, as the torch backend makes it (the Triton backend takes three).
     In a group N is this rank's number of texts times the number of ranks.
     """
     spec = LossSpec.from_op(*args[TENSORS - 2 :], **kwargs)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .distributed.groups import check_group_type, is_ready, look_up
-from .kernels import BACKENDS, check_backend
+from .kernels import BACKENDS, accumulate_dtype, check_backend
 from .negatives import Negatives
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -118,7 +118,7 @@ def check_scalar(
     elif not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} is a {_kind(value)}: expected a number or a tensor of one element")
     else:
-        accumulate = torch.promote_types(dtype, torch.float32)
+        accumulate = accumulate_dtype(dtype)
         largest = torch.finfo(accumulate).max
         if largest < abs(value) < math.inf:
             raise ValueError(f"{name} does not fit {accumulate}: expected {largest:.2g} at most")

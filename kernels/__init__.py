@@ -13,6 +13,7 @@ from .interface import (
     RandomMask,
     ScoreNormalizer,
     ScoreThreshold,
+    accumulate_dtype,
     aligned,
     aligned_ids,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "RandomMask",
     "ScoreNormalizer",
     "ScoreThreshold",
+    "accumulate_dtype",
     "aligned",
     "aligned_ids",
     "check_backend",

@@ -40,6 +40,8 @@ class HopperConfig:
 
 
 # The fastest of those that benchmarks/gpu/tune.py timed on an H100: docs/performance-log.md.
+# Its tile is not smaller than the portable kernel's, whose number of tiles the partial sums are
+# allocated for.
 HOPPER = HopperConfig((128, 128), stages=5, num_warps=8)
 
 

@@ -19,6 +19,11 @@ from torch import Tensor
 GRAD_SCALE = {torch.float16: 2.0**15}
 
 
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and products of features of this dtype accumulate in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Affine(NamedTuple):
     """What turns similarities into logits. Both are () in the accumulation dtype."""
 
@@ -37,18 +42,21 @@ class Ids(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Which pairs are positive, and which take part. Without ids and without diagonal: none is."""
+    """Which pairs are positive, and which take part.
+
+    With neither ids nor a diagonal no pair is positive; ids win where both are given.
+    """
 
     diagonal: int | None = None  # pair (i, i + diagonal) is positive
     ids: Ids | None = None
 
     def block(self, rows: slice, cols: slice = slice(0, None)) -> Pairs:
-        """The pairs of some rows and columns."""
+        """The pairs of some rows and columns, slices whose starts are numbers."""
         diagonal = self.diagonal
         if diagonal is not None:
             diagonal += rows.start - cols.start
         if self.ids is None:
-            return Pairs(diagonal)
+            return self if diagonal == self.diagonal else Pairs(diagonal)
         return Pairs(diagonal, Ids(self.ids.images[rows], self.ids.texts[cols]))
 
 
@@ -114,8 +122,8 @@ class Panel(Protocol):
     # The sum of dlogits * s is left 0. The caller takes it from dlogits Y or dlogits^T X and, with
     # a single panel, puts it into totals[1].
     dscale_from_products: bool
-    # D and the rows' distance are multiples of it, features adjacent, addresses multiples of 16
-    # bytes: see aligned and aligned_ids
+    # D and the row stride are multiples of it, the last dimension is contiguous, and addresses are
+    # multiples of 16 bytes: see aligned and aligned_ids
     align: int
     # The sums of the last call, given None for them, where dscale_from_products.
     totals: list[float]
@@ -214,8 +222,8 @@ def aligned(features: Tensor, align: int) -> bool:
     """
     if align == 1:
         return True
-    rows, adjacent = features.stride()
-    dense = adjacent == 1 and rows % align == 0 and features.shape[1] % align == 0
+    row_stride, col_stride = features.stride()
+    dense = col_stride == 1 and row_stride % align == 0 and features.shape[1] % align == 0
     return dense and at_aligned_address(features)
 
 

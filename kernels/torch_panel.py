@@ -14,6 +14,7 @@ from .interface import (
     RandomMask,
     ScoreNormalizer,
     ScoreThreshold,
+    accumulate_dtype,
 )
 from .registry import float32_products
 from .torch_products import add_product
@@ -24,9 +25,9 @@ from .torch_workspace import Workspace, workspace_bytes
 # (the default, 20, drops 2e-9).
 _SOFTPLUS_THRESHOLD = 40.0
 
-# Up to this logit softplus is taken from four pairs at a time: see _saturated_strip. Their product
+# Up to this logit softplus is taken from four pairs at a time: see _grouped_strip. Their product
 # of 1 - sigmoid is at least 0.28, and its logarithm errs little more than its argument.
-_SATURATED_LOGIT = -1.0
+GROUPED_LOGIT = -1.0
 _FOLDED = 1 << 16  # pairs from which on that is the faster way
 
 # On a CPU, the share of pairs that take part below which sparse products are the faster ones.
@@ -52,7 +53,7 @@ class TorchPanel(TorchTotals):
     def __init__(self, spec: PanelSpec, device: torch.device):
         self.store_dlogits, self.scalar_grads = spec.store_dlogits, spec.scalar_grads
         device = torch.device(device)
-        self.acc = torch.promote_types(spec.dtype, torch.float32)
+        self.acc = accumulate_dtype(spec.dtype)
         self.workspace = Workspace(spec, device)
         self.strip_rows = self.workspace.strip_rows
         self._view, self._scratch = self.workspace.view, self.workspace.scratch
@@ -73,10 +74,11 @@ class TorchPanel(TorchTotals):
     ) -> Tensor | None:  # (m, n)
         m, step = x.shape[0], self.strip_rows
         plain = pairs.ids is None and selection is None
+        # similarities (or logits already), which become logits and dlogits in place
         values, are_logits = self._product(x, y, affine, plain)
-        half = self.store_dlogits and x.dtype != self.acc
-        dlogits = self._view("dlogits", *values.shape) if half else values
-        parts, dropped = [], 0
+        stores_half = self.store_dlogits and x.dtype != self.acc
+        dlogits = self._view("dlogits", *values.shape) if stores_half else values
+        parts, dropped = [], 0  # sums of each strip, and the number of pairs that take no part
         for start in range(0, m, step):
             s, in_strip, selected, rows = values, pairs, selection, slice(start, start + step)
             if m > step:
@@ -85,22 +87,23 @@ class TorchPanel(TorchTotals):
             positive = self._positive(s, in_strip)
             if selected is not None:
                 dropped += self._drop(s, positive, selected)
-            u = s if are_logits else self._logits(s, affine, in_strip)
-            if plain and self._is_saturated(u):
-                loss = self._saturated_strip(u, in_strip.diagonal)
+            z = s if are_logits else self._logits(s, affine, in_strip)
+            if plain and self._can_group(z):
+                loss = self._grouped_strip(z, in_strip.diagonal)
             else:
-                loss = self._strip(u, positive, selection is not None)
-            parts.append(self._sums(loss, s, u))
-            if half:
-                torch.mul(u, GRAD_SCALE.get(x.dtype, 1.0), out=dlogits[rows])
+                loss = self._strip(z, positive, selection is not None)
+            strip_dlogits = z  # its memory holds them now
+            parts.append(self._sums(loss, s, strip_dlogits))
+            if stores_half:
+                torch.mul(strip_dlogits, GRAD_SCALE.get(x.dtype, 1.0), out=dlogits[rows])
             elif m <= step:
-                dlogits = u
-            elif u is not s:
-                s.copy_(u)
+                dlogits = strip_dlogits
+            elif strip_dlogits is not s:
+                s.copy_(strip_dlogits)
         self._add_up(parts, sums)
         if not self.store_dlogits:
             return None
-        if selection is not None and self.on_cpu and not half:
+        if selection is not None and self.on_cpu and not stores_half:
             share = 1 - dropped / dlogits.numel()
             return dlogits.to_sparse() if share < _SPARSE_SHARE else dlogits
         return dlogits
@@ -150,34 +153,35 @@ class TorchPanel(TorchTotals):
         return numbers(self.totals, self.acc)[:, None]
 
     def _logits(self, s: Tensor, affine: Affine, pairs: Pairs) -> Tensor:  # (m, n)
-        u = self._view("u", *s.shape) if self.scalar_grads else s
+        z = self._view("z", *s.shape) if self.scalar_grads else s
         if pairs.ids is None and self.on_cpu:
-            return torch.add(affine.bias, s, alpha=affine.scale.item(), out=u)
-        torch.mul(s, affine.scale, out=u)
-        self._add_bias(u, affine.bias, pairs)
-        return u
+            return torch.add(affine.bias, s, alpha=affine.scale.item(), out=z)
+        torch.mul(s, affine.scale, out=z)
+        self._add_bias(z, affine.bias, pairs)
+        return z
 
-    def _strip(self, u: Tensor, positive: Tensor | int | None, drops: bool) -> Tensor:  # ()
-        """The loss of some rows; their logits become dlogits."""
-        self._negate_positives(u, positive)
+    def _strip(self, z: Tensor, positive: Tensor | int | None, drops: bool) -> Tensor:  # ()
+        """The loss of some rows, in full: their logits become u, then sigmoid(u), then dlogits."""
+        self._negate_positives(z, positive)
         if drops:  # loss 0, gradient 0
-            torch.where(self._view("dropped", *u.shape), u.new_full((), -torch.inf), u, out=u)
-        terms = self._view("terms", *u.shape)
-        loss = torch.ops.aten.softplus.out(u, 1.0, _SOFTPLUS_THRESHOLD, out=terms).sum()
+            torch.where(self._view("dropped", *z.shape), z.new_full((), -torch.inf), z, out=z)
+        terms = self._view("terms", *z.shape)
+        loss = torch.ops.aten.softplus.out(z, 1.0, _SOFTPLUS_THRESHOLD, out=terms).sum()
         if self.store_dlogits or self.scalar_grads:
-            self._negate_positives(u.sigmoid_(), positive)
+            self._negate_positives(z.sigmoid_(), positive)
         return loss
 
-    def _is_saturated(self, z: Tensor) -> bool:
+    def _can_group(self, z: Tensor) -> bool:
+        """Whether all logits are so low, and so many, that the shorter way is right and faster."""
         if not self.on_cpu or z.numel() < _FOLDED or z.numel() % 4:
             return False
-        return z.amax().item() <= _SATURATED_LOGIT  # which NaN is not
+        return z.amax().item() <= GROUPED_LOGIT  # which NaN is not
 
-    def _saturated_strip(self, z: Tensor, diagonal: int | None) -> Tensor:  # ()
+    def _grouped_strip(self, z: Tensor, diagonal: int | None) -> Tensor:  # ()
         """What _strip does, with one logarithm for four pairs: no sigmoid is near 1.
 
-        softplus(z) = -log(1 - g) with g = sigmoid(z), and (1 - a) (1 - b) = 1 - (b + a (1 - b)),
-        where nothing cancels. All pairs are taken for negatives first; a positive's loss is less by
+        softplus(z) = -log(1 - sigmoid(z)), and (1 - a) (1 - b) = 1 - (b + a (1 - b)), where nothing
+        cancels. All pairs are taken for negatives first; a positive's loss is less by
         z, its dlogits by 1.
         """
         positives = None if diagonal is None else z.diagonal(diagonal)
@@ -299,16 +303,16 @@ class TorchPanel(TorchTotals):
         texts = torch.where(pairs.ids.texts < 0, -2, pairs.ids.texts)
         return torch.eq(images[:, None], texts, out=self._view("positive", *s.shape))
 
-    def _add_bias(self, u: Tensor, logit_bias: Tensor, pairs: Pairs) -> None:
-        """u += b; -inf (loss 0, gradient 0) in padded rows and columns."""
+    def _add_bias(self, z: Tensor, logit_bias: Tensor, pairs: Pairs) -> None:
+        """z += b; -inf (loss 0, gradient 0) in padded rows and columns."""
         if pairs.ids is None:
-            u.add_(logit_bias)
+            z.add_(logit_bias)
             return
-        u.add_(torch.where(pairs.ids.texts < 0, -torch.inf, logit_bias))
-        u.add_(torch.where(pairs.ids.images < 0, -torch.inf, 0.0).to(u.dtype)[:, None])
+        z.add_(torch.where(pairs.ids.texts < 0, -torch.inf, logit_bias))
+        z.add_(torch.where(pairs.ids.images < 0, -torch.inf, 0.0).to(z.dtype)[:, None])
 
     def _negate_positives(self, values: Tensor, positive: Tensor | int | None) -> None:
-        """values = -l * values, l = +1 for a positive pair and -1 otherwise."""
+        """Turn the sign of positives: logits become u, sigmoids dlogits."""
         if isinstance(positive, Tensor):
             negated = torch.neg(values, out=self._view("terms", *values.shape))
             torch.where(positive, negated, values, out=values)

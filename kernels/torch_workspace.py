@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .interface import PanelSpec
+from .interface import PanelSpec, accumulate_dtype
 
 # Pairs of a strip: 1 MiB in fp32.
 _STRIP = 1 << 18
@@ -18,13 +18,13 @@ def _buffers(
     dtype: torch.dtype, store_dlogits: bool, scalar_grads: bool, filters_negatives: bool
 ) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
     """The dtypes of the buffers for a whole panel, and for a strip."""
-    acc = torch.promote_types(dtype, torch.float32)
+    acc = accumulate_dtype(dtype)
     whole = {"s": acc}  # which becomes dlogits where the dtypes agree
     if store_dlogits and dtype != acc:
         whole["dlogits"] = dtype
     strip = {"terms": acc, "positive": torch.bool}
     if scalar_grads:
-        strip["u"] = acc  # beside s, for the sum of dlogits * s
+        strip["z"] = acc  # beside s, for the sum of dlogits * s
     if filters_negatives:
         strip |= {"bits": torch.int32, "dropped": torch.bool}
     return whole, strip

@@ -58,7 +58,7 @@ def _fold(t, ROW_GROUPS: tl.constexpr, PAIR_ROWS: tl.constexpr, FOLD_COLS: tl.co
 def epilogue(
     s,  # (m, n) similarities of one subtile
     positive,  # (m, n) or None: no pair is positive
-    valid,  # (m, n) or None: every pair takes part
+    valid,  # (m, n); None exactly where positive is: every pair takes part
     scale,
     bias,
     sums,  # 3 running sums of softplus(u), dlogits*s, dlogits, each folded
@@ -172,7 +172,7 @@ def panel_kernel(
             cols = col0 + tl.arange(0, WIDTH)
             dlogits_ptrs = dlogits_ptr + rows[:, None] * stride_zm + cols[None, :]
         if image_ids_ptr is None:
-            # Only there are pairs to tell apart.
+            # Positives and pairs past the edge are only there.
             mixed = meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, WIDTH)
         elif flags_ptr is None:
             mixed = col0 < N

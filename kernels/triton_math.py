@@ -117,7 +117,7 @@ def log1p_wide(e):
 
 @triton.jit
 def pair_hash(image_keys, text_keys):
-    """int32 hash of pairs: see fused_siglip/negatives.py. Keys int32, of shapes that broadcast."""
+    """int32 hash of pairs (fused_siglip/selection/hashing.py) from int32 keys that broadcast."""
     h = image_keys.to(tl.uint32, bitcast=True) ^ text_keys.to(tl.uint32, bitcast=True)
     h ^= h >> 16  # of uint32: zeros come in from the left
     h *= 0x7FEB352D
@@ -134,7 +134,7 @@ def normalized_score(s, center, inv_radius):
 
 @triton.jit
 def float_key(value):
-    """fp32 to int32 in [0, 2^PLACE_BITS): see float_keys.py."""
+    """fp32 to int32 in [0, 2^KEY_BITS): see float_keys.py."""
     bits = tl.abs(value).to(tl.int32, bitcast=True)
     magnitude = tl.minimum(tl.maximum((bits >> _SHIFT) - _OFFSET, 0), _HALF - 1)
     return tl.where(value < 0, ~magnitude, magnitude) + _HALF

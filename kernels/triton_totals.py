@@ -12,7 +12,7 @@ BLOCK = 1024  # sums added at one time
 
 @triton.jit(do_not_specialize=["count", "stride_sum", "stride_part"])
 def finish_kernel(  # noqa: PLR0913, a kernel's pointers, sizes and strides
-    partials_ptr,  # (SUMS, count) fp32: of softplus(u) and, if SUMS is 3, of g*s and g
+    partials_ptr,  # (SUMS, count) fp32: of softplus(u); if SUMS is 3, of dlogits * s, dlogits
     logit_scale_ptr,  # () fp32
     divisor_ptr,  # () integer or floating, or None: see the next
     divisor,  # a number, or None

@@ -42,6 +42,7 @@ class CallHeader(NamedTuple):
     images: int  # images on this rank
     real_images: int  # without padding
     need_text_grad: int
+    holds_text_grad: int  # whether this rank's workspace_bytes hold a tile with that gradient too
     negatives: int  # index into KINDS, -1 for None
     keep: int  # bits of the float
     seed: int
@@ -93,6 +94,7 @@ def header_of(
     spec: LossSpec,
     run: Execution,
     real_images: int,
+    holds_text_grad: bool,
 ) -> CallHeader:
     """What this rank tells the others of its call."""
     kind, keep, seed = spec.negatives
@@ -109,6 +111,7 @@ def header_of(
         images=x.shape[0],
         real_images=real_images,
         need_text_grad=spec.grads.text,
+        holds_text_grad=holds_text_grad,
         negatives=-1 if kind is None else list(KINDS).index(kind),
         keep=_bits(keep),
         seed=seed,
@@ -146,6 +149,13 @@ def check_ranks_agree(
             raise ValueError(
                 f"ranks disagree on {name}: {said(values[0])} on rank 0 and {said(values[other])} "
                 f"on rank {other} of the group: expected the same on every rank"
+            )
+    if any(h.need_text_grad for h in everyone):
+        short = [rank for rank, h in enumerate(everyone) if not h.holds_text_grad]
+        if short:
+            raise ValueError(
+                f"workspace_bytes of rank {short[0]} of the group cannot hold one tile with the "
+                "gradient of the texts, which another rank needs: expected more, or None"
             )
     return everyone
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels import Affine, Pairs
+from ..kernels import Affine, Pairs, accumulate_dtype
 from ..planner import PlanRequest, plan_panels
 from ..selection.thresholds import ROWS_AT_ONCE
 from ..spec import Execution, LossSpec
@@ -123,11 +123,12 @@ class GroupExchange(abc.ABC):
     ):
         self.y, self.text_ids, self.acc, self.group = y, text_ids, acc, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.rows = [h.rows for h in headers]  # texts of every rank
+        self.text_rows = [h.rows for h in headers]
         self.first_image = sum(h.images for h in headers[: self.rank])
         self.text_grad = any(h.need_text_grad for h in headers)
         self.total_images = sum(h.real_images for h in headers)
         self.real_images = real_images
+        self.total: Tensor | None = None  # over the ranks, once it was asked for
 
     @abc.abstractmethod
     def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
@@ -141,9 +142,11 @@ class GroupExchange(abc.ABC):
             return 1 / self.size
         if not isinstance(self.real_images, Tensor):
             return max(self.total_images, 1) / self.size
-        # where the host would have to wait for their number
-        total = all_reduce(self.real_images, "SUM", self.group, "sum of the numbers of images")
-        return (total.clamp(min=1) / self.size).to(self.acc)
+        # where the host would have to wait for their number; a collective, so once
+        if self.total is None:
+            what = "sum of the numbers of images"
+            self.total = all_reduce(self.real_images, "SUM", self.group, what)
+        return (self.total.clamp(min=1) / self.size).to(self.acc)
 
 
 class Gather(GroupExchange):
@@ -158,7 +161,7 @@ class Gather(GroupExchange):
     def _gather(self, local: Tensor) -> Tensor:
         """Everybody's rows, as many a rank as the largest has."""
         # collectives want equal blocks: shorter ones are sent with rows that nobody reads
-        capacity = max(self.rows)
+        capacity = max(self.text_rows)
         block = local.new_zeros(capacity, *local.shape[1:])
         block[: len(local)].copy_(local)
         out = local.new_empty(self.size * capacity, *local.shape[1:])
@@ -167,7 +170,7 @@ class Gather(GroupExchange):
         return out
 
     def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
-        rows, capacity, d = self.rows, max(self.rows), self.y.shape[1]
+        rows, capacity, d = self.text_rows, max(self.text_rows), self.y.shape[1]
         texts, ids = self.gathered[0]
         grads = None
         if need_grad:
@@ -204,7 +207,7 @@ def choose_impl(
     rows: int, dim: int, dtype: torch.dtype, world_size: int, need_text_grad: bool
 ) -> str:
     """Gather while the gathered texts (and their gradients) stay small, otherwise the ring."""
-    accumulated = torch.promote_types(dtype, torch.float32).itemsize
+    accumulated = accumulate_dtype(dtype).itemsize
     gathered = world_size * rows * dim * (dtype.itemsize + need_text_grad * accumulated)
     return "gather" if gathered <= _GATHER_BUDGET else "ring"
 
@@ -234,10 +237,9 @@ def open_exchange(
         real_images = (pairs.ids.images >= 0).sum()
         if _is_read_freely(x.device):
             real_images = int(real_images)
-    if run.workspace_bytes is not None:
-        _check_workspace(x, spec, run, group)
     known = 0 if isinstance(real_images, Tensor) else real_images
-    header = header_of(x, y, affine, pairs, spec, run, known)
+    holds = _holds_text_grad(x, spec, run, group)
+    header = header_of(x, y, affine, pairs, spec, run, known, holds)
     headers = check_ranks_agree(header, group, x.device)
     rows, world_size = [h.rows for h in headers], len(headers)
     if spec.dist_impl is not None:
@@ -256,8 +258,13 @@ def _is_read_freely(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _check_workspace(x: Tensor, spec: LossSpec, run: Execution, group: dist.ProcessGroup) -> None:
-    """Refuse a workspace that cannot hold a tile before other ranks wait for this one's sweep."""
+def _holds_text_grad(x: Tensor, spec: LossSpec, run: Execution, group: dist.ProcessGroup) -> bool:
+    """Whether the workspace can hold a tile where another rank needs the gradient of its texts.
+
+    One that cannot hold a tile at all is refused before other ranks wait for this one's sweep.
+    """
+    if run.workspace_bytes is None:
+        return True
     many = 1 << 20  # rows of images and texts: this rank does not know yet how many will come
     request = PlanRequest(
         many, many, x.shape[1], x.dtype, x.device.type, run.backend, spec.grads,
@@ -268,3 +275,8 @@ def _check_workspace(x: Tensor, spec: LossSpec, run: Execution, group: dist.Proc
     except ValueError:
         report_bad_arguments(group, x.device)
         raise
+    try:
+        plan_panels(request._replace(grads=spec.grads._replace(text=True)))
+    except ValueError:
+        return False
+    return True

@@ -29,11 +29,13 @@ class RingComm:
                 self.pending.append(dist.P2POp(op, tensor, peer, self.group, channel))
 
     def start(self) -> None:
+        """Send and receive all that is queued."""
         with comm_errors(self.group, "ring exchange"):
             self.works = dist.batch_isend_irecv(self.pending) if self.pending else []
         self.pending = []
 
     def wait(self) -> None:
+        """Until what was started has arrived."""
         with comm_errors(self.group, "ring exchange"):
             for work in self.works:
                 work.wait()
@@ -49,7 +51,7 @@ class Ring(GroupExchange):
     """
 
     def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
-        ring, rows = RingComm(self.group), self.rows
+        ring, rows = RingComm(self.group), self.text_rows
         capacity, d = max(rows), self.y.shape[1]
         texts = [self.y.new_empty(capacity, d) for _ in range(2)]
         ids: list[Tensor] = []
@@ -61,7 +63,7 @@ class Ring(GroupExchange):
         ]
         texts[0][: rows[self.rank]].copy_(self.y)
 
-        # the finished gradient of the chunk that moved on in the last step
+        # what this rank and those before it have added for the chunk that it swept last
         leaving: Tensor | None = None
         for step in range(self.size):
             owner = (self.rank - step) % self.size

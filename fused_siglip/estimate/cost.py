@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels import accumulate_dtype
 from ..planner import PanelPlan, PlanRequest, plan_panels
 
 
@@ -86,7 +87,7 @@ class Cost:
 
 def _chunk_bytes(rows: int, dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of one rank's texts, and of their gradient."""
-    accumulate = torch.promote_types(dtype, torch.float32)
+    accumulate = accumulate_dtype(dtype)
     return rows * dim * dtype.itemsize, rows * dim * accumulate.itemsize
 
 

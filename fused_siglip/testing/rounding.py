@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import GRAD_SCALE
+from ..kernels import GRAD_SCALE, accumulate_dtype
 
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -46,7 +46,7 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     dtype = image_features.dtype
     x, y = (features.detach().double() for features in (image_features, text_features))
     t, b = (value.detach().double().reshape(()) for value in (logit_scale, logit_bias))
-    accumulate = torch.promote_types(dtype, torch.float32)
+    accumulate = accumulate_dtype(dtype)
     u = UNIT_ROUNDOFF[accumulate] + UNIT_ROUNDOFF[torch.float64]
     u_sum = 2 * u if x.is_cuda else u
     m, n, d = len(x), *y.shape

@@ -20,6 +20,7 @@ from .. import __version__
 from ..kernels import (
     BACKENDS,
     PanelSpec,
+    accumulate_dtype,
     default_backend,
     float32_products,
     multiplies_half_into_fp32,
@@ -119,7 +120,7 @@ def measure(call: str, backend: str, dtype: torch.dtype, device: str) -> list[fl
         image_ids, text_ids = (
             torch.randint(-10, 50, (rows,), generator=generator).to(device) for rows in (m, n)
         )
-    accumulate = torch.promote_types(dtype, torch.float32)
+    accumulate = accumulate_dtype(dtype)
     inputs = [*features, *(torch.tensor(v, dtype=accumulate, device=device) for v in (t, b))]
     operand = plan_panels(PlanRequest(1, 1, 1, dtype, device, backend)).operand_dtype
     workspace = panel_class(backend).workspace_bytes(PanelSpec(256, 256, operand, True, True))

@@ -1,11 +1,11 @@
-"""The torch backend on a CPU: strips, saturated logits four at a time, sums from products."""
+"""The torch backend on a CPU: strips, low logits four at a time, sums from products."""
 
 import pytest
 import torch
 
 from fused_siglip import siglip_loss
 from fused_siglip.kernels import Affine, Pairs, PanelSpec
-from fused_siglip.kernels.torch_panel import _SATURATED_LOGIT, TorchPanel
+from fused_siglip.kernels.torch_panel import GROUPED_LOGIT, TorchPanel
 from fused_siglip.spec import Execution
 from fused_siglip.sweep import GradBuffers, sweep
 from support.inputs import loss_and_grads, make_inputs
@@ -13,16 +13,16 @@ from support.tolerances import error_ratios
 
 
 @pytest.fixture
-def saturated_strips(monkeypatch):
+def grouped_strips(monkeypatch):
     """How many strips took the short path."""
     seen = []
-    saturated_strip = TorchPanel._saturated_strip
+    grouped_strip = TorchPanel._grouped_strip
 
     def spy(self, z, diagonal):
         seen.append(z.shape)
-        return saturated_strip(self, z, diagonal)
+        return grouped_strip(self, z, diagonal)
 
-    monkeypatch.setattr(TorchPanel, "_saturated_strip", spy)
+    monkeypatch.setattr(TorchPanel, "_grouped_strip", spy)
     return seen
 
 
@@ -32,28 +32,28 @@ def saturated_strips(monkeypatch):
 @pytest.mark.parametrize(
     "t,b,saturated", [(10, -11.1, 3), (100, -101.1, 3), (10, -10, None), (100, -10, 0)]
 )
-def test_within_the_rounding_bound(saturated_strips, t, b, saturated, d, dtype):
+def test_within_the_rounding_bound(grouped_strips, t, b, saturated, d, dtype):
     """1044 pairs square: strips of 251 rows. Logits up to the limit, from both sides."""
     inputs = make_inputs(1044, 1044, d, dtype, t=t, b=b)
     actual = loss_and_grads(siglip_loss, inputs)
     found = error_ratios(actual, inputs, g_dtype=torch.promote_types(dtype, torch.float32))
     assert max(found.values()) <= 1, found
     assert saturated is None or (
-        len(saturated_strips) >= saturated if saturated else not saturated_strips
+        len(grouped_strips) >= saturated if saturated else not grouped_strips
     )
 
 
 @pytest.mark.parametrize("negative_only", [False, True])
 @pytest.mark.parametrize("d", [1, 8])
-def test_equal_terms_are_the_worst_of_sums(saturated_strips, d, negative_only):
+def test_equal_terms_are_the_worst_of_sums(grouped_strips, d, negative_only):
     """All pairs alike, at the limit: every rounding goes the same way."""
     x = torch.full((1000, d), d**-0.5)
-    inputs = make_inputs(1000, 1000, d, t=1.37, b=_SATURATED_LOGIT - 1.371)
+    inputs = make_inputs(1000, 1000, d, t=1.37, b=GROUPED_LOGIT - 1.371)
     inputs.image_features, inputs.text_features = (x.clone().requires_grad_() for _ in range(2))
     actual = loss_and_grads(siglip_loss, inputs, negative_only=negative_only)
     found = error_ratios(actual, inputs, negative_only=negative_only)
     assert max(found.values()) <= 1, found
-    assert saturated_strips
+    assert grouped_strips
 
 
 @pytest.mark.parametrize("frozen", ["none", "images", "texts"])
