@@ -86,16 +86,18 @@ class _Batch:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # (3 or 1, k), (M, D), (N, D)
         """The sums over all pairs of this rank's images, and the gradients of the features."""
         grads, acc = self.spec.grads, self.affine.scale.dtype
-        grad_x = self.x.new_empty(self.x.shape, dtype=acc) if grads.image else None
+        x = self.x
+        # not new_empty, which takes twice as long
+        grad_x = torch.empty(x.shape, dtype=acc, device=x.device) if grads.image else None
         selection_of = self._selection(y)
         sums: list[Tensor] = []  # of the visits so far: one tensor
         if not self.alone:
-            sums.append(self.x.new_zeros(3 if grads.scalars else 1, 1, dtype=acc))
+            sums.append(x.new_zeros(3 if grads.scalars else 1, 1, dtype=acc))
 
         def visit(texts: Texts, grad_texts: Tensor | None) -> None:
             out = GradBuffers(grad_x, grad_texts, grads.scalars, texts.step > 0, self.factor)
             parts = sweep(
-                self.x, texts.features, self.affine, self._pairs_with(texts), out, self.run,
+                x, texts.features, self.affine, self._pairs_with(texts), out, self.run,
                 selection_of(texts),
             )  # fmt: skip
             if self.alone:

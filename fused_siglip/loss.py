@@ -11,7 +11,7 @@ from .distributed import agreement
 from .kernels import Ids, accumulate_dtype
 from .negatives import Negatives, choice_of
 from .operator import Inputs, call_operator
-from .spec import GradMask, LossSpec
+from .spec import NO_GRADS, LossSpec
 
 
 def siglip_loss(  # noqa: PLR0913, the package's one call
@@ -116,7 +116,7 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
         if negative_only:
             ids = _never_equal(*ids)
     spec = LossSpec(
-        grads=GradMask(False, False, False),  # operator.py fills in what requires grad
+        grads=NO_GRADS,  # operator.py fills in what requires grad
         negative_only=negative_only,
         negatives=choice_of(negatives),
         reduction=reduction,

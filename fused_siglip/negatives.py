@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass
 
-from .spec import NegativeChoice
+from .spec import ALL_NEGATIVES, NegativeChoice
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,6 @@ KINDS = {"random": Random, "hardest": Hardest, "easiest": Easiest}  # as the ope
 def choice_of(negatives: Negatives | None) -> NegativeChoice:
     """What the operator is told: a subclass is what it derives from, a share of 1 is all."""
     if negatives is None or negatives.keep == 1:
-        return NegativeChoice()
+        return ALL_NEGATIVES
     kind = next(name for name, cls in KINDS.items() if isinstance(negatives, cls))
     return NegativeChoice(kind, float(negatives.keep), getattr(negatives, "seed", 0))

@@ -15,6 +15,9 @@ class GradMask(NamedTuple):
     scalars: bool = True  # of scale and bias
 
 
+NO_GRADS = GradMask(False, False, False)
+
+
 class NegativeChoice(NamedTuple):
     """Which negatives take part, in what an operator's schema can hold."""
 
@@ -25,6 +28,9 @@ class NegativeChoice(NamedTuple):
     @property
     def by_score(self) -> bool:
         return self.kind in ("hardest", "easiest")
+
+
+ALL_NEGATIVES = NegativeChoice()
 
 
 class Execution(NamedTuple):

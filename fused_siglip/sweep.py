@@ -22,11 +22,9 @@ from .kernels import (
     panel_class,
 )
 from .planner import PlanRequest, plan_panels
-from .spec import Execution, GradMask
+from .spec import NO_GRADS, Execution, GradMask
 
 _PRODUCTS_AT_ONCE = 1 << 17  # in the cache of a core, with both operands
-
-_NO_GRADS = GradMask(image=False, text=False, scalars=False)
 
 
 class GradBuffers(NamedTuple):
@@ -135,7 +133,7 @@ def count_negatives(
 
     A light sweep: one product, nothing is written but the counts.
     """
-    grid = _PanelGrid(x, y, pairs, _NO_GRADS, True, run)
+    grid = _PanelGrid(x, y, pairs, NO_GRADS, True, run)
     if x.shape[0] == 0 or y.shape[0] == 0:
         return
     panel = grid.make_panel()

@@ -71,6 +71,8 @@ def why_not_default(device: torch.device | str, dtype: torch.dtype) -> str | Non
 
 def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend for a caller who names none: Triton on a GPU where it can, else torch."""
+    if torch.device(device).type != "cuda":  # asked at every call: the short way for a CPU
+        return "torch"
     return "triton" if why_not_default(device, dtype) is None else "torch"
 
 

@@ -88,9 +88,11 @@ class Local:
         self._divisor: float | Tensor | None = None
 
     def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
-        grad_y = self.y.new_empty(self.y.shape, dtype=self.acc) if need_grad else None
+        y, grad_y = self.y, None
+        if need_grad:
+            grad_y = torch.empty(y.shape, dtype=self.acc, device=y.device)
         ids = None if self.pairs.ids is None else self.pairs.ids.texts
-        visit(Texts(self.y, ids, 0, 0, 0), grad_y)
+        visit(Texts(y, ids, 0, 0, 0), grad_y)
         return grad_y
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:

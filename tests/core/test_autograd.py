@@ -1,9 +1,12 @@
 """The loss inside a training step: autograd, autocast, scalers, accumulation, torch.compile."""
 
+import inspect
+
 import pytest
 import torch
 
 from fused_siglip import siglip_loss
+from fused_siglip.spec import SCHEMA, GradMask, LossSpec, NegativeChoice
 from fused_siglip.testing import eager_siglip_loss
 from support.inputs import loss_and_grads, make_inputs, one_tile
 from support.tolerances import assert_as_exact_as_eager, error, oracle
@@ -275,6 +278,21 @@ def test_operator_is_registered_soundly(ids, negatives):
         7,
     )
     torch.library.opcheck(torch.ops.fused_siglip.loss_and_grads.default, arguments)
+
+
+def test_a_spec_and_its_flat_form_say_the_same():
+    """In the order of the schema, whose names are those of from_op."""
+    names = [argument.split("=")[0].split()[-1] for argument in SCHEMA.split(", ")]
+    spec = LossSpec(
+        GradMask(True, False, True), False, NegativeChoice("random", 0.25, 9), "sum", "torch",
+        1 << 20, "0", "ring", torch.bfloat16,
+    )  # fmt: skip
+    flat = spec.to_op()
+    assert LossSpec.from_op(*flat) == spec
+    by_name = dict(zip(names, flat, strict=True))
+    assert by_name["need_text_grad"] is False and by_name["keep"] == 0.25
+    assert by_name["dist_impl"] == "ring" and by_name["dtype"] == torch.bfloat16
+    assert len(inspect.signature(LossSpec.from_op).parameters) == len(names)
 
 
 def test_threads_get_the_same_bits():

@@ -6,6 +6,8 @@ import torch.distributed as dist
 
 from fused_siglip import Easiest, Hardest, compute, siglip_loss
 from fused_siglip.distributed import agreement, exchange
+from fused_siglip.kernels import PanelSpec, panel_class
+from support.devices import INTERPRETED
 from support.global_batch import IMPLS, assert_global
 from support.inputs import make_inputs
 from support.processes import launch, returned
@@ -97,3 +99,29 @@ def test_thresholds_are_looked_for_by_one_backend(negatives):
         assert kind == "raised"
         assert "ranks disagree on backend: torch on rank 0 and triton on rank 1" in message
         assert "expected the same on every rank" in message
+
+
+def frozen_beside_training(rank: int, world_size: int, workspace_bytes: int) -> None:
+    """Rank 0 needs no gradient: its panels are smaller, until it hears of rank 1's."""
+    inputs = make_inputs(4, 4, 8, requires_grad=(rank == 1,) * 4)
+    siglip_loss(
+        *inputs.tensors(), group="world", backend="triton", workspace_bytes=workspace_bytes
+    ).detach()
+
+
+def test_a_workspace_too_small_for_another_ranks_gradient(backend):
+    """Refused before any rank waits for texts, on every rank, also on the one it is enough for."""
+    if backend == "torch" or not INTERPRETED:
+        pytest.skip("only the Triton backend takes less memory without gradients")
+    workspaces = {spec: panel_class("triton").workspace_bytes(PanelSpec(1, 1, torch.float32, *spec))
+                  for spec in ((False, False), (True, True))}  # fmt: skip
+    small, large = workspaces.values()
+    assert small < large
+    returned(launch(frozen_beside_training, 2, large))
+    for kind, message in launch(unequal_workspaces, 2, small, large):
+        assert kind == "raised"
+        assert "workspace_bytes of rank 0 of the group cannot hold one tile" in message
+
+
+def unequal_workspaces(rank: int, world_size: int, small: int, large: int) -> None:
+    frozen_beside_training(rank, world_size, large if rank else small)

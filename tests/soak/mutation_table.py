@@ -21,8 +21,8 @@ MUTATIONS = (
     # signs
     Mutation("positives keep the sign of negatives", "torch", "_negate_positives", "values.diagonal(positive).neg_()", "values.diagonal(positive)"),
     Mutation("positives by id keep the sign", "torch", "_negate_positives", "torch.where(positive, *ANY, out=values)", "values.copy_(values)"),
-    Mutation("bias subtracted", "torch", "_add_bias", "u.add_(logit_bias)", "u.sub_(logit_bias)"),
-    Mutation("dlogits of positives not negated", "torch", "TorchPanel._strip", "self._negate_positives(u.sigmoid_(), positive)", "u.sigmoid_()"),
+    Mutation("bias subtracted", "torch", "_add_bias", "z.add_(logit_bias)", "z.sub_(logit_bias)"),
+    Mutation("dlogits of positives not negated", "torch", "TorchPanel._strip", "self._negate_positives(z.sigmoid_(), positive)", "z.sigmoid_()"),
     Mutation("sign of a positive logit", "triton", "epilogue", "tl.where(positive, -u, u)", "u"),
     Mutation("sign of a positive's dlogits", "triton", "epilogue", "tl.where(positive, -dlogits, dlogits)", "dlogits"),
     Mutation("branches of the sigmoid swapped", "triton", "softplus_sigmoid", "tl.where(u >= 0, 1.0, e)", "tl.where(u >= 0, e, 1.0)"),
@@ -50,7 +50,7 @@ MUTATIONS = (
     Mutation("last step of the product left out", "triton", "similarity", "range(0, D, BLOCK_D)", "range(0, D - D % BLOCK_D, BLOCK_D)"),
     Mutation("second band of tiles computes the first", "triton", "grouped_tile", "pid // band * GROUP_M", "pid // band"),
     # precision
-    Mutation("gradients accumulated in the features' dtype", "torch", "_Batch.sweep", "self.x.new_empty(self.x.shape, dtype=acc)", "self.x.new_empty(self.x.shape, dtype=self.x.dtype)"),
+    Mutation("gradients accumulated in the features' dtype", "torch", "_Batch.sweep", "torch.empty(x.shape, dtype=acc, device=x.device)", "torch.empty(x.shape, dtype=x.dtype, device=x.device)"),
     Mutation("logits rounded to bfloat16", "torch", "TorchPanel._product", "torch.addmm(ANY1, ANY2, ANY3, alpha=scale, out=values)", "torch.addmm(ANY1, ANY2, ANY3, alpha=scale, out=values).copy_(values.bfloat16())"),
     Mutation("logits that are not low go four at a time", "torch", "", "GROUPED_LOGIT = -1.0", "GROUPED_LOGIT = 5.0"),
     Mutation("two of four pairs left out", "torch", "_grouped_strip", "torch.lerp(b, one, a, out=a)", "a"),
