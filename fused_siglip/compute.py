@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from .kernels import (
     Ids,
     Pairs,
     RandomMask,
+    ScoreNormalizer,
     ScoreThreshold,
     accumulate_dtype,
     default_backend,
@@ -90,7 +92,7 @@ class _Batch:
         # not new_empty, which takes twice as long
         grad_x = torch.empty(x.shape, dtype=acc, device=x.device) if grads.image else None
         selection_of = self._selection(y)
-        sums: list[Tensor] = []  # of the visits so far: one tensor
+        sums: list[Tensor] = []  # one tensor: the parts of a single visit, or the sum of all so far
         if not self.alone:
             sums.append(x.new_zeros(3 if grads.scalars else 1, 1, dtype=acc))
 
@@ -144,22 +146,29 @@ class _Batch:
         at_once = exchange.images_at_once or max(len(x), 1)
         for start in range(0, max(len(x), 1), at_once):
             rows = slice(start, start + at_once)
-
-            def count(prefix: Tensor | None, step: int, rows: slice = rows) -> Tensor:
-                images, of_images = x[rows], normalizer.block(rows)
-                counts = x.new_zeros(len(images), 2 ** steps[step], dtype=torch.int32)
-
-                def visit(texts: Texts, _: Tensor | None) -> None:
-                    pairs = self._pairs_with(texts).block(rows)
-                    count_negatives(
-                        images, texts.features, pairs, of_images, prefix, step, counts, self.run
-                    )
-
-                exchange.for_each(visit, False)
-                return counts
-
+            count = functools.partial(self._count, rows, normalizer.block(rows))
             threshold[rows] = search_thresholds(keep, acc, steps, count)
         return ScoreThreshold(normalizer, threshold)
+
+    def _count(
+        self,
+        rows: slice,
+        normalizer: ScoreNormalizer,  # (m,) of these rows
+        prefix: Tensor | None,  # (m,) int32
+        step: int,
+    ) -> Tensor:  # (m, 2**bits) int32
+        """The negatives of some images among all texts, as search_thresholds asks for them."""
+        images, bits = self.x[rows], panel_class(self.run.backend).count_bits[step]
+        counts = self.x.new_zeros(len(images), 2**bits, dtype=torch.int32)
+
+        def visit(texts: Texts, _: Tensor | None) -> None:
+            pairs = self._pairs_with(texts).block(rows)
+            count_negatives(
+                images, texts.features, pairs, normalizer, prefix, step, counts, self.run
+            )
+
+        self.exchange.for_each(visit, False)
+        return counts
 
 
 def _scalar(value: Tensor, dtype: torch.dtype) -> Tensor:  # ()

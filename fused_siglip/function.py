@@ -55,7 +55,7 @@ class SigLipFunction(torch.autograd.Function):
         # logit_scale only so that a change of it since is noticed
         ctx.save_for_backward(*outputs[1:], logit_scale)
         ctx.grads = spec.grads
-        # where compute.py may know the factor, and have it in the products already
+        # compute.py may have put the factor into the products: see _known_factor there
         ctx.factor_may_be_one = x.is_cpu and spec.backend != "triton" and spec.group_name is None
         ctx.like = [(t.shape, t.dtype) for t in inputs]
         ctx.set_materialize_grads(False)
@@ -95,9 +95,9 @@ class SigLipFunction(torch.autograd.Function):
 def _multiply(saved: Tensor, factor: Tensor | None, dtype: torch.dtype, slot: Any) -> Tensor:
     """saved * factor in ``dtype``, in the saved tensor's own memory when nothing can read it again.
 
-    None stands for a factor of 1. ``slot`` is where the tensor was saved, None where torch traces
-    or batches (and plans memory itself): then it stays as it is. So it does with retain_graph or
-    create_graph, and where a hook packed it.
+    A factor of None stands for 1. ``slot`` is where the tensor was saved, and None where torch
+    traces or batches and plans memory itself. The saved tensor is left as it is in that case, with
+    retain_graph or create_graph, and where a hook packed it.
     """
     if slot is None:
         return (saved if factor is None else saved.mul(factor)).to(dtype)

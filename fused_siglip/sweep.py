@@ -233,7 +233,8 @@ class _ScaleGradient:
 
     def __init__(self, x: Tensor, y: Tensor, out: GradBuffers):
         self.x, self.y, self.accumulate_x = x, y, out.accumulate_x
-        # one of them, and rather one that holds nothing from earlier sweeps
+        # The sum comes from one of the gradients: from one without the part of an earlier sweep, if
+        # there is one.
         from_text = out.y is not None and (out.x is None or out.accumulate_x)
         self.grad_x = None if from_text else out.x
         self.grad_y = out.y if from_text else None

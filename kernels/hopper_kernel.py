@@ -124,6 +124,7 @@ def any_pairs(s, row0, col0, M, N, diagonal, scale, bias):
 
 @gluon.jit
 def meets_diagonal_or_edge(row0, col0, M, N, diagonal, ROWS: gl.constexpr, COLS: gl.constexpr):
+    """As in triton_tiles.py; here too, so that the emulator's tests can break this kernel alone."""
     meets = (row0 + diagonal < col0 + COLS) & (col0 < row0 + diagonal + ROWS)
     return meets | (row0 + ROWS > M) | (col0 + COLS > N)
 
@@ -144,7 +145,7 @@ def one_round(
     s, at, row0, col0, M, N, diagonal, scale, bias, moderate, loss, dscale_sum, dbias_sum, out_desc,
     out_bufs, GRAD_SCALE: gl.constexpr, SCALAR_GRADS: gl.constexpr,
 ):  # fmt: skip
-    """dlogits of the columns from ``at`` on of the tile at col0, and the sums with theirs added."""
+    """Write dlogits of s, the columns from ``at`` on of the tile at col0, and add to its sums."""
     ROWS: gl.constexpr = s.shape[0]
     WIDTH: gl.constexpr = s.shape[1]
     s0, s1, s2, s3 = quarters(s)

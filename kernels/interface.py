@@ -119,13 +119,14 @@ class Panel(Protocol):
     """What a backend does with one panel: product, scale and bias, log-sigmoid, dlogits."""
 
     tile: tuple[int, int]  # panel sides are multiples of it (the last panel may be smaller)
-    # The sum of dlogits * s is left 0. The caller takes it from dlogits Y or dlogits^T X and, with
-    # a single panel, puts it into totals[1].
+    # A call leaves the sum of dlogits * s at 0. The sweep takes it from dlogits Y or dlogits^T X,
+    # and puts it into totals[1] where there is one panel.
     dscale_from_products: bool
     # D and the row stride are multiples of it, the last dimension is contiguous, and addresses are
     # multiples of 16 bytes: see aligned and aligned_ids
     align: int
-    # The sums of the last call, given None for them, where dscale_from_products.
+    # With dscale_from_products: loss, 0 and sum of dlogits of the last call that was given None for
+    # ``sums``. The sweep fills in the second.
     totals: list[float]
     count_bits: tuple[int, ...]  # bits of a float key that each step of count() tells apart
 
@@ -155,7 +156,7 @@ class Panel(Protocol):
 
     @property
     def partials(self) -> Tensor:  # (3 or 1, k)
-        """What adds up to the sums of the last call, given None for them."""
+        """What adds up to the sums of the last call that was given None for them."""
         ...
 
     @staticmethod

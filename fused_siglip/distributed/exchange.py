@@ -33,8 +33,8 @@ from .collectives import all_reduce, comm_errors, resolve_group
 
 logger = logging.getLogger("fused_siglip")
 
-# Left to choose, the gathered texts and their gradients may take this much: a constant, whatever
-# the world size.
+# Without dist_impl, texts are gathered where they and their gradients take no more bytes than this:
+# a constant, whatever the world size.
 _GATHER_BUDGET = 256 << 20
 
 
