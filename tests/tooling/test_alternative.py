@@ -17,7 +17,7 @@ from benchmarks.gpu.ablation_panels import (
     variant_loss,
 )
 from fused_siglip import siglip_loss
-from fused_siglip.kernels import GRAD_SCALE
+from fused_siglip.kernels import GRAD_SCALE, PanelSpec
 from support.inputs import loss_and_grads, make_inputs
 from support.tolerances import error, oracle
 
@@ -53,8 +53,9 @@ def test_variant_agrees_with_the_shipped_panel(name, ids, dtype):
 def test_triton_workspace_is_what_is_allocated(panel):
     for dtype in (torch.float32, torch.float16):
         for store_dlogits in (True, False):
-            made = panel(100, 300, dtype, torch.device(DEVICE), store_dlogits, True)
+            spec = PanelSpec(100, 300, dtype, store_dlogits, True)
+            made = panel(spec, torch.device(DEVICE))
             tensors = {t.data_ptr(): t for t in vars(made).values() if torch.is_tensor(t)}
             allocated = sum(t.nbytes for t in tensors.values())
-            assert allocated == panel.workspace_bytes(100, 300, dtype, store_dlogits, True)
+            assert allocated == panel.workspace_bytes(spec)
     assert GRAD_SCALE[torch.float16] > 1
