@@ -53,7 +53,7 @@ def loss_and_grads(
         # every torch call less counts where the batch is small
         x = x if x.dtype == dtype else x.to(dtype)
         y = y if y.dtype == dtype else y.to(dtype)
-        affine = Affine(*(_scalar(value, acc) for value in affine))
+        affine = Affine(_scalar(affine.scale, acc), _scalar(affine.bias, acc))
         exchange = open_exchange(x, y, affine, pairs, spec, run)
         batch = _Batch(x, affine, pairs, spec, run, exchange)
         sums, grad_x, grad_y = batch.sweep(y)

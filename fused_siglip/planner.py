@@ -137,7 +137,7 @@ def _plan(
     def spec(rows: int, cols: int) -> PanelSpec:
         return PanelSpec(
             rows, cols, operand_dtype, grads.image or grads.text, grads.scalars,
-            request.filters_negatives,
+            request.filters_negatives, wide=n > d,
         )  # fmt: skip
 
     def workspace(rows: int, cols: int) -> int:

@@ -79,7 +79,7 @@ def sweep(
     sums = None  # of a single panel: they need no adding up
     if len(grid) > 1:
         sums = torch.empty(len(grid), rows_of_sums, dtype=plan.accumulate_dtype, device=x.device)
-    alpha = out.factor / GRAD_SCALE.get(plan.operand_dtype, 1.0)
+    alpha = out.factor / GRAD_SCALE.get(plan.panel.dtype, 1.0)
     dscale = _ScaleGradient(x, y, out) if out.scalars and panel.dscale_from_products else None
     for k, block in enumerate(grid):
         part = None if sums is None else sums[k]
@@ -184,17 +184,15 @@ class _PanelGrid:
 
     def make_panel(self) -> Panel:
         """The memory and the functions of one panel, for all of them in turn."""
-        panel = self.panel_class(self.plan.panel, self.x.device)
-        if panel.dscale_from_products and self.y.shape[0] <= self.x.shape[1]:
-            panel.dscale_from_products = False  # a pass over the pairs is the shorter one
-        return panel
+        return self.panel_class(self.plan.panel, self.x.device)
 
     def __len__(self) -> int:
         m, n = self.x.shape[0], self.y.shape[0]
-        return -(-m // self.plan.rows) * -(-n // self.plan.cols)
+        panel = self.plan.panel
+        return -(-m // panel.rows) * -(-n // panel.cols)
 
     def __iter__(self) -> Iterator[_Block]:
-        m, n, plan = self.x.shape[0], self.y.shape[0], self.plan
+        m, n, plan = self.x.shape[0], self.y.shape[0], self.plan.panel
         image_ids, text_ids = self.pairs.ids or (None, None)
         for i in range(0, m, plan.rows):
             rows = slice(i, min(i + plan.rows, m))
@@ -210,13 +208,13 @@ class _PanelGrid:
         A copy has zeros beyond D, where the backend wants more features, and in padded rows: these
         may hold anything, and 0 * NaN would reach the gradients.
         """
-        features = _rows(features, rows)
+        features, dtype = _rows(features, rows), self.plan.panel.dtype
         if not self.copies:
-            if features.dtype != self.plan.operand_dtype:
-                features = features.to(self.plan.operand_dtype)
+            if features.dtype != dtype:
+                features = features.to(dtype)
             return features
         m, d = features.shape
-        copy = features.new_empty(m, self.plan.operand_dim, dtype=self.plan.operand_dtype)
+        copy = features.new_empty(m, self.plan.operand_dim, dtype=dtype)
         copy[:, :d] = features
         copy[:, d:] = 0
         if ids is not None:

@@ -113,6 +113,7 @@ class PanelSpec(NamedTuple):
     store_dlogits: bool  # a gradient of features is needed
     scalar_grads: bool  # so are those of scale and bias
     filters_negatives: bool = False  # negatives are selected, or counted
+    wide: bool = False  # more texts than D: a pass over features is shorter than one over pairs
 
 
 class Panel(Protocol):

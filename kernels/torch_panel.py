@@ -58,7 +58,9 @@ class TorchPanel(TorchTotals):
         self.strip_rows = self.workspace.strip_rows
         self._view, self._scratch = self.workspace.view, self.workspace.scratch
         self.on_cpu = device.type == "cpu"
-        self.dscale_from_products = spec.store_dlogits and spec.dtype == self.acc and self.on_cpu
+        self.dscale_from_products = (
+            spec.wide and spec.store_dlogits and spec.dtype == self.acc and self.on_cpu
+        )
         if self.dscale_from_products and spec.dtype == torch.float32:
             # products may be rounded further; their sum must not be
             self.dscale_from_products = float32_products("cpu") == "ieee"

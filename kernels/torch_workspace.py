@@ -37,7 +37,7 @@ def _strip_rows(rows: int, cols: int) -> int:
 
 def workspace_bytes(spec: PanelSpec) -> int:
     """Bytes of all buffers."""
-    whole, strip = (sum(d.itemsize for d in buffers.values()) for buffers in _buffers(*spec[2:]))
+    whole, strip = (sum(d.itemsize for d in buffers.values()) for buffers in _buffers(*spec[2:6]))
     return spec.cols * (spec.rows * whole + _strip_rows(spec.rows, spec.cols) * strip)
 
 
@@ -47,7 +47,7 @@ class Workspace:
     def __init__(self, spec: PanelSpec, device: torch.device):
         self.shape, self.device = (spec.rows, spec.cols), device
         self.strip_rows = _strip_rows(*self.shape)
-        self.whole, self.strip = _buffers(*spec[2:])
+        self.whole, self.strip = _buffers(*spec[2:6])
         self.buffers: dict[str, Tensor] = {}
 
     def view(self, name: str, m: int, n: int) -> Tensor:  # (m, n)

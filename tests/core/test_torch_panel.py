@@ -82,7 +82,9 @@ def test_rounded_products_do_not_give_the_scale_gradient():
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         try:
-            panel = TorchPanel(PanelSpec(64, 64, torch.float32, True, True), torch.device("cpu"))
+            panel = TorchPanel(
+                PanelSpec(64, 64, torch.float32, True, True, wide=True), torch.device("cpu")
+            )
             panels.append(panel.dscale_from_products)
         finally:
             torch.set_float32_matmul_precision("highest")
