@@ -24,15 +24,21 @@ class Results(NamedTuple):
     environment: dict
     rows: list[dict]
 
+    @property
+    def commit(self) -> str:
+        """The commit that rows came from, and whether the tree had changes beside it."""
+        where = self.environment
+        changed = " with changes" if where.get("dirty") else ""
+        return f"{(where['commit'] or 'unknown')[:8]}{changed}"
+
     def source(self, up: str = "") -> str:
         """The sentence that says where numbers come from; ``up`` leads to the root."""
         where = self.environment
         on_gpu = where.get("capability", "")[:1].isdigit()
         triton = f", triton {where['triton']}" if on_gpu else ""
-        changed = " with changes" if where.get("dirty") else ""
         return (
             f"{where['device']}, torch {where['torch']}{triton}, {where['date'][:10]}, commit "
-            f"{(where['commit'] or 'unknown')[:8]}{changed}: "
+            f"{self.commit}: "
             f"[{self.path.name}]({up}{self.path.as_posix()})."
         )
 

@@ -50,7 +50,7 @@ def compiled_section(found: Results | None, gluon: Results | None = None) -> str
 def _source(found: Results) -> str:
     where = found.environment
     return (
-        f"Triton {where['triton']}, {where['date'][:10]}, commit {where['commit'][:8]}: "
+        f"Triton {where['triton']}, {where['date'][:10]}, commit {found.commit}: "
         f"[{found.path.name}](../{found.path.as_posix()})."
     )
 
