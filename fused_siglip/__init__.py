@@ -2,7 +2,18 @@
 
 from .loss import siglip_loss
 from .modules import LearnableSigLipLoss, SigLipLoss
-from .negatives import Easiest, Hardest, Random
+from .negatives import Below, Easiest, Hardest, Random
+from .positives import PositiveTarget, PositiveWeight
 
 __version__ = "0.1.0"
-__all__ = ["Easiest", "Hardest", "LearnableSigLipLoss", "Random", "SigLipLoss", "siglip_loss"]
+__all__ = [
+    "Below",
+    "Easiest",
+    "Hardest",
+    "LearnableSigLipLoss",
+    "PositiveTarget",
+    "PositiveWeight",
+    "Random",
+    "SigLipLoss",
+    "siglip_loss",
+]
