@@ -136,13 +136,15 @@ class _Batch:
         # not new_empty, which takes twice as long
         grad_x = torch.empty(x.shape, dtype=acc, device=x.device) if grads.image else None
         selection_of = self._selection(self.y)
+        # a backward of the images' losses knows them already
+        wanted = self.spec.reduction != "none" or losses is not None
         sums: list[Tensor] = []  # one tensor: the parts of a single visit, or the sum of all so far
         if not self.alone:
             sums.append(x.new_zeros(3 if grads.scalars else 1, 1, dtype=acc))
 
         def visit(texts: Texts, grad_texts: Tensor | None) -> None:
             out = GradBuffers(
-                grad_x, grad_texts, grads.scalars, texts.step > 0, self.factor, losses
+                grad_x, grad_texts, grads.scalars, texts.step > 0, self.factor, losses, wanted
             )
             pairs = self._pairs_with(texts)
             if weighting is not None:

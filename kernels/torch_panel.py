@@ -49,6 +49,7 @@ class TorchPanel(TorchTotals):
 
     def __init__(self, spec: PanelSpec, device: torch.device):
         self.store_dlogits, self.scalar_grads = spec.store_dlogits, spec.scalar_grads
+        self.losses = spec.losses
         device = torch.device(device)
         self.acc = accumulate_dtype(spec.dtype)
         self.workspace = Workspace(spec, device)
@@ -183,8 +184,8 @@ class TorchPanel(TorchTotals):
                 return self._grouped_strip(z, pairs.diagonal)
             return self._strip(z, positive, selection is not None)
         dropped = None if selection is None else self._view("dropped", *z.shape)
-        needed = self.store_dlogits or self.scalar_grads
-        strip = WeightedStrip(z, pairs.weights, self.workspace, dropped, needed)
+        needs = self.losses, self.store_dlogits or self.scalar_grads
+        strip = WeightedStrip(z, pairs.weights, self.workspace, dropped, needs)
         if isinstance(positive, Tensor):
             losses = strip.by_mask(positive)
         else:
