@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed.exchange import Local, TextExchange, Texts, open_exchange
+from .distributed.exchange import Local, TextExchange, TextResult, Texts, open_exchange
 from .kernels import (
     Affine,
     Ids,
@@ -107,7 +107,8 @@ class _Batch:
             else:
                 sums[0].add_(parts.sum(1, keepdim=True))
 
-        grad_y = self.exchange.for_each(visit, self.exchange.text_grad)
+        result = TextResult((x.shape[1],), acc) if self.exchange.text_grad else None
+        grad_y = self.exchange.for_each(visit, result, last=True)
         return sums[0], grad_x, grad_y if grads.text else None
 
     def _pairs_with(self, texts: Texts) -> Pairs:
@@ -167,7 +168,7 @@ class _Batch:
                 images, texts.features, pairs, normalizer, prefix, step, counts, self.run
             )
 
-        self.exchange.for_each(visit, False)
+        self.exchange.for_each(visit)
         return counts
 
 

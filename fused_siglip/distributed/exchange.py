@@ -46,11 +46,23 @@ class Texts(NamedTuple):
     first: int  # index of the first one in the global batch
     diagonal: int | None  # this rank's image i and text i + diagonal are a pair; None: no pair is
     step: int  # how many visits came before
+    extras: tuple[Tensor, ...] = ()  # (n,) each
 
 
-# Called for the texts that have come. Writes this rank's share of their gradient, (n, D) in the
-# accumulation dtype, where there is one.
+# Called for the texts that have come. Writes this rank's part of their result, where there is one.
 Visit = Callable[[Texts, Tensor | None], None]
+
+
+class TextResult(NamedTuple):
+    """What comes back to every text from the images of all ranks."""
+
+    shape: tuple[int, ...]  # of one text's
+    dtype: torch.dtype
+    op: str = "SUM"  # or "MAX": what the ranks' parts become
+
+    def empty(self, rows: int, device: torch.device) -> Tensor:
+        # not new_empty, which takes twice as long
+        return torch.empty((rows, *self.shape), dtype=self.dtype, device=device)
 
 
 class TextExchange(Protocol):
@@ -60,8 +72,14 @@ class TextExchange(Protocol):
     images_at_once: int | None  # how many images search thresholds together; None: all of them
     text_grad: bool  # whether any rank needs the gradient of its texts
 
-    def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
-        """Visit all texts; return the gradient of this rank's own, from the images of all ranks."""
+    def for_each(
+        self,
+        visit: Visit,
+        result: TextResult | None = None,
+        extras: tuple[Tensor, ...] = (),  # (N,) each, which travel with the texts
+        last: bool = False,  # no visit comes after these: texts need not be kept
+    ) -> Tensor | None:  # (N, ...)
+        """Visit all texts; return the result of this rank's own, from the images of all ranks."""
         ...
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
@@ -82,18 +100,23 @@ class Local:
     first_image = 0
     images_at_once: int | None = ROWS_AT_ONCE
 
-    def __init__(self, x: Tensor, y: Tensor, pairs: Pairs, spec: LossSpec, acc: torch.dtype):
-        self.images, self.y, self.pairs, self.acc = x.shape[0], y, pairs, acc
+    def __init__(self, x: Tensor, y: Tensor, pairs: Pairs, spec: LossSpec):
+        self.images, self.y, self.pairs = x.shape[0], y, pairs
         self.text_grad = spec.grads.text
         self._divisor: float | Tensor | None = None
 
-    def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
-        y, grad_y = self.y, None
-        if need_grad:
-            grad_y = torch.empty(y.shape, dtype=self.acc, device=y.device)
+    def for_each(
+        self,
+        visit: Visit,
+        result: TextResult | None = None,
+        extras: tuple[Tensor, ...] = (),
+        last: bool = False,
+    ) -> Tensor | None:  # (N, ...)
+        y = self.y
+        out = None if result is None else result.empty(y.shape[0], y.device)
         ids = None if self.pairs.ids is None else self.pairs.ids.texts
-        visit(Texts(y, ids, 0, 0, 0), grad_y)
-        return grad_y
+        visit(Texts(y, ids, 0, 0, 0, extras), out)
+        return out
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
         pass
@@ -133,7 +156,13 @@ class GroupExchange(abc.ABC):
         self.total: Tensor | None = None  # over the ranks, once it was asked for
 
     @abc.abstractmethod
-    def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
+    def for_each(
+        self,
+        visit: Visit,
+        result: TextResult | None = None,
+        extras: tuple[Tensor, ...] = (),
+        last: bool = False,
+    ) -> Tensor | None:  # (N, ...)
         """See :class:`TextExchange`."""
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
@@ -152,7 +181,7 @@ class GroupExchange(abc.ABC):
 
 
 class Gather(GroupExchange):
-    """Texts are collected, and the sums of their gradients scattered to their owners."""
+    """Texts are collected, and the sums of their results scattered to their owners."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -171,38 +200,46 @@ class Gather(GroupExchange):
             collectives.all_gather(out, block, group=self.group)
         return out
 
-    def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
-        rows, capacity, d = self.text_rows, max(self.text_rows), self.y.shape[1]
+    def for_each(
+        self,
+        visit: Visit,
+        result: TextResult | None = None,
+        extras: tuple[Tensor, ...] = (),
+        last: bool = False,
+    ) -> Tensor | None:  # (N, ...)
+        capacity, out = max(self.text_rows), None
         texts, ids = self.gathered[0]
-        grads = None
-        if need_grad:
-            grads = self.y.new_zeros(self.size * capacity, d, dtype=self.acc)
-        blocks: list[tuple[slice, int, int | None]]
-        if min(rows) == capacity:  # one visit of all texts
-            blocks = [(slice(0, self.size * capacity), 0, self.rank * capacity)]
-        else:  # one for each rank, of the rows that hold something
-            blocks = [
-                (
-                    slice(r * capacity, r * capacity + n),
-                    sum(rows[:r]),
-                    0 if r == self.rank else None,
-                )
-                for r, n in enumerate(rows)
-            ]
-        for step, (block, first, diagonal) in enumerate(blocks):
+        columns = [self._gather(extra) for extra in extras]
+        if result is not None:
+            out = result.empty(self.size * capacity, self.y.device).zero_()
+        for step, (block, first, diagonal) in enumerate(self._blocks()):
             in_block = None if ids is None else ids[block]
-            chunk = Texts(texts[block], in_block, first, diagonal, step)
-            visit(chunk, None if grads is None else grads[block])
-        if grads is None:
+            of_block = tuple(column[block] for column in columns)
+            chunk = Texts(texts[block], in_block, first, diagonal, step, of_block)
+            visit(chunk, None if out is None else out[block])
+        if out is None or result is None:
             return None
-        # texts are not needed beside the sum of their gradients, for which a backend may take
-        # buffers; there is no visit after this one
-        self.gathered.clear()
-        del texts, ids, chunk
-        grad_y = self.y.new_empty(capacity, d, dtype=self.acc)
+        if last:
+            # texts are not needed beside the sum of their gradients, for which a backend may take
+            # buffers
+            self.gathered.clear()
+            del texts, ids, columns, chunk, in_block, of_block
+        own = result.empty(capacity, self.y.device)
+        op = getattr(dist.ReduceOp, result.op)
         with comm_errors(self.group, "summing of the texts' gradients"):
-            collectives.reduce_scatter(grad_y, grads, group=self.group)
-        return grad_y[: rows[self.rank]]
+            collectives.reduce_scatter(own, out, op=op, group=self.group)
+        return own[: self.text_rows[self.rank]]
+
+    def _blocks(self) -> list[tuple[slice, int, int | None]]:
+        """What is visited at once: rows of what was gathered, their first text, their diagonal."""
+        rows, capacity = self.text_rows, max(self.text_rows)
+        if min(rows) == capacity:  # one visit of all texts
+            return [(slice(0, self.size * capacity), 0, self.rank * capacity)]
+        # one for each rank, of the rows that hold something
+        return [
+            (slice(r * capacity, r * capacity + n), sum(rows[:r]), 0 if r == self.rank else None)
+            for r, n in enumerate(rows)
+        ]
 
 
 def choose_impl(
@@ -229,7 +266,7 @@ def open_exchange(
     """
     acc = affine.scale.dtype
     if spec.group_name is None:
-        return Local(x, y, pairs, spec, acc)
+        return Local(x, y, pairs, spec)
     from .ring import Ring
 
     group = resolve_group(spec.group_name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import comm_errors
-from .exchange import GroupExchange, Texts, Visit
+from .exchange import GroupExchange, TextResult, Texts, Visit
 
-_TEXTS, _IDS, _GRADS = range(3)  # the channels between two neighbors
+_RESULTS, _COLUMNS = 0, 1  # the channels between two neighbors: one for each column from here on
 
 
 class RingComm:
@@ -43,25 +44,24 @@ class RingComm:
 
 
 class Ring(GroupExchange):
-    """Texts travel round the ring and their gradients one step behind them, on their own channel.
+    """Texts travel round the ring and their results one step behind them, on their own channel.
 
     While a chunk is swept, the next one arrives, and so does what the ranks before this one have
-    added to the gradient of the present one. After as many steps as there are ranks every gradient
-    is back at its owner. Memory: two chunks of texts and three of gradients, whatever the size.
+    added to the result of the present one. After as many steps as there are ranks every result is
+    back at its owner. Memory: two chunks of texts and three of results, whatever the size.
     """
 
-    def for_each(self, visit: Visit, need_grad: bool) -> Tensor | None:  # (N, D)
-        ring, rows = RingComm(self.group), self.text_rows
-        capacity, d = max(rows), self.y.shape[1]
-        texts = [self.y.new_empty(capacity, d) for _ in range(2)]
-        ids: list[Tensor] = []
-        if self.text_ids is not None:
-            ids = [self.text_ids.new_empty(capacity) for _ in range(2)]
-            ids[0][: rows[self.rank]].copy_(self.text_ids)
-        grads = [
-            self.y.new_empty(capacity, d, dtype=self.acc) for _ in range(3 if need_grad else 0)
-        ]
-        texts[0][: rows[self.rank]].copy_(self.y)
+    def for_each(
+        self,
+        visit: Visit,
+        result: TextResult | None = None,
+        extras: tuple[Tensor, ...] = (),
+        last: bool = False,
+    ) -> Tensor | None:  # (N, ...)
+        ring, rows, device = RingComm(self.group), self.text_rows, self.y.device
+        capacity = max(rows)
+        columns = [_two_chunks(own, capacity) for own in self._columns(extras)]
+        results = [] if result is None else [result.empty(capacity, device) for _ in range(3)]
 
         # what this rank and those before it have added for the chunk that it swept last
         leaving: Tensor | None = None
@@ -70,26 +70,45 @@ class Ring(GroupExchange):
             here, there = step % 2, 1 - step % 2
             n, n_next = rows[owner], rows[(owner - 1) % self.size]
             if step + 1 < self.size:
-                ring.exchange(_TEXTS, texts[here][:n], texts[there][:n_next])
-                if ids:
-                    ring.exchange(_IDS, ids[here][:n], ids[there][:n_next])
-            # three gradients rotate: one leaves, one arrives, one is computed
-            computed = grads[step % 3][:n] if need_grad else None
+                for channel, chunks in enumerate(columns, _COLUMNS):
+                    ring.exchange(channel, chunks[here][:n], chunks[there][:n_next])
+            # three results rotate: one leaves, one arrives, one is computed
+            computed = results[step % 3][:n] if results else None
             arriving = None
             if leaving is not None:
-                arriving = grads[(step + 1) % 3][:n]
-                ring.exchange(_GRADS, leaving, arriving)
+                arriving = results[(step + 1) % 3][:n]
+                ring.exchange(_RESULTS, leaving, arriving)
             ring.start()
-            in_chunk = ids[here][:n] if ids else None
+            features, *others = (chunks[here][:n] for chunks in columns)
+            in_chunk = others.pop(0) if self.text_ids is not None else None
             diagonal = 0 if step == 0 else None
-            visit(Texts(texts[here][:n], in_chunk, sum(rows[:owner]), diagonal, step), computed)
+            first = sum(rows[:owner])
+            visit(Texts(features, in_chunk, first, diagonal, step, tuple(others)), computed)
             ring.wait()
-            if computed is not None:
-                leaving = computed if arriving is None else computed.add_(arriving)
-        if leaving is None:
+            if computed is not None and result is not None:
+                leaving = computed if arriving is None else _joined(computed, arriving, result.op)
+        if leaving is None or result is None:
             return None
-        grad_y = self.y.new_empty(self.y.shape, dtype=self.acc)
-        ring.exchange(_GRADS, leaving, grad_y)
+        own = result.empty(self.y.shape[0], device)
+        ring.exchange(_RESULTS, leaving, own)
         ring.start()
         ring.wait()
-        return grad_y
+        return own
+
+    def _columns(self, extras: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What travels: (N, ...) each."""
+        return self.y, *(() if self.text_ids is None else (self.text_ids,)), *extras
+
+
+def _two_chunks(own: Tensor, capacity: int) -> list[Tensor]:  # (N, ...) -> 2 of (capacity, ...)
+    """Where a rank's rows lie, and where the next ones arrive."""
+    chunks = [own.new_empty(capacity, *own.shape[1:]) for _ in range(2)]
+    chunks[0][: own.shape[0]].copy_(own)
+    return chunks
+
+
+def _joined(computed: Tensor, arriving: Tensor, op: str) -> Tensor:
+    """This rank's part of a result and that of the ranks before, as one; in ``computed``."""
+    if op == "MAX":
+        return torch.maximum(computed, arriving, out=computed)
+    return computed.add_(arriving)
