@@ -3,6 +3,17 @@
 from .loss import siglip_loss
 from .modules import LearnableSigLipLoss, SigLipLoss
 from .negatives import Easiest, Hardest, Random
+from .scores import LogitStatistics, logit_statistics, retrieval_ranks
 
 __version__ = "0.1.0"
-__all__ = ["Easiest", "Hardest", "LearnableSigLipLoss", "Random", "SigLipLoss", "siglip_loss"]
+__all__ = [
+    "Easiest",
+    "Hardest",
+    "LearnableSigLipLoss",
+    "LogitStatistics",
+    "Random",
+    "SigLipLoss",
+    "logit_statistics",
+    "retrieval_ranks",
+    "siglip_loss",
+]

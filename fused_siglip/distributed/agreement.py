@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels import BACKENDS, Affine, Pairs
 from ..negatives import KINDS
-from ..spec import Execution, LossSpec
+from ..spec import FUNCTIONS, Execution, LossSpec
 from ..validation import FEATURE_DTYPES, REDUCTIONS
 from . import collectives
 from .collectives import comm_errors
@@ -32,6 +32,7 @@ class CallHeader(NamedTuple):
     """One rank's call in whole numbers."""
 
     valid: int  # 0: this rank's arguments were refused, and it has raised
+    function: int  # index into FUNCTIONS
     dim: int
     dtype: int  # index into FEATURE_DTYPES
     has_ids: int
@@ -46,14 +47,17 @@ class CallHeader(NamedTuple):
     negatives: int  # index into KINDS, -1 for None
     keep: int  # bits of the float
     seed: int
-    counting: int  # index into BACKENDS where thresholds are searched: how often texts go round
+    counting: int  # index into BACKENDS where ranks must have the same: how often texts go round
+    # where thresholds are searched, and the bits of what ranks are counted by
+    workspace_bytes: int  # 0 for None
     device: int  # index into _DEVICES, -1 for another
     logit_scale: int  # bits of the float, like logit_bias: see _scalar_bits
     logit_bias: int
 
 
 # The fields all ranks must agree on, in the words of the public function.
-_AGREED = {"dim": "D", "dtype": "dtype", "has_ids": "ids", "negative_only": "negative_only",
+_AGREED = {"function": "the function", "dim": "D", "dtype": "dtype",
+           "has_ids": "ids", "negative_only": "negative_only",
            "dist_impl": "dist_impl", "reduction": "reduction", "negatives": "negatives",
            "keep": "keep of negatives", "seed": "seed of negatives",
            "counting": "backend", "device": "device",
@@ -72,6 +76,7 @@ def _float(bits: int) -> float:
 
 # What a field's number stands for, where it is not that number.
 FORMATTERS: dict[str, Callable[[int], object]] = {
+    "function": lambda v: FUNCTIONS[v],
     "dtype": lambda v: FEATURE_DTYPES[v],
     "negative_only": bool,
     "reduction": lambda v: REDUCTIONS[v],
@@ -98,9 +103,11 @@ def header_of(
 ) -> CallHeader:
     """What this rank tells the others of its call."""
     kind, keep, seed = spec.negatives
+    compares = spec.negatives.by_score or spec.function == "retrieval_ranks"
     dist_impl = -1 if spec.dist_impl is None else list(DIST_IMPLS).index(spec.dist_impl)
     return CallHeader(
         valid=1,
+        function=FUNCTIONS.index(spec.function),
         dim=x.shape[1],
         dtype=FEATURE_DTYPES.index(x.dtype),
         has_ids=pairs.ids is not None,
@@ -115,7 +122,8 @@ def header_of(
         negatives=-1 if kind is None else list(KINDS).index(kind),
         keep=_bits(keep),
         seed=seed,
-        counting=list(BACKENDS).index(run.backend) if spec.negatives.by_score else 0,
+        counting=list(BACKENDS).index(run.backend) if compares else 0,
+        workspace_bytes=run.workspace_bytes or 0,
         device=_DEVICES.index(x.device.type) if x.device.type in _DEVICES else -1,
         logit_scale=_scalar_bits(affine.scale),
         logit_bias=_scalar_bits(affine.bias),
@@ -138,8 +146,8 @@ def check_ranks_agree(
     refused = [rank for rank, h in enumerate(everyone) if not h.valid]
     if refused:
         raise ValueError(
-            f"siglip_loss was called with bad arguments on rank {refused[0]} of the group, which "
-            "has the details: expected a good call on every rank"
+            f"{FUNCTIONS[header.function]} was called with bad arguments on rank {refused[0]} of "
+            "the group, which has the details: expected a good call on every rank"
         )
     for field, name in _AGREED.items():
         values = [getattr(h, field) for h in everyone]
@@ -162,7 +170,7 @@ def check_ranks_agree(
 
 def report_bad_arguments(group: dist.ProcessGroup, device: torch.device | None = None) -> None:
     """Tell the others that this rank is about to raise, so that they raise too and do not wait."""
-    _exchange(CallHeader(0, *[0] * (len(CallHeader._fields) - 1)), group, device)
+    _exchange(CallHeader(*[0] * len(CallHeader._fields)), group, device)
 
 
 def check_device(group: dist.ProcessGroup, device: torch.device) -> None:
