@@ -18,6 +18,7 @@ from .interface import (
 )
 from .registry import float32_products
 from .torch_products import add_product
+from .torch_scores import TorchScores
 from .torch_totals import TorchTotals, numbers
 from .torch_weights import SOFTPLUS_THRESHOLD, WeightedStrip
 from .torch_workspace import Workspace, workspace_bytes
@@ -32,7 +33,7 @@ _FOLDED = 1 << 16  # pairs from which on that is the faster way
 _SPARSE_SHARE = 1 / 16
 
 
-class TorchPanel(TorchTotals):
+class TorchPanel(TorchTotals, TorchScores):
     """A :class:`fused_siglip.kernels.Panel` of plain torch operations.
 
     Everything is written in place or into the workspace. After the product a panel is taken a strip
