@@ -163,19 +163,22 @@ def _all_pairs(images: _Rows, texts: _Rows, all_reduce: AllReduce, alone: bool =
         along = (dx @ text_mean).square().sum() / m + (dy @ image_mean).square().sum() / n
         across = (dx @ dy.T).square().sum() / m / n
     else:
-        covariances = sums.new_zeros(2, d + 1, d)
+        squares = sums.new_zeros(2, d * d + 1)  # a covariance matrix, and those along the mean
         for out, rows, mean, other in (
-            (covariances[0], images, image_mean, text_mean),
-            (covariances[1], texts, text_mean, image_mean),
+            (squares[0], images, image_mean, text_mean),
+            (squares[1], texts, text_mean, image_mean),
         ):
+            covariance = out[:-1].view(d, d)
             for block in rows.centered(mean):
-                out[:d].addmm_(block.T, block)
-                out[d, 0] += (block @ other).square().sum()
-        all_reduce(covariances, "SUM")
-        covariances /= torch.stack([m, n]).reshape(2, 1, 1)
-        along = covariances[:, d, 0].sum()
-        across = (covariances[0, :d] * covariances[1, :d]).sum()
-    return Moments(m * n, image_mean @ text_mean, (along + across) * m * n)
+                covariance.addmm_(block.T, block)
+                out[-1] += (block @ other).square().sum()
+        all_reduce(squares, "SUM")
+        squares /= torch.stack([m, n])[:, None]
+        along = squares[:, -1].sum()
+        across = (squares[0, :-1] * squares[1, :-1]).sum()
+    pairs = m * n
+    mean = torch.where(pairs > 0, image_mean @ text_mean, torch.nan)  # also where D is 0
+    return Moments(pairs, mean, (along + across) * pairs)
 
 
 def positives_by_id(

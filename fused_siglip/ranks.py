@@ -9,7 +9,7 @@ from .distributed.exchange import TextExchange, TextResult, Texts, open_exchange
 from .kernels import Affine, RowValues, accumulate_dtype, default_backend
 from .kernels.float_keys import FORMATS, exact_keys, exact_values
 from .rows import RowData
-from .score_sweep import ScoreSweep, new_best
+from .score_sweep import ScoreSweep, new_best, restore_infinity
 from .spec import Execution, LossSpec
 
 
@@ -33,18 +33,17 @@ def ranks_of_positives(
     )  # fmt: skip
     best = RowValues(new_best(len(x), x, acc), new_best(len(y), x, acc))
     counts = RowValues(_zeros(x), _zeros(y))
+    no_positive: list[Tensor] = []  # of images and texts
     if ids is None:
         sweep.diagonal(y, best, counts)
     else:
         best = _best_by_id(sweep, best, exchange)
-    no_rank = [values == -torch.inf for values in _both(best)]
-    # what stood for -inf is -inf again
-    best = RowValues(*(v.where(~(v <= torch.finfo(acc).min), -torch.inf) for v in _both(best)))
+        no_positive = [values == -torch.inf for values in _both(best)]
+        restore_infinity(best)
     _count(sweep, best, counts, exchange, diagonal=ids is None)
-    image_ranks, text_ranks = (
-        (count.long() + 1).masked_fill(without, 0)
-        for count, without in zip(_both(counts), no_rank, strict=True)
-    )
+    image_ranks, text_ranks = (count.long() + 1 for count in _both(counts))
+    for ranks, none in zip((image_ranks, text_ranks), no_positive, strict=bool(no_positive)):
+        ranks.masked_fill_(none, 0)
     return image_ranks, text_ranks
 
 

@@ -81,6 +81,7 @@ class ScoreSweep:
             (_, y_block, _), *_ = self._cols(y, None, rows)
             here = best.block(rows, rows)
             self.panel.best_positives(x, y_block, Pairs(0), here)
+            restore_infinity(here)
             self.panel.count_not_below(
                 x, y_block, Pairs(0), here, counts.block(rows, rows), same_panel=True
             )
@@ -146,6 +147,13 @@ class ScoreSweep:
         copy = features.new_zeros(len(features), self.operand_dim, dtype=dtype)
         copy[:, :d] = features
         return copy
+
+
+def restore_infinity(best: RowValues) -> None:
+    """Replace the lowest number, which panels take for -inf, by what it stands for."""
+    for values in best:
+        if values is not None:
+            values.masked_fill_(values <= torch.finfo(values.dtype).min, -torch.inf)
 
 
 def new_best(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,8 @@ from .distributed import agreement
 from .kernels import accumulate_dtype
 from .score_operators import LOGIT_STATISTICS, RETRIEVAL_RANKS
 
+_ALTERNATIVES = "or image_ids and text_ids"
+
 
 def retrieval_ranks(
     image_features: Tensor,  # (M, D)
@@ -27,26 +29,23 @@ def retrieval_ranks(
 ) -> tuple[Tensor, Tensor]:  # (M,), (N,)
     """Rank of every image's best positive text among its negatives, and of every text's best image.
 
-    A rank is one plus the number of negatives that are at least as similar as the best positive.
-    So 1 is best, ties count against a model, and a model whose features are all alike has the worst
-    rank, not the best. One sweep over bounded panels of the pair matrix finds the ranks of both
-    directions, and nothing of B x B is stored: docs/retrieval.md gets R@K, the median rank and MRR
-    of them.
+    A rank is one plus the number of negatives that are at least as similar as the best positive: 1
+    is best, and features that are all alike have the worst rank. One sweep over bounded panels
+    finds both directions' ranks. docs/retrieval.md gets R@K, the median rank and MRR of them.
 
     Args:
         image_features: (M, D), float32, bfloat16, float16, or float64 (torch backend). Any strides.
-            Ranks compare inner products: features are L2-normalized for those of cosines.
-        text_features: (N, D), of the same dtype and device. Under autocast both are cast as
-            ``torch.matmul`` casts its operands.
+            Inner products are compared: those of L2-normalized features are cosines.
+        text_features: (N, D), of the same dtype and device, or cast by autocast.
         image_ids: (M,) integers. With ids, every pair with ``image_ids[i] == text_ids[j]`` is
-            positive, and M may differ from N; without, pair (i, i) is, and M must equal N. A row
-            with a negative id is padding: it takes no part, whatever its features hold.
+            positive, and M may differ from N; without, pair (i, i) is. A row with a negative id is
+            padding: it takes no part, whatever its features hold.
         text_ids: (N,) integers. Give both kinds of ids or neither.
-        group: the process group whose global batch the ranks are of, as for
-            :func:`fused_siglip.siglip_loss`: every rank calls with its own rows and gets theirs.
+        group: the process group whose global batch the ranks are of: every rank calls with its own
+            rows and gets theirs.
         dist_impl: "ring", "gather" or None, as for :func:`fused_siglip.siglip_loss`.
-        workspace_bytes: upper bound of the panel workspace; None lets the planner choose. In a
-            group the smallest bound of any rank holds for all.
+        workspace_bytes: upper bound of the panel workspace (in a group the smallest that a rank
+            gives); None lets the planner choose.
         backend: "torch", "triton" or None, as for :func:`fused_siglip.siglip_loss`.
 
     Returns:
@@ -57,17 +56,16 @@ def retrieval_ranks(
         product, ids take two.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype, a DTensor, or features of two dtypes
-            outside autocast.
-        ValueError: shapes, devices or sizes that do not fit each other, an unknown option, a
-            workspace too small for one tile, or a backend that cannot run here.
-            On every rank, also when the arguments of another rank are refused or do not agree.
+        TypeError, ValueError: bad arguments, or a workspace too small for one tile, as for
+            :func:`fused_siglip.siglip_loss`; in a group on every rank.
         RuntimeError: when a rank of the group is lost.
     """
     group = validation.check_group(group, dist_impl, agreement.DIST_IMPLS)
     try:
         dtype = validation.check_features(image_features, text_features)
-        validation.check_pairing(image_features, text_features, image_ids, text_ids, None)
+        validation.check_pairing(
+            image_features, text_features, image_ids, text_ids, alternatives=_ALTERNATIVES
+        )
         device = image_features.device
         validation.check_options("mean", workspace_bytes, backend, device, dtype)
     except (TypeError, ValueError):
@@ -127,10 +125,8 @@ def logit_statistics(
         does not, in one process or in a group whose headers travel on the CPU.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype, a DTensor, or features of two dtypes
-            outside autocast.
-        ValueError: shapes, devices or sizes that do not fit each other. On every rank, also when
-            the arguments of another rank are refused or do not agree.
+        TypeError, ValueError: bad arguments, as for :func:`fused_siglip.siglip_loss`; in a group on
+            every rank.
         RuntimeError: when a rank of the group is lost.
     """
     group = validation.check_group(group, None, agreement.DIST_IMPLS)
@@ -141,7 +137,9 @@ def logit_statistics(
         if logit_bias is None:
             logit_bias = 0.0
         validation.check_scalar("logit_bias", logit_bias, device, dtype)
-        validation.check_pairing(image_features, text_features, image_ids, text_ids, None)
+        validation.check_pairing(
+            image_features, text_features, image_ids, text_ids, alternatives=_ALTERNATIVES
+        )
     except (TypeError, ValueError):
         _report(group, image_features)
         raise

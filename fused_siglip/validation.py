@@ -130,13 +130,14 @@ def check_pairing(
     text_features: Tensor,
     image_ids: Tensor | None,
     text_ids: Tensor | None,
-    negative_only: bool | None,
+    negative_only: bool = False,
+    alternatives: str = "or image_ids and text_ids, or negative_only=True",
 ) -> None:
     """Check that positives are defined: the diagonal, ids for both towers, or none at all.
 
-    negative_only: None where a function has no such argument.
+    alternatives: what a function has for M != N.
     """
-    if negative_only is not None and not isinstance(negative_only, bool):
+    if not isinstance(negative_only, bool):
         raise TypeError(f"negative_only is a {_kind(negative_only)}: expected a bool")
     if (image_ids is None) != (text_ids is None):
         given, missing = ("image_ids", "text_ids")[:: 1 if text_ids is None else -1]
@@ -144,10 +145,9 @@ def check_pairing(
     if image_ids is None or text_ids is None:
         m, n = image_features.shape[0], text_features.shape[0]
         if m != n and not negative_only:
-            or_none = "" if negative_only is None else ", or negative_only=True"
             raise ValueError(
                 f"text_features has {n} rows and image_features {m}: expected the same number, "
-                f"or image_ids and text_ids{or_none}"
+                f"{alternatives}"
             )
         return
     for name, ids, features in (
