@@ -8,6 +8,8 @@ STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 acce
 DOCS = mkdocs-material mkdocstrings-python ruff
 VENV = .venv
 DOCS_VENV = .venv-docs
+STACKS_VENV = .venv-integrations
+NEWEST_VENV = .venv-newest
 MINUTES = 5
 STEPS = 10000
 SCHEDULES = 2000
@@ -17,7 +19,7 @@ PRODUCT = tests/core tests/triton_backend tests/distributed
 QUICK_INTERPRETER = HYPOTHESIS_PROFILE=quick TRITON_INTERPRET=1 $(RUN) -m pytest $(PRODUCT) \
 	-m "interpreter and not exhaustive" -n 2 --dist loadfile
 
-.PHONY: demo demo-full test test-all paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-oldest test-newest bench bench-integrations docs lint clean
+.PHONY: demo demo-full test test-all test-ci paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-newest-triton-ci environments test-oldest test-newest bench bench-integrations docs lint clean
 
 # One to two minutes on two cores; writes to build/demo. Threads sleep while they wait: where other
 # programs run, those that spin would take each other's time, and the fused loss waits most often.
@@ -42,6 +44,11 @@ test: $(VENV)/ready
 test-all: $(VENV)/ready
 	$(RUN) -m pytest -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreter -n 2 --dist loadfile
+
+# What .ci/run takes of these: docs/test_suites.md says what holds the facts of the rest.
+test-ci: $(VENV)/ready
+	$(RUN) -m pytest -m "not beyond_ci" -n 2 --dist loadfile
+	TRITON_INTERPRET=1 $(RUN) -m pytest -m "interpreter and not exhaustive" -n 2 --dist loadfile
 
 # The invariants of the loss on random calls, until one does not hold.
 fuzz: $(VENV)/ready
@@ -70,26 +77,30 @@ coverage: $(VENV)/ready
 	$(RUN) -m benchmarks.report.coverage_report build/coverage.json
 
 # The training stacks themselves, each with a tiny model.
-test-integrations: VENV = .venv-integrations
-test-integrations:
-	$(MAKE) VENV=$(VENV) $(VENV)/stacks
+test-integrations: VENV = $(STACKS_VENV)
+test-integrations: $(STACKS_VENV)/ready
 	cd tests/integrations && ../../$(RUN) -m pytest -n 2 --dist loadfile
 
 # The peers' own tests on this loss, from their source distributions; docs/trust.md counts them.
-test-peers: VENV = .venv-integrations
-test-peers:
-	$(MAKE) VENV=$(VENV) $(VENV)/peers
+test-peers: VENV = $(STACKS_VENV)
+test-peers: $(STACKS_VENV)/peers
 	cd tests/peers && ../../$(RUN) sources.py
 	cd tests/peers && ../../$(RUN) -m pytest -n 2
 
 # The kernels again, on the newest release of triton: compiled for bf16 (make test-all compiles all of
 # them, with the pinned release), and in the interpreter.
-test-newest-triton: TRITON = triton
-test-newest-triton: VENV = .venv-newest
-test-newest-triton:
-	$(MAKE) VENV=$(VENV) TRITON=$(TRITON) $(VENV)/ready
+test-newest-triton: VENV = $(NEWEST_VENV)
+test-newest-triton: $(NEWEST_VENV)/ready
 	$(RUN) -m pytest tests/triton_backend/test_triton_compiled.py -k "bfloat16 or variants or masked" -n 2
 	$(QUICK_INTERPRETER)
+
+# What .ci/run takes of these.
+test-newest-triton-ci: VENV = $(NEWEST_VENV)
+test-newest-triton-ci: $(NEWEST_VENV)/ready
+	$(RUN) -m pytest tests/triton_backend/test_triton_compiled.py -m "not beyond_ci" \
+		-k "bfloat16 and (diagonal or logit-True or tallied) or forward or masked" -n 2
+	HYPOTHESIS_PROFILE=quick TRITON_INTERPRET=1 $(RUN) -m pytest tests/triton_backend \
+		-m "interpreter and not exhaustive" -n 2 --dist loadfile
 
 # The ends of what setup.py allows. Both are CUDA builds: gigabytes, minutes to install.
 test-oldest: TORCH = torch==2.10.0
@@ -107,9 +118,8 @@ test-oldest test-newest:
 bench: $(VENV)/ready
 	$(RUN) -m benchmarks.suites.loss
 
-bench-integrations: VENV = .venv-integrations
-bench-integrations:
-	$(MAKE) VENV=$(VENV) $(VENV)/stacks
+bench-integrations: VENV = $(STACKS_VENV)
+bench-integrations: $(STACKS_VENV)/ready
 	PYTHONPATH=tests:tests/integrations $(RUN) -m benchmarks.suites.integrations
 
 # The documentation as a site, in build/site. Nothing is imported: it needs no torch.
@@ -127,22 +137,42 @@ clean:
 # torch first and pinned: any other package would bring its own choice. open_clip without its
 # dependencies: the tests load its loss, which needs torch alone.
 $(VENV)/ready: setup.py Makefile .ci/constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TRITON) -e .[dev]
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OPEN_CLIP)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TRITON) -e .[dev]
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps $(OPEN_CLIP)
+	touch $@
+
+# Environments on top of .venv: they hold what differs, and see the rest there. Beside them nothing is
+# installed twice, neither torch nor the package.
+BELOW = .venv
+SITE = -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+define on_top
+$(PYTHON) -m venv $(@D)
+echo "import site; site.addsitedir('$$($(BELOW)/bin/python $(SITE))')" \
+	> "$$($(@D)/bin/python $(SITE))/below.pth"
+endef
+
+$(NEWEST_VENV)/ready: $(BELOW)/ready
+	$(on_top)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --upgrade triton
 	touch $@
 
 # torch is named again, so that no stack brings another. timm and torchvision without their
 # dependencies: torchvision asks for a torch of its own build.
-$(VENV)/stacks: $(VENV)/ready
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TORCH) $(STACKS) $(OPEN_CLIP_NEEDS)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 torchvision==0.28.0
+$(STACKS_VENV)/ready: $(BELOW)/ready
+	$(on_top)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TORCH) $(STACKS) $(OPEN_CLIP_NEEDS)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 torchvision==0.28.0
 	touch $@
 
 # What transformers' tests import besides.
-$(VENV)/peers: $(VENV)/stacks
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check parameterized==0.9.0
+$(STACKS_VENV)/peers: $(STACKS_VENV)/ready
+	$(@D)/bin/pip install --quiet --disable-pip-version-check parameterized==0.9.0
+	touch $@
+
+# All that .ci/run needs.
+environments: $(VENV)/ready $(STACKS_VENV)/ready $(NEWEST_VENV)/ready $(DOCS_VENV)/ready
 
 # setup.py's docs extra, without the package itself.
 $(DOCS_VENV)/ready: Makefile .ci/constraints.txt
