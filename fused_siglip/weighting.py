@@ -69,7 +69,7 @@ class Weighting:
             self.images = x.new_ones(x.shape[0], dtype=self.acc)
         units = torch.stack([
             _power_of_two(self.images),
-            _power_of_two(self.images.new_ones(1) if texts is None else texts),
+            self.images.new_ones(()) if texts is None else _power_of_two(texts),
         ])  # fmt: skip
         exchange.all_reduce(units, "MAX")
         of_positives = 2.0 ** max(math.ceil(math.log2(max(self.choice.largest, 1.0))), 0)
