@@ -51,7 +51,9 @@ def eager_siglip_loss(  # noqa: PLR0913, the arguments of siglip_loss
         losses = -torch.nn.functional.logsigmoid(labels * logits)
     else:
         weights, targets = weights_and_targets((labels == 1) & real, positives)
-        targets = targets * (1 - label_smoothing) + label_smoothing / texts
+        targets = (
+            targets * (1 - label_smoothing) + torch.full_like(targets, label_smoothing) / texts
+        )
         losses = weights * _cross_entropy(logits, targets)
         losses = losses if image_weights is None else losses * image_weights[:, None]
         losses = losses if text_weights is None else losses * text_weights
