@@ -24,15 +24,21 @@ from .kernels import (
     default_backend,
     panel_class,
 )
+from .ranks import best_of_images
 from .rows import RowData, check_values, is_weighted
 from .selection.hashing import hash_cutoff, image_keys, text_keys
-from .selection.thresholds import score_normalizer, search_thresholds, text_center_radius
+from .selection.thresholds import (
+    margin_threshold,
+    score_normalizer,
+    search_thresholds,
+    text_center_radius,
+)
 from .spec import NO_GRADS, Execution, LossSpec
 from .sweep import GradBuffers, count_negatives, sweep
 from .weighting import Weighting
 
 
-class SetUp(NamedTuple):
+class Settled(NamedTuple):
     """A call with its dtypes settled."""
 
     x: Tensor  # (M, D) in the dtype of the products' operands
@@ -57,7 +63,7 @@ def loss_and_grads(
     losses, whose weights may then be of either sign.
     """
     with _without_autocast(x.device.type):
-        call = _set_up(x, y, affine, spec)
+        call = _settle(x, y, affine, spec)
         batch = _open(call, rows, spec, spec.reduction != "none")
         sums, grad_x, grad_y = batch.sweep()
         finish = panel_class(call.run.backend).finish
@@ -74,7 +80,7 @@ def image_losses(
 ) -> Tensor:  # (M,)
     """The loss of each image: one product, no gradients. Arguments as of loss_and_grads."""
     with _without_autocast(x.device.type):
-        call = _set_up(x, y, affine, spec)
+        call = _settle(x, y, affine, spec)
         batch = _open(call, rows, spec.with_grads(NO_GRADS), True)
         losses = torch.zeros(len(x), dtype=call.affine.scale.dtype, device=x.device)
         batch.sweep(losses)
@@ -88,17 +94,17 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any
     return contextlib.nullcontext()
 
 
-def _set_up(x: Tensor, y: Tensor, affine: Affine, spec: LossSpec) -> SetUp:
+def _settle(x: Tensor, y: Tensor, affine: Affine, spec: LossSpec) -> Settled:
     dtype = spec.dtype or x.dtype
     acc = accumulate_dtype(dtype)
     run = Execution(spec.backend or default_backend(x.device, dtype), spec.workspace_bytes)
     # every torch call less counts where the batch is small
     x = x if x.dtype == dtype else x.to(dtype)
     y = y if y.dtype == dtype else y.to(dtype)
-    return SetUp(x, y, Affine(_scalar(affine.scale, acc), _scalar(affine.bias, acc)), run)
+    return Settled(x, y, Affine(_scalar(affine.scale, acc), _scalar(affine.bias, acc)), run)
 
 
-def _open(call: SetUp, rows: RowData, spec: LossSpec, checks: bool) -> _Batch:
+def _open(call: Settled, rows: RowData, spec: LossSpec, checks: bool) -> _Batch:
     """This rank's images, with an exchange that all ranks have agreed on."""
     if checks and (rows.image_weights is not None or rows.text_weights is not None):
         try:
@@ -113,7 +119,7 @@ def _open(call: SetUp, rows: RowData, spec: LossSpec, checks: bool) -> _Batch:
 class _Batch:
     """This rank's images against all texts, however these come."""
 
-    def __init__(self, call: SetUp, rows: RowData, spec: LossSpec, exchange: TextExchange):
+    def __init__(self, call: Settled, rows: RowData, spec: LossSpec, exchange: TextExchange):
         self.x, self.y, self.affine, self.run = call
         self.rows, self.spec, self.exchange = rows, spec, exchange
         self.alone = isinstance(exchange, Local)
@@ -136,13 +142,15 @@ class _Batch:
         # not new_empty, which takes twice as long
         grad_x = torch.empty(x.shape, dtype=acc, device=x.device) if grads.image else None
         selection_of = self._selection(self.y)
+        # a backward of the images' losses knows them already
+        wanted = self.spec.reduction != "none" or losses is not None
         sums: list[Tensor] = []  # one tensor: the parts of a single visit, or the sum of all so far
         if not self.alone:
             sums.append(x.new_zeros(3 if grads.scalars else 1, 1, dtype=acc))
 
         def visit(texts: Texts, grad_texts: Tensor | None) -> None:
             out = GradBuffers(
-                grad_x, grad_texts, grads.scalars, texts.step > 0, self.factor, losses
+                grad_x, grad_texts, grads.scalars, texts.step > 0, self.factor, losses, wanted
             )
             pairs = self._pairs_with(texts)
             if weighting is not None:
@@ -169,7 +177,7 @@ class _Batch:
 
     def _selection(self, y: Tensor) -> Callable[[Texts], RandomMask | ScoreThreshold | None]:
         """A function of texts: which negatives among them take part; None for all."""
-        kind, keep, seed = self.spec.negatives
+        kind, amount, seed = self.spec.negatives
         if kind is None:
             return lambda texts: None
         if kind == "random":
@@ -178,10 +186,14 @@ class _Batch:
 
             def mask(texts: Texts) -> RandomMask:
                 keys = text_keys(seed, texts.first, len(texts.features), device)
-                return RandomMask(images, keys, hash_cutoff(keep))
+                return RandomMask(images, keys, hash_cutoff(amount))
 
             return mask
-        thresholds = self._find_thresholds(y, kind, keep)
+        if kind == "below":
+            best = best_of_images(self.x, y, self.rows, self.run, self.exchange)
+            thresholds = margin_threshold(best, amount)
+        else:
+            thresholds = self._find_thresholds(y, kind, amount)
         return lambda texts: thresholds
 
     def _find_thresholds(self, y: Tensor, kind: str, keep: float) -> ScoreThreshold:

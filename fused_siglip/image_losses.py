@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .function import Outputs, below_autograd
+from .function import Outputs, below_autograd, is_eager
 from .kernels import accumulate_dtype
 from .rows import RowData
 from .spec import GradMask, LossSpec
@@ -50,7 +50,8 @@ class ImageLossesFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 8
-        inputs, rows = ctx.saved_tensors[:4], RowData(*ctx.saved_tensors[4:])
+        saved = ctx.saved_tensors  # once: a checkpoint computes them again for every look
+        inputs, rows = saved[:4], RowData(*saved[4:])
         x_needed, y_needed, *scalars_needed = ctx.needs_input_grad[:4]
         spec = ctx.spec.with_grads(GradMask(x_needed, y_needed, any(scalars_needed)))
         acc = accumulate_dtype(spec.dtype or inputs[0].dtype)
@@ -60,10 +61,21 @@ class ImageLossesFunction(torch.autograd.Function):
         outputs = ctx.gradients(inputs, rows._replace(image_weights=weights), spec)
         _, factors, grad_x, grad_y = outputs
         *scalar_grads, factor = factors.unbind()
-        grads = [grad_x * factor if x_needed else None, grad_y * factor if y_needed else None]
+        grads = [
+            _multiplied(grad_x, factor) if x_needed else None,
+            _multiplied(grad_y, factor) if y_needed else None,
+        ]
         grads += [g if n else None for g, n in zip(scalar_grads, scalars_needed, strict=True)]
         shaped = (
             g if g is None else g.reshape(t.shape).to(t.dtype)
             for g, t in zip(grads, inputs, strict=True)
         )
         return (*shaped, None, None, None, None)
+
+
+def _multiplied(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor, in the gradient's own memory where nothing else holds it."""
+    if torch.is_grad_enabled() or not is_eager(grad, factor):
+        return grad * factor
+    # on a CPU the factor may be in the products already: see _known_factor in compute.py
+    return grad if grad.is_cpu and factor.item() == 1 else grad.mul_(factor)

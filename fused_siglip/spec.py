@@ -69,6 +69,9 @@ class Execution(NamedTuple):
     workspace_bytes: int | None = None  # None: the planner's choice
 
 
+FUNCTIONS = ("siglip_loss", "retrieval_ranks", "logit_statistics")  # what a group may call
+
+
 class LossSpec(NamedTuple):
     """Everything a call asks for that is not a tensor."""
 
@@ -83,6 +86,7 @@ class LossSpec(NamedTuple):
     group_name: str | None  # None: this process's own batch
     dist_impl: str | None
     dtype: torch.dtype | None  # of the products' operands; None: that of the image features
+    function: str = FUNCTIONS[0]  # that was called: no operator of the loss is told
 
     def with_grads(self, grads: GradMask) -> LossSpec:
         return LossSpec(grads, *self[1:])

@@ -35,7 +35,9 @@ class GradBuffers(NamedTuple):
     scalars: bool  # whether the sums of dlogits * s and dlogits are needed
     accumulate_x: bool = False  # the gradient is added to what x holds
     factor: float = 1.0  # multiplies the gradients of features, not the sums
-    image_losses: Tensor | None = None  # (M,) accumulation dtype, added to: needs pairs.weights
+    # Of pairs with weights: (M,) accumulation dtype, added to; and whether the sum is wanted.
+    image_losses: Tensor | None = None
+    loss: bool = True
 
     @property
     def mask(self) -> GradMask:
@@ -76,7 +78,7 @@ def sweep(
         out.zero()
         return torch.zeros(rows_of_sums, 1, dtype=plan.accumulate_dtype, device=x.device)
 
-    panel = grid.make_panel()
+    panel = grid.make_panel(out.loss)
     sums = None  # of a single panel: they need no adding up
     if len(grid) > 1:
         sums = torch.empty(len(grid), rows_of_sums, dtype=plan.accumulate_dtype, device=x.device)
@@ -187,9 +189,10 @@ class _PanelGrid:
             )
         )  # fmt: skip
 
-    def make_panel(self) -> Panel:
+    def make_panel(self, losses: bool = True) -> Panel:
         """The memory and the functions of one panel, for all of them in turn."""
-        return self.panel_class(self.plan.panel, self.x.device)
+        spec = self.plan.panel if losses else self.plan.panel._replace(losses=False)
+        return self.panel_class(spec, self.x.device)
 
     def __len__(self) -> int:
         m, n = self.x.shape[0], self.y.shape[0]

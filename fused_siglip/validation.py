@@ -130,9 +130,13 @@ def check_pairing(
     text_features: Tensor,
     image_ids: Tensor | None,
     text_ids: Tensor | None,
-    negative_only: bool,
+    negative_only: bool = False,
+    alternatives: str = "or image_ids and text_ids, or negative_only=True",
 ) -> None:
-    """Check that positives are defined: the diagonal, ids for both towers, or none at all."""
+    """Check that positives are defined: the diagonal, ids for both towers, or none at all.
+
+    alternatives: what a function has for M != N.
+    """
     if not isinstance(negative_only, bool):
         raise TypeError(f"negative_only is a {_kind(negative_only)}: expected a bool")
     if (image_ids is None) != (text_ids is None):
@@ -143,7 +147,7 @@ def check_pairing(
         if m != n and not negative_only:
             raise ValueError(
                 f"text_features has {n} rows and image_features {m}: expected the same number, "
-                "or image_ids and text_ids, or negative_only=True"
+                f"{alternatives}"
             )
         return
     for name, ids, features in (

@@ -26,6 +26,19 @@ def key_format(dtype: torch.dtype) -> tuple[int, int]:
     return mantissa - MANTISSA_BITS, ((bias + 1) << MANTISSA_BITS) - HALF
 
 
+def exact_keys(values: Tensor) -> Tensor:  # the integer type of the same width
+    """Whole numbers that sort as the values do, and NaN last: what a maximum over ranks needs."""
+    bits = values.view(FORMATS[values.dtype][0])
+    last = torch.iinfo(bits.dtype).max
+    return torch.where(values.isnan(), last, bits ^ (bits >> (8 * bits.itemsize - 1) & last))
+
+
+def exact_values(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of exact keys."""
+    last = torch.iinfo(keys.dtype).max
+    return (keys ^ (keys >> (8 * keys.itemsize - 1) & last)).view(dtype)
+
+
 def key_to_float(keys: Tensor, dtype: torch.dtype) -> Tensor:  # (M,) int64 -> (M,)
     """The smallest value with at least this key; -inf for key 0."""
     shift, offset = key_format(dtype)

@@ -68,6 +68,20 @@ class Pairs(NamedTuple):
         )
 
 
+class RowValues(NamedTuple):
+    """A number of each image and of each text; None on a side where nobody needs it."""
+
+    images: Tensor | None  # (m,)
+    texts: Tensor | None  # (n,)
+
+    def block(self, rows: slice, cols: slice = slice(None)) -> RowValues:
+        """The numbers of some rows and columns, which may be written into."""
+        images, texts = self.images, self.texts
+        return RowValues(
+            None if images is None else images[rows], None if texts is None else texts[cols]
+        )
+
+
 class RandomMask(NamedTuple):
     """Negatives that take part by a hash of the pair: see fused_siglip/selection/hashing.py."""
 
@@ -123,6 +137,7 @@ class PanelSpec(NamedTuple):
     filters_negatives: bool = False  # negatives are selected, or counted
     wide: bool = False  # more texts than D: a pass over features is shorter than one over pairs
     weighted: bool = False  # pairs have weights
+    losses: bool = True  # False: the sum of the loss may be left out; of pairs with weights
 
 
 class Panel(Protocol):
@@ -214,6 +229,36 @@ class Panel(Protocol):
         A key (float_keys.py) is told apart from its first bits to its last: the bins of a step are
         the bits that come after ``prefix``, and only negatives with that prefix are counted. NaN
         has the highest key.
+        """
+        ...
+
+    def best_positives(
+        self,
+        x: Tensor,  # (m, D)
+        y: Tensor,  # (n, D)
+        pairs: Pairs,
+        best: RowValues,  # accumulation dtype, raised in place
+    ) -> None:
+        """Raise every row's best similarity of a positive pair to the best of this panel.
+
+        A NaN is better than any number. The lowest finite number stands for what is lower, so that
+        rows without a positive keep the -inf that the caller starts from.
+        """
+        ...
+
+    def count_not_below(
+        self,
+        x: Tensor,  # (m, D)
+        y: Tensor,  # (n, D)
+        pairs: Pairs,
+        best: RowValues,  # accumulation dtype
+        counts: RowValues,  # int32, added to
+        same_panel: bool = False,  # the last call was best_positives of this panel
+    ) -> None:
+        """Count every row's negatives that are not below ``best``: with not (s < best).
+
+        So ties count, and so does NaN on either side. A panel computes equal pairs to equal bits,
+        here and in best_positives, however many rows it has.
         """
         ...
 

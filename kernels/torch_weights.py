@@ -12,9 +12,8 @@ from .torch_workspace import Workspace
 # (the default, 20, drops 2e-9).
 SOFTPLUS_THRESHOLD = 40.0
 
-# Up to this logit softplus(z) is -log(1 - sigmoid(z)), with nothing lost where 1 - sigmoid(z) is
-# rounded.
-LOW_LOGIT = -1.0
+# Up to this logit log1p(exp(z)) is exact too, and half the work of torch's softplus on a CPU.
+_MODERATE_LOGIT = 40.0
 
 
 class WeightedStrip:
@@ -30,10 +29,10 @@ class WeightedStrip:
         weights: PairWeights,
         workspace: Workspace,
         dropped: Tensor | None,  # (m, n) bool: pairs that take no part
-        store_dlogits: bool,
+        needs: tuple[bool, bool],  # the losses, and dlogits
     ):
         self.z, self.weights, self.dropped = z, weights, dropped
-        self.workspace, self.store_dlogits = workspace, store_dlogits
+        self.workspace, (self.needs_losses, self.needs_dlogits) = workspace, needs
         self.terms = self.view("terms")
 
     def view(self, name: str) -> Tensor:  # (m, n)
@@ -42,19 +41,22 @@ class WeightedStrip:
 
     def on_diagonal(self, diagonal: int | None) -> Tensor:  # (m,)
         """The losses of the rows; pair (i, i + diagonal) is positive, or none is."""
-        z, weights = self.z, self.weights
-        positives = None if diagonal is None else z.diagonal(diagonal)
-        logits = None if positives is None else positives.clone()
-        self._negatives(None if weights.targets is None else weights.targets[4])
-        if logits is not None and positives is not None and diagonal is not None:
-            rows, cols = _where(diagonal, positives.shape[0])
-            alpha, beta, flipped = self._of_positives(weights.block(rows, cols))
-            losses = torch.empty_like(logits)
-            _losses(logits, losses, flipped, alpha, beta)
-            self.terms.diagonal(diagonal).copy_(losses)
-            _derivatives(logits, losses, flipped, alpha, beta)
-            positives.copy_(logits)
-        losses = self._weighted_losses()
+        z, terms = self.z, self.terms
+        logits = None if diagonal is None else z.diagonal(diagonal).clone()
+        beta = None if self.weights.targets is None else self.weights.targets[4]
+        if beta is not None and beta.is_cpu and beta.item() == 0:
+            beta = None
+        if self.needs_losses:
+            self._without_dropped(_losses(z, terms, None, beta))
+        if self.needs_dlogits:
+            self._without_dropped(_derivatives(z, None, beta))
+        if logits is not None and diagonal is not None:
+            alpha, beta, flipped = self._on_diagonal(diagonal, logits.shape[0])
+            losses = _turn(logits, flipped, torch.empty_like(logits))
+            terms.diagonal(diagonal).copy_(_losses(logits, losses, alpha, beta))
+            _turn(_derivatives(logits, alpha, beta), flipped, losses)
+            z.diagonal(diagonal).copy_(logits)
+        losses = self._row_losses()
         self._weight_dlogits()
         return losses
 
@@ -67,15 +69,14 @@ class WeightedStrip:
             alpha, beta = self._targets(positive, alpha)
         elif alpha is not None:
             torch.where(positive, alpha, alpha.new_ones(()), out=alpha)
-        _losses(self.z, self.terms, positive, alpha, beta)
-        if self.dropped is not None:
-            self.terms.masked_fill_(self.dropped, 0)
-        losses = self._weighted_losses()
-        if self.store_dlogits:
-            _derivatives(self.z, self.terms, positive, alpha, beta)
-            if self.dropped is not None:
-                self.z.masked_fill_(self.dropped, 0)
-            self._weight_dlogits()
+        _turn(self.z, positive, self.terms)
+        if self.needs_losses:
+            self._without_dropped(_losses(self.z, self.terms, alpha, beta))
+        losses = self._row_losses()
+        if self.needs_dlogits:
+            _turn(_derivatives(self.z, alpha, beta), positive, self.terms)
+            self._without_dropped(self.z)
+        self._weight_dlogits()
         return losses
 
     def _targets(self, positive: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -95,89 +96,75 @@ class WeightedStrip:
         torch.where(positive, torch.sub(alpha, beta, out=self.terms), beta, out=beta)
         return alpha, beta
 
-    def _of_positives(self, few: PairWeights) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """alpha, beta and whether the loss is one of -z, for positives on a diagonal: (k,) each."""
-        k = self.z.new_ones(())
-        alpha = k
+    def _on_diagonal(
+        self, diagonal: int, length: int
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """alpha and beta of positives on a diagonal, and where their losses are those of -z."""
+        row, col = max(-diagonal, 0), max(diagonal, 0)
+        few = self.weights.block(slice(row, row + length), slice(col, col + length))
+        share = self.z.new_ones(())
         if few.shares is not None:
-            alpha = few.shares.image
-            alpha = alpha if few.shares.text is None else alpha + few.shares.text
+            share = few.shares.image
+            share = share if few.shares.text is None else share + few.shares.text
         if few.targets is None:
-            return (None if few.shares is None else alpha), None, k.bool()
+            return (None if few.shares is None else share), None, share.new_ones(()).bool()
         a0, a1, b0, b1, _ = few.targets.unbind()
-        alpha, beta = a0 + a1 * alpha, b0 + b1 * alpha
+        alpha, beta = a0 + a1 * share, b0 + b1 * share
         flipped = beta > alpha / 2
         return alpha, torch.where(flipped, alpha - beta, beta), flipped
 
-    def _negatives(self, beta: Tensor | None) -> None:
-        """All pairs as negatives: ``terms`` are their losses, z becomes dlogits."""
-        z, terms = self.z, self.terms
-        low = self.dropped is None and beta is None and z.is_cpu and z.numel() > 0
-        if low and z.amax().item() <= LOW_LOGIT:  # which NaN is not
-            torch.neg(z.sigmoid_(), out=terms).log1p_().neg_()
-            return
-        _losses(z, terms, None, None, beta)
-        if self.store_dlogits:
-            _derivatives(z, None, None, None, beta)
+    def _without_dropped(self, values: Tensor) -> None:
         if self.dropped is not None:
-            terms.masked_fill_(self.dropped, 0)
-            z.masked_fill_(self.dropped, 0)
+            values.masked_fill_(self.dropped, 0)
 
-    def _weighted_losses(self) -> Tensor:  # (m,)
+    def _row_losses(self) -> Tensor:  # (m,)
         """The losses of the rows, from those of the pairs."""
+        if not self.needs_losses:
+            return self.z.new_zeros(self.z.shape[0])
         if self.weights.texts is not None:
             self.terms.mul_(self.weights.texts)
         losses = self.terms.sum(1)
         return losses if self.weights.images is None else losses.mul_(self.weights.images)
 
     def _weight_dlogits(self) -> None:
-        if self.store_dlogits and self.weights.texts is not None:
+        if self.needs_dlogits and self.weights.texts is not None:
             self.z.mul_(self.weights.texts)
-        if self.store_dlogits and self.weights.images is not None:
+        if self.needs_dlogits and self.weights.images is not None:
             self.z.mul_(self.weights.images[:, None])
 
 
 def _losses(
-    z: Tensor,  # logits, of any shape; becomes -z where flipped
-    out: Tensor,  # likewise, alpha * softplus(z) - beta * z
-    flipped: Tensor | None,  # bool: where the loss is written as one of -z; None: nowhere
+    z: Tensor,  # logits, of any shape
+    out: Tensor,  # likewise, overwritten
     alpha: Tensor | None,  # None: 1
-    beta: Tensor | None,  # alpha - beta where flipped; None: 0
-) -> None:
-    """The losses of pairs. Where beta is nearer to alpha than to 0, nothing cancels in that of -z:
-    it is alpha * softplus(-z) - (alpha - beta) * -z."""
-    _turn(z, flipped, out)
-    torch.ops.aten.softplus.out(z, 1.0, SOFTPLUS_THRESHOLD, out=out)
+    beta: Tensor | None,  # None: 0
+) -> Tensor:
+    """alpha * softplus(z) - beta * z, in ``out``.
+
+    Where beta is nearer to alpha than to 0 z is that of the other sign (``_turn``), and beta
+    alpha - beta: the same loss, of which nothing cancels.
+    """
+    if z.is_cpu and z.numel() > 0 and z.amax().item() <= _MODERATE_LOGIT:  # which NaN is not
+        torch.exp(z, out=out).log1p_()
+    else:
+        torch.ops.aten.softplus.out(z, 1.0, SOFTPLUS_THRESHOLD, out=out)
     if alpha is not None:
         out.mul_(alpha)
-    if beta is not None:
-        out.addcmul_(z, beta, value=-1)
+    return out if beta is None else out.addcmul_(z, beta, value=-1)
 
 
-def _derivatives(
-    z: Tensor,  # what _losses leaves; becomes dlogits
-    scratch: Tensor | None,  # of the same shape, where something is flipped
-    flipped: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-) -> None:
+def _derivatives(z: Tensor, alpha: Tensor | None, beta: Tensor | None) -> Tensor:
+    """z becomes the derivative of what _losses gives, in z."""
     z.sigmoid_()
     if alpha is not None:
         z.mul_(alpha)
-    if beta is not None:
-        z.sub_(beta)
-    _turn(z, flipped, scratch)
+    return z if beta is None else z.sub_(beta)
 
 
-def _turn(values: Tensor, where: Tensor | None, scratch: Tensor | None) -> None:
-    if where is not None:
-        torch.where(where, torch.neg(values, out=scratch), values, out=values)
-
-
-def _where(diagonal: int, length: int) -> tuple[slice, slice]:
-    """Rows and columns of a diagonal's pairs."""
-    row, col = max(-diagonal, 0), max(diagonal, 0)
-    return slice(row, row + length), slice(col, col + length)
+def _turn(values: Tensor, where: Tensor, scratch: Tensor) -> Tensor:
+    """Turn the sign of ``values`` where ``where`` says so; returns the scratch."""
+    torch.where(where, torch.neg(values, out=scratch), values, out=values)
+    return scratch
 
 
 def _shares(shares: PositiveShares, out: Tensor) -> Tensor:  # (m, n)

@@ -37,7 +37,7 @@ def _strip_rows(rows: int, cols: int) -> int:
 
 def _kind(spec: PanelSpec) -> PanelSpec:
     """A spec without sizes."""
-    return spec._replace(rows=0, cols=0, wide=False)
+    return spec._replace(rows=0, cols=0, wide=False, losses=True)
 
 
 def workspace_bytes(spec: PanelSpec) -> int:

@@ -17,6 +17,7 @@ from .interface import (
     Pairs,
     PanelSpec,
     RandomMask,
+    RowValues,
     ScoreNormalizer,
     ScoreThreshold,
 )
@@ -24,46 +25,15 @@ from .registry import float32_products, multiplies_half_into_fp32
 from .torch_products import add_product
 from .triton_configs import TILE, PanelConfig, count_config, panel_config
 from .triton_kernels import count_kernel, panel_kernel
+from .triton_operands import INTERPRETED, ids_args, multiplied, stored_dtype
 from .triton_products import ProductConfig, TileLists, add_tiled_product, list_elements
+from .triton_scores import launch_best, launch_count
 from .triton_totals import TritonTotals
-
-INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
-
-
-def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernel writes dlogits: the interpreter cuts bf16 off where devices
-    round."""
-    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
-
-
-def _multiplied(features: Tensor, precision: str) -> Tensor:
-    """Features as tl.dot multiplies them.
-
-    The interpreter's takes the bits of bf16 for a number. In tf32 the tensor cores cut the last 13
-    bits off where the libraries round: every similarity would come out a little too small, and at
-    t = 100 the loss 0.4% off (on an H100: benchmarks/results, device, matmul_precision "high").
-    """
-    if INTERPRETED and features.dtype == torch.bfloat16:
-        return features.float()
-    return round_to_tf32(features) if precision == "tf32" else features
-
-
-def round_to_tf32(features: Tensor) -> Tensor:
-    """float32 to the nearest number with 10 bits of mantissa, ties away from zero."""
-    if features.dtype != torch.float32:
-        return features
-    rounded = (features.view(torch.int32) + (1 << 12)).bitwise_and_(-1 << 13).view(torch.float32)
-    return torch.where(features.isfinite(), rounded, features)
 
 
 def _diagonal(pairs: Pairs, n: int) -> int:
     # no pair is (i, i + n): without a diagonal, the same kernel never meets it
     return n if pairs.diagonal is None else pairs.diagonal
-
-
-def _ids_args(pairs: Pairs) -> tuple[Tensor | None, Tensor | None]:
-    """The kernels' tensors of the ids."""
-    return (None, None) if pairs.ids is None else pairs.ids
 
 
 def _may_skip(selection: RandomMask | ScoreThreshold | None, tile: tuple[int, int]) -> bool:
@@ -222,7 +192,7 @@ class TritonPanel(TritonTotals):
     ) -> None:
         (m, d), n = x.shape, y.shape[0]
         precision = self._precision()
-        x, y = _multiplied(x, precision), _multiplied(y, precision)
+        x, y = multiplied(x, precision), multiplied(y, precision)
         config = self.config(x.dtype, precision)
         panel_kernel[(self.partials.shape[1],)](
             x,
@@ -230,7 +200,7 @@ class TritonPanel(TritonTotals):
             self.dlogits,
             self.partials,
             *affine,
-            *_ids_args(pairs),
+            *ids_args(pairs),
             *_selection_args(selection),
             self.flags,
             m,
@@ -274,10 +244,10 @@ class TritonPanel(TritonTotals):
             flags = self.flags[: math.prod(tiles)].view(tiles)
             lists = TileLists(flags.T if transposed else flags, self.lists)
         precision = self._precision()
-        whole, tile = _multiplied(self.dlogits.to(self.dtype), precision), self.tile
+        whole, tile = multiplied(self.dlogits.to(self.dtype), precision), self.tile
         if transposed:
             whole, tile = whole.T, tile[::-1]
-        rhs = _multiplied(rhs, precision)
+        rhs = multiplied(rhs, precision)
         config = ProductConfig(self.config(rhs.dtype, precision), tile, precision)
         add_tiled_product(out, whole, rhs, lists, alpha, accumulate, config)
 
@@ -293,7 +263,7 @@ class TritonPanel(TritonTotals):
     ) -> None:
         (m, d), n = x.shape, y.shape[0]
         precision = self._precision()
-        x, y = _multiplied(x, precision), _multiplied(y, precision)
+        x, y = multiplied(x, precision), multiplied(y, precision)
         constants, (tiles_m, tiles_n) = count_constants(step), self._tiles(m, n)
         config = count_config(self.target, x.dtype, precision, constants["TALLIED"])
         written = counts
@@ -304,7 +274,7 @@ class TritonPanel(TritonTotals):
             count_kernel[(tiles_m * tiles_n,)](
                 x,
                 y,
-                *_ids_args(pairs),
+                *ids_args(pairs),
                 *normalizer,
                 prefix,
                 written,
@@ -321,6 +291,32 @@ class TritonPanel(TritonTotals):
             )
         if constants["TALLIED"]:
             counts += written.sum(0, dtype=torch.int32)
+
+    def best_positives(
+        self,
+        x: Tensor,  # (m, D)
+        y: Tensor,  # (n, D)
+        pairs: Pairs,
+        best: RowValues,
+    ) -> None:
+        precision = self._precision()
+        x, y = multiplied(x, precision), multiplied(y, precision)
+        config = panel_config(self.target, x.dtype, precision, store_dlogits=False)
+        launch_best(x, y, pairs, best, precision, config)
+
+    def count_not_below(
+        self,
+        x: Tensor,  # (m, D)
+        y: Tensor,  # (n, D)
+        pairs: Pairs,
+        best: RowValues,
+        counts: RowValues,
+        same_panel: bool = False,  # no product is kept: it is computed again
+    ) -> None:
+        precision = self._precision()
+        x, y = multiplied(x, precision), multiplied(y, precision)
+        config = panel_config(self.target, x.dtype, precision, store_dlogits=False)
+        launch_count(x, y, pairs, best, counts, precision, config)
 
 
 def _check_can_run(dtype: torch.dtype, device: torch.device) -> None:

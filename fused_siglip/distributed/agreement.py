@@ -14,7 +14,7 @@ from ..kernels import BACKENDS, Affine
 from ..negatives import KINDS
 from ..positives import POSITIVE_KINDS
 from ..rows import RowData, all_ones
-from ..spec import Execution, LossSpec
+from ..spec import FUNCTIONS, Execution, LossSpec
 from ..validation import FEATURE_DTYPES, REDUCTIONS
 from . import collectives
 from .collectives import comm_errors
@@ -34,6 +34,7 @@ class CallHeader(NamedTuple):
     """One rank's call in whole numbers."""
 
     valid: int  # 0: this rank's arguments were refused, and it has raised
+    function: int  # index into FUNCTIONS
     dim: int
     dtype: int  # index into FEATURE_DTYPES
     has_ids: int
@@ -58,16 +59,19 @@ class CallHeader(NamedTuple):
     per_text: int
     aligned: int  # -1 for None
     label_smoothing: int
-    counting: int  # index into BACKENDS where thresholds are searched: how often texts go round
+    counting: int  # index into BACKENDS where ranks must have the same: how often texts go round
+    # where thresholds are searched, and the bits of what ranks are counted by
+    workspace_bytes: int  # 0 for None
     device: int  # index into _DEVICES, -1 for another
     logit_scale: int  # bits of the float, like logit_bias: see _scalar_bits
     logit_bias: int
 
 
 # The fields all ranks must agree on, in the words of the public function.
-_AGREED = {"dim": "D", "dtype": "dtype", "has_ids": "ids", "negative_only": "negative_only",
+_AGREED = {"function": "the function", "dim": "D", "dtype": "dtype",
+           "has_ids": "ids", "negative_only": "negative_only",
            "dist_impl": "dist_impl", "reduction": "reduction", "negatives": "negatives",
-           "amount": "keep (or margin) of negatives", "seed": "seed of negatives",
+           "amount": "keep of negatives", "seed": "seed of negatives",
            "image_weights": "image_weights", "text_weights": "text_weights",
            "positives": "positives", "pair": "pair of positives",
            "per_image": "per_image of positives", "per_text": "per_text of positives",
@@ -88,6 +92,7 @@ def _float(bits: int) -> float:
 
 # What a field's number stands for, where it is not that number.
 FORMATTERS: dict[str, Callable[[int], object]] = {
+    "function": lambda v: FUNCTIONS[v],
     "dtype": lambda v: FEATURE_DTYPES[v],
     "negative_only": bool,
     "reduction": lambda v: REDUCTIONS[v],
@@ -124,10 +129,12 @@ def header_of(
     """What this rank tells the others of its call."""
     x, y, affine = inputs
     kind, amount, seed = spec.negatives
+    compares = spec.negatives.by_score or spec.function == "retrieval_ranks"
     dist_impl = -1 if spec.dist_impl is None else list(DIST_IMPLS).index(spec.dist_impl)
     of_positives, *shares, aligned = spec.positives
     return CallHeader(
         valid=1,
+        function=FUNCTIONS.index(spec.function),
         dim=x.shape[1],
         dtype=FEATURE_DTYPES.index(x.dtype),
         has_ids=rows.ids is not None,
@@ -150,7 +157,8 @@ def header_of(
         **{k: _bits(v) for k, v in zip(("pair", "per_image", "per_text"), shares, strict=True)},
         aligned=-1 if aligned is None else _bits(aligned),
         label_smoothing=_bits(spec.label_smoothing),
-        counting=list(BACKENDS).index(run.backend) if spec.negatives.by_score else 0,
+        counting=list(BACKENDS).index(run.backend) if compares else 0,
+        workspace_bytes=run.workspace_bytes or 0,
         device=_DEVICES.index(x.device.type) if x.device.type in _DEVICES else -1,
         logit_scale=_scalar_bits(affine.scale),
         logit_bias=_scalar_bits(affine.bias),
@@ -173,10 +181,11 @@ def check_ranks_agree(
     refused = [rank for rank, h in enumerate(everyone) if not h.valid]
     if refused:
         raise ValueError(
-            f"siglip_loss was called with bad arguments on rank {refused[0]} of the group, which "
-            "has the details: expected a good call on every rank"
+            f"{FUNCTIONS[header.function]} was called with bad arguments on rank {refused[0]} of "
+            "the group, which has the details: expected a good call on every rank"
         )
-    for field, name in _AGREED.items():
+    names = _AGREED | ({"amount": "margin of negatives"} if _is_below(header) else {})
+    for field, name in names.items():
         values = [getattr(h, field) for h in everyone]
         if len(set(values)) > 1:
             said = FORMATTERS.get(field, str)
@@ -195,9 +204,13 @@ def check_ranks_agree(
     return everyone
 
 
+def _is_below(header: CallHeader) -> bool:
+    return header.negatives == list(KINDS).index("below")
+
+
 def report_bad_arguments(group: dist.ProcessGroup, device: torch.device | None = None) -> None:
     """Tell the others that this rank is about to raise, so that they raise too and do not wait."""
-    _exchange(CallHeader(0, *[0] * (len(CallHeader._fields) - 1)), group, device)
+    _exchange(CallHeader(*[0] * len(CallHeader._fields)), group, device)
 
 
 def check_device(group: dist.ProcessGroup, device: torch.device) -> None:

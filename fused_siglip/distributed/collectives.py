@@ -27,7 +27,7 @@ def comm_errors(group: dist.ProcessGroup, what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"siglip_loss: rank {dist.get_rank(group)} of {dist.get_world_size(group)} lost "
+            f"fused_siglip: rank {dist.get_rank(group)} of {dist.get_world_size(group)} lost "
             f"contact in the {what}: another rank failed, left the group or is late"
         ) from error
 

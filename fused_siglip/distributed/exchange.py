@@ -66,10 +66,19 @@ class TextResult(NamedTuple):
         return torch.empty((rows, *self.shape), dtype=self.dtype, device=device)
 
 
+class Largest(NamedTuple):
+    """What the panels of all ranks must suit, where all must have the same shape."""
+
+    images: int  # of a rank
+    texts: int  # likewise
+    workspace_bytes: int | None  # the smallest that a rank was given
+
+
 class TextExchange(Protocol):
     """Brings all texts of the global batch to this rank's images."""
 
     first_image: int  # index of this rank's first image in the global batch
+    largest: Largest  # over the ranks
     images_at_once: int | None  # how many images search thresholds together; None: all of them
     text_grad: bool  # whether any rank needs the gradient of its texts
     all_ones: bool  # whether no rank's weights say anything
@@ -112,6 +121,7 @@ class Local:
 
     def __init__(self, x: Tensor, y: Tensor, rows: RowData, spec: LossSpec):
         self.images, self.y, self.ids = x.shape[0], y, rows.ids
+        self.largest = Largest(x.shape[0], y.shape[0], spec.workspace_bytes)
         self.text_grad, self.all_ones = spec.grads.text, all_ones(rows)
         self._divisor: float | Tensor | None = None
 
@@ -170,6 +180,10 @@ class GroupExchange(abc.ABC):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.text_rows, self.image_rows = [h.rows for h in headers], [h.images for h in headers]
         self.first_image = sum(h.images for h in headers[: self.rank])
+        bounds = [h.workspace_bytes for h in headers if h.workspace_bytes]
+        self.largest = Largest(
+            max(h.images for h in headers), max(self.text_rows), min(bounds, default=None)
+        )
         self.text_grad = any(h.need_text_grad for h in headers)
         self.all_ones = all(h.all_ones for h in headers)
         self.total_images = sum(h.real_images for h in headers)

@@ -13,6 +13,7 @@ import torch
 
 from fused_siglip import siglip_loss
 from fused_siglip.kernels import Ids, Pairs, PanelSpec, triton_panel
+from fused_siglip.kernels.triton_operands import round_to_tf32
 from fused_siglip.kernels.triton_panel import TritonPanel
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 from support.triton_panels import (
@@ -214,16 +215,16 @@ def test_tf32_operands_are_rounded_not_cut():
     """To the nearest of 10 bits: half a unit in the last of them at most, in no direction."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1000, 100, generator=generator) * 2.0 ** torch.arange(-50, 50)
-    rounded = triton_panel.round_to_tf32(x)
+    rounded = round_to_tf32(x)
     assert torch.equal(rounded.view(torch.int32) & 0x1FFF, torch.zeros_like(x, dtype=torch.int32))
     error = (rounded.double() - x.double()) / x.abs().double()
     assert error.abs().max() <= 2.0**-11
     assert (error * x.sign()).mean().abs() <= 2.0**-11 / x.numel() ** 0.5
     special = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1.0, -3.0])
-    same = triton_panel.round_to_tf32(special)
+    same = round_to_tf32(special)
     assert torch.equal(same.nan_to_num(7.0), special.nan_to_num(7.0)) and same[2].isnan()
     half = torch.ones(3, dtype=torch.float16)
-    assert triton_panel.round_to_tf32(half) is half
+    assert round_to_tf32(half) is half
 
 
 def test_float64_is_refused():
