@@ -180,6 +180,8 @@ def panel_kernel(
         image_weights_ptr, text_weights_ptr, image_shares_ptr, text_shares_ptr, targets_ptr,
         aligned_diagonal, aligned_share,
     )  # fmt: skip
+    # No subtile takes the form without positives. With a selection and weights it would spill.
+    MIXED_EVERYWHERE: tl.constexpr = image_ids_ptr is not None or (WEIGHTED and HAS_SELECTION)
     subtiles = column_subtiles(tile, SUBTILES)
     zero = tl.zeros((ROW_GROUPS, 8, FOLD_COLS), tl.float32)
     sums = (zero, zero, zero)
@@ -200,7 +202,7 @@ def panel_kernel(
             rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.int64)
             cols = col0 + tl.arange(0, WIDTH)
             dlogits_ptrs = dlogits_ptr + rows[:, None] * stride_zm + cols[None, :]
-        if image_ids_ptr is None:
+        if not MIXED_EVERYWHERE:
             # Positives and pairs past the edge are only there.
             mixed = meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, WIDTH)
         elif flags_ptr is None:
@@ -222,7 +224,7 @@ def panel_kernel(
                 SCALAR_GRADS, GRAD_SCALE, PAIR_ROWS, HAS_SELECTION, selection_args, block,
                 WEIGHTED, weight_args,
             )  # fmt: skip
-        elif image_ids_ptr is None:
+        elif not MIXED_EVERYWHERE:
             sums = epilogue(
                 subtiles[subtile], None, None, scale, bias, sums, dlogits_ptrs, False,
                 SCALAR_GRADS, GRAD_SCALE, PAIR_ROWS, HAS_SELECTION, selection_args, block,
@@ -238,7 +240,7 @@ def panel_kernel(
     if flags_ptr is not None:
         flag = flags_ptr + tile_m * tl.cdiv(N, BLOCK_N) + tile_n
         if WEIGHTED:
-            # losses may have either sign, and add up to 0
+            # Losses may have either sign, and add up to 0.
             tl.store(flag, (tl.sum(sums[3]) != 0).to(tl.int32))
         else:
             # Softplus underflows no earlier than its derivative: with no loss, all dlogits are 0.
