@@ -91,7 +91,7 @@ test-newest-triton:
 	$(RUN) -m pytest tests/triton_backend/test_triton_compiled.py -k "bfloat16 or variants or masked" -n 2
 	$(QUICK_INTERPRETER)
 
-# The ends of what setup.py allows. Both are CUDA builds: gigabytes, minutes to install.
+# The ends of what pyproject.toml allows. Both are CUDA builds: gigabytes, minutes to install.
 test-oldest: TORCH = torch==2.10.0
 test-oldest: TRITON = triton==3.6.0
 test-oldest: VENV = .venv-oldest
@@ -126,7 +126,7 @@ clean:
 
 # torch first and pinned: any other package would bring its own choice. open_clip without its
 # dependencies: the tests load its loss, which needs torch alone.
-$(VENV)/ready: setup.py Makefile .ci/constraints.txt
+$(VENV)/ready: pyproject.toml setup.py Makefile .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TRITON) -e .[dev]
@@ -144,7 +144,7 @@ $(VENV)/stacks: $(VENV)/ready
 $(VENV)/peers: $(VENV)/stacks
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check parameterized==0.9.0
 
-# setup.py's docs extra, without the package itself.
+# The docs extra, without the package itself.
 $(DOCS_VENV)/ready: Makefile .ci/constraints.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
 	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(DOCS)
