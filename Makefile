@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 OPEN_CLIP = open_clip_torch==3.3.0
 OPEN_CLIP_NEEDS = ftfy==6.3.1 regex==2026.11.15 webdataset==1.0.2 pandas==3.1.1
+KERNELS = kernels==0.17.2
 STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 accelerate==1.15.0 datasets==5.2.0
 DOCS = mkdocs-material mkdocstrings-python ruff
 VENV = .venv
@@ -17,7 +18,7 @@ PRODUCT = tests/core tests/triton_backend tests/distributed
 QUICK_INTERPRETER = HYPOTHESIS_PROFILE=quick TRITON_INTERPRET=1 $(RUN) -m pytest $(PRODUCT) \
 	-m "interpreter and not exhaustive" -n 2 --dist loadfile
 
-.PHONY: demo demo-full test test-all paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-oldest test-newest bench bench-integrations docs lint clean
+.PHONY: demo demo-full test test-all paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers kernel-hub test-kernel-hub test-newest-triton test-oldest test-newest bench bench-integrations docs lint clean
 
 # One to two minutes on two cores; writes to build/demo. Threads sleep while they wait: where other
 # programs run, those that spin would take each other's time, and the fused loss waits most often.
@@ -104,6 +105,15 @@ test-oldest test-newest:
 	HYPOTHESIS_PROFILE=quick $(RUN) -m pytest tests/core tests/distributed -m "not exhaustive" -n 2 --dist loadfile
 	$(QUICK_INTERPRETER)
 
+# The package as a kernel for Hugging Face's `kernels`: docs/kernel_hub.md.
+kernel-hub:
+	$(PYTHON) .ci/kernel_hub/layout.py build/kernel-hub
+
+# That library loads it. The package itself is not installed there.
+test-kernel-hub: VENV = .venv-kernel-hub
+test-kernel-hub: .venv-kernel-hub/kernels
+	cd tests/kernel_hub && PYTHONDONTWRITEBYTECODE=1 ../../$(RUN) -m pytest -p no:cacheprovider
+
 bench: $(VENV)/ready
 	$(RUN) -m benchmarks.suites.loss
 
@@ -122,7 +132,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf .venv .venv-docs .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info
+	rm -rf .venv .venv-docs .venv-kernel-hub .venv-integrations .venv-newest .venv-oldest .venv-newest-torch build dist *.egg-info
 
 # torch first and pinned: any other package would bring its own choice. open_clip without its
 # dependencies: the tests load its loss, which needs torch alone.
@@ -143,6 +153,12 @@ $(VENV)/stacks: $(VENV)/ready
 # What transformers' tests import besides.
 $(VENV)/peers: $(VENV)/stacks
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check parameterized==0.9.0
+
+.venv-kernel-hub/kernels: Makefile .ci/constraints.txt
+	$(PYTHON) -m venv .venv-kernel-hub
+	.venv-kernel-hub/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-kernel-hub/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt $(TORCH) $(KERNELS) pytest
+	touch $@
 
 # The docs extra, without the package itself.
 $(DOCS_VENV)/ready: Makefile .ci/constraints.txt
