@@ -118,9 +118,10 @@ test-kernel-hub: .venv-kernel-hub/kernels
 	cd tests/kernel_hub && PYTHONDONTWRITEBYTECODE=1 ../../$(RUN) -m pytest -p no:cacheprovider
 
 # What a stranger does on the day of a release, in an empty environment: minutes, gigabytes. The
-# distributions that passed go to dist/.
+# distributions that passed go to dist/. PYTHONS: other interpreters, in which the wheel is compiled.
+PYTHONS =
 release-check:
-	$(PYTHON) .ci/release_check.py --torch $(TORCH) --output dist
+	$(PYTHON) .ci/release_check.py --torch $(TORCH) --output dist --pythons $(PYTHONS)
 
 # Whether a tag may be published: docs/releasing.md.
 TAG = v0.0.0

@@ -157,6 +157,17 @@ def install_alone(machine: Machine) -> Path:
     return programs
 
 
+def other_python(machine: Machine, python: str, number: int) -> None:
+    """The wheel in another Python, without torch: that it is allowed there, and compiles."""
+    folder = machine.folder / f"python{number}"
+    machine.run(python, "-m", "venv", folder)
+    programs = folder / "bin"
+    machine.install(programs, "--no-deps", "--index-url", machine.index, NAME)
+    machine.run(programs / "python", "--version")
+    (package,) = folder.glob("lib/*/site-packages/fused_siglip")
+    machine.run(programs / "python", "-W", "error", "-m", "compileall", "-q", "-f", package)
+
+
 def develop(machine: Machine, programs: Path) -> None:
     """The extras for work on the package, an example each: triton, demo, bench, test, dev, docs."""
     machine.install_from_index(programs, "[triton,demo,bench,test,dev,docs]")
@@ -198,6 +209,7 @@ def stacks(machine: Machine) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch", default="torch", help="what is installed as torch")
+    parser.add_argument("--pythons", nargs="*", default=[], help="interpreters to try as well")
     parser.add_argument("--output", type=Path, help="where to copy the distributions that passed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="release-check-") as name:
@@ -210,6 +222,8 @@ def main() -> None:
             machine.run(tools / "twine", "upload", "--non-interactive", "--disable-progress-bar",
                         "--repository-url", url, "-u", "x", "-p", "x", wheel, sdist)  # fmt: skip
             machine.index = f"{url}simple/"
+            for number, python in enumerate(options.pythons):
+                other_python(machine, python, number)
             develop(machine, install_alone(machine))
             stacks(machine)
         hub = machine.folder / "hub"
