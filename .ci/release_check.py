@@ -37,7 +37,9 @@ class Machine:
         self.folder, self.torch = folder, torch
         (folder / "home").mkdir()
         kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
-        self.environment = kept | {"HOME": str(folder / "home"), "TMPDIR": str(folder)}
+        # OMP_WAIT_POLICY: beside other programs, threads that spin take each other's time
+        given = {"HOME": folder / "home", "TMPDIR": folder, "OMP_WAIT_POLICY": "passive"}
+        self.environment = kept | {name: str(value) for name, value in given.items()}
         self.index = ""  # of the packages that were uploaded
 
     def run(self, *command: object, cwd: Path | None = None, **variables: str) -> str:
