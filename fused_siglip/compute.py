@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .distributed.agreement import report_bad_arguments
+from .distributed.collectives import resolve_group
 from .distributed.exchange import Local, TextExchange, TextResult, Texts, open_exchange
 from .kernels import (
     Affine,
@@ -22,17 +24,34 @@ from .kernels import (
     default_backend,
     panel_class,
 )
+from .ranks import best_of_images
+from .rows import RowData, check_values, is_weighted
 from .selection.hashing import hash_cutoff, image_keys, text_keys
-from .selection.thresholds import score_normalizer, search_thresholds, text_center_radius
-from .spec import Execution, LossSpec
+from .selection.thresholds import (
+    margin_threshold,
+    score_normalizer,
+    search_thresholds,
+    text_center_radius,
+)
+from .spec import NO_GRADS, Execution, LossSpec
 from .sweep import GradBuffers, count_negatives, sweep
+from .weighting import Weighting
+
+
+class Settled(NamedTuple):
+    """A call with its dtypes settled."""
+
+    x: Tensor  # (M, D) in the dtype of the products' operands
+    y: Tensor  # (N, D) likewise
+    affine: Affine
+    run: Execution
 
 
 def loss_and_grads(
     x: Tensor,  # (M, D)
     y: Tensor,  # (N, D)
     affine: Affine,  # () or (1,), of any floating dtype
-    pairs: Pairs,  # with ids, or the diagonal of a rank's own pairs, or none
+    rows: RowData,
     spec: LossSpec,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # (), (3,), (M, D), (N, D)
     """The loss, and what backward multiplies by the upstream scalar.
@@ -40,86 +59,125 @@ def loss_and_grads(
     That is the factors of :meth:`fused_siglip.kernels.Panel.finish` and the gradients of
     :func:`fused_siglip.sweep.sweep`; one that ``spec.grads`` does not name is None. In a group the
     columns are the texts of all ranks, and the gradient of this rank's texts holds the
-    contributions of all ranks.
+    contributions of all ranks. With the reduction "none" these are of the sum of the images'
+    losses, whose weights may then be of either sign.
     """
+    with _without_autocast(x.device.type):
+        call = _settle(x, y, affine, spec)
+        batch = _open(call, rows, spec, spec.reduction != "none")
+        sums, grad_x, grad_y = batch.sweep()
+        finish = panel_class(call.run.backend).finish
+        loss, factors = finish(sums, call.affine.scale, batch.divisor, batch.factor)
+    return loss, factors, grad_x, grad_y
+
+
+def image_losses(
+    x: Tensor,  # (M, D)
+    y: Tensor,  # (N, D)
+    affine: Affine,
+    rows: RowData,
+    spec: LossSpec,
+) -> Tensor:  # (M,)
+    """The loss of each image: one product, no gradients. Arguments as of loss_and_grads."""
+    with _without_autocast(x.device.type):
+        call = _settle(x, y, affine, spec)
+        batch = _open(call, rows, spec.with_grads(NO_GRADS), True)
+        losses = torch.zeros(len(x), dtype=call.affine.scale.dtype, device=x.device)
+        batch.sweep(losses)
+        return losses if isinstance(batch.divisor, float) else losses.div_(batch.divisor)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """The dtypes are settled: autocast must not round the products inside once more."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _settle(x: Tensor, y: Tensor, affine: Affine, spec: LossSpec) -> Settled:
     dtype = spec.dtype or x.dtype
     acc = accumulate_dtype(dtype)
     run = Execution(spec.backend or default_backend(x.device, dtype), spec.workspace_bytes)
-    # the dtypes are settled: autocast must not round the products inside once more
-    without_autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if torch.is_autocast_enabled(x.device.type):
-        without_autocast = torch.autocast(x.device.type, enabled=False)
-    with without_autocast:
-        # every torch call less counts where the batch is small
-        x = x if x.dtype == dtype else x.to(dtype)
-        y = y if y.dtype == dtype else y.to(dtype)
-        affine = Affine(_scalar(affine.scale, acc), _scalar(affine.bias, acc))
-        exchange = open_exchange(x, y, affine, pairs, spec, run)
-        batch = _Batch(x, affine, pairs, spec, run, exchange)
-        sums, grad_x, grad_y = batch.sweep(y)
-        divisor = exchange.divisor(spec.reduction)
-        finish = panel_class(run.backend).finish
-        loss, factors = finish(sums, affine.scale, divisor, batch.factor)
-    return loss, factors, grad_x, grad_y
+    # every torch call less counts where the batch is small
+    x = x if x.dtype == dtype else x.to(dtype)
+    y = y if y.dtype == dtype else y.to(dtype)
+    return Settled(x, y, Affine(_scalar(affine.scale, acc), _scalar(affine.bias, acc)), run)
+
+
+def _open(call: Settled, rows: RowData, spec: LossSpec, checks: bool) -> _Batch:
+    """This rank's images, with an exchange that all ranks have agreed on."""
+    if checks and (rows.image_weights is not None or rows.text_weights is not None):
+        try:
+            check_values(rows)
+        except ValueError:
+            if spec.group_name is not None:
+                report_bad_arguments(resolve_group(spec.group_name), call.x.device)
+            raise
+    return _Batch(call, rows, spec, open_exchange(*call[:3], rows, spec, call.run))
 
 
 class _Batch:
     """This rank's images against all texts, however these come."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        affine: Affine,
-        pairs: Pairs,
-        spec: LossSpec,
-        run: Execution,
-        exchange: TextExchange,
-    ):
-        self.x, self.affine, self.pairs, self.spec, self.run = x, affine, pairs, spec, run
-        self.exchange = exchange
+    def __init__(self, call: Settled, rows: RowData, spec: LossSpec, exchange: TextExchange):
+        self.x, self.y, self.affine, self.run = call
+        self.rows, self.spec, self.exchange = rows, spec, exchange
         self.alone = isinstance(exchange, Local)
+        self.weighting: Weighting | None = None
+        self.divisor = exchange.divisor(spec.reduction)
+        if is_weighted(rows, spec, exchange.all_ones):
+            self.weighting = Weighting(self.x, rows, spec, self.affine.scale.dtype, exchange)
+            self.divisor = self.divisor / self.weighting.unit
         self.factor = 1.0
-        if self.alone and x.is_cpu and run.backend == "torch":
-            self.factor = _known_factor(affine.scale, exchange.divisor(spec.reduction))
+        if self.alone and self.x.is_cpu and self.run.backend == "torch":
+            self.factor = _known_factor(self.affine.scale, self.divisor)
 
     def sweep(
         self,
-        y: Tensor,  # (N, D)
+        losses: Tensor | None = None,  # (M,), added to: of each image
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # (3 or 1, k), (M, D), (N, D)
         """The sums over all pairs of this rank's images, and the gradients of the features."""
         grads, acc = self.spec.grads, self.affine.scale.dtype
-        x = self.x
+        x, weighting = self.x, self.weighting
         # not new_empty, which takes twice as long
         grad_x = torch.empty(x.shape, dtype=acc, device=x.device) if grads.image else None
-        selection_of = self._selection(y)
+        selection_of = self._selection(self.y)
+        # a backward of the images' losses knows them already
+        wanted = self.spec.reduction != "none" or losses is not None
         sums: list[Tensor] = []  # one tensor: the parts of a single visit, or the sum of all so far
         if not self.alone:
             sums.append(x.new_zeros(3 if grads.scalars else 1, 1, dtype=acc))
 
         def visit(texts: Texts, grad_texts: Tensor | None) -> None:
-            out = GradBuffers(grad_x, grad_texts, grads.scalars, texts.step > 0, self.factor)
-            parts = sweep(
-                x, texts.features, self.affine, self._pairs_with(texts), out, self.run,
-                selection_of(texts),
-            )  # fmt: skip
+            out = GradBuffers(
+                grad_x, grad_texts, grads.scalars, texts.step > 0, self.factor, losses, wanted
+            )
+            pairs = self._pairs_with(texts)
+            if weighting is not None:
+                pairs = pairs._replace(weights=weighting.of(texts))
+            parts = sweep(x, texts.features, self.affine, pairs, out, self.run, selection_of(texts))
+            if weighting is not None and weighting.has_linear_term:
+                linear = weighting.add_linear_term(x, texts, self.affine, out)
+                parts = torch.cat((parts, linear), 1)
             if self.alone:
                 sums.append(parts)
             else:
                 sums[0].add_(parts.sum(1, keepdim=True))
 
         result = TextResult((x.shape[1],), acc) if self.exchange.text_grad else None
-        grad_y = self.exchange.for_each(visit, result, last=True)
+        extras = () if weighting is None else weighting.extras
+        grad_y = self.exchange.for_each(visit, result, extras, last=True)
         return sums[0], grad_x, grad_y if grads.text else None
 
     def _pairs_with(self, texts: Texts) -> Pairs:
         """Which pairs of this rank's images and these texts are positive."""
-        if self.pairs.ids is not None and texts.ids is not None:
-            return Pairs(None, Ids(self.pairs.ids.images, texts.ids))
-        return Pairs(None if self.pairs.diagonal is None else texts.diagonal)
+        if self.rows.image_ids is not None and texts.ids is not None:
+            return Pairs(None, Ids(self.rows.image_ids, texts.ids))
+        return Pairs(None if self.spec.negative_only else texts.diagonal)
 
     def _selection(self, y: Tensor) -> Callable[[Texts], RandomMask | ScoreThreshold | None]:
         """A function of texts: which negatives among them take part; None for all."""
-        kind, keep, seed = self.spec.negatives
+        kind, amount, seed = self.spec.negatives
         if kind is None:
             return lambda texts: None
         if kind == "random":
@@ -128,18 +186,21 @@ class _Batch:
 
             def mask(texts: Texts) -> RandomMask:
                 keys = text_keys(seed, texts.first, len(texts.features), device)
-                return RandomMask(images, keys, hash_cutoff(keep))
+                return RandomMask(images, keys, hash_cutoff(amount))
 
             return mask
-        thresholds = self._find_thresholds(y, kind, keep)
+        if kind == "below":
+            best = best_of_images(self.x, y, self.rows, self.run, self.exchange)
+            thresholds = margin_threshold(best, amount)
+        else:
+            thresholds = self._find_thresholds(y, kind, amount)
         return lambda texts: thresholds
 
     def _find_thresholds(self, y: Tensor, kind: str, keep: float) -> ScoreThreshold:
         """Each image's threshold for its share of negatives, in a few light sweeps."""
         acc, steps = self.affine.scale.dtype, panel_class(self.run.backend).count_bits
         exchange, x = self.exchange, self.x
-        text_ids = None if self.pairs.ids is None else self.pairs.ids.texts
-        center, radius = text_center_radius(y, text_ids, acc, exchange.all_reduce)
+        center, radius = text_center_radius(y, self.rows.text_ids, acc, exchange.all_reduce)
         normalizer = score_normalizer(x, center, radius, self.affine.scale, kind)
         threshold = torch.empty_like(normalizer.inv_radius)
         # In a group every round moves all texts: all images take part in each. A rank without

@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from . import transforms
-from .kernels import Ids
+from .rows import RowData
 from .spec import LossSpec
 
 # The loss, its factors, and the gradients of the features: see operator.py.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+_Out = TypeVar("_Out")
 
 # Whether the running backward keeps its graph: what torch's compiled backward asks before it reuses
 # saved memory (donated buffers). Should torch drop it, gradients are copied instead.
@@ -26,7 +27,9 @@ _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph
 class SigLipFunction(torch.autograd.Function):
     """The derivative of an operator, at torch's autograd key.
 
-    ``function`` computes the operator's outputs from the tensors, the ids and the spec.
+    ``function`` computes the operator's outputs from the tensors, the rows' data and the spec.
+    ``image_weights`` are among the rows' data too: as an input they have no gradient, but whoever
+    differentiates a gradient in them comes here as well.
 
     The gradients are computed in the forward pass, as further outputs; backward multiplies them by
     the upstream scalar. Whoever differentiates a gradient comes back here with a gradient of such
@@ -34,13 +37,14 @@ class SigLipFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913, apply takes no bundles of tensors
         ctx: Any,
         x: Tensor,
         y: Tensor,
         logit_scale: Tensor,
         logit_bias: Tensor,
-        ids: Ids | None,
+        image_weights: Tensor | None,
+        rows: RowData,
         spec: LossSpec,
         function: Callable[..., Outputs],
     ) -> Outputs:
@@ -49,9 +53,9 @@ class SigLipFunction(torch.autograd.Function):
             # With gradients enabled: an outer torch.func transform differentiates this call, and
             # turns them off where its caller has.
             with torch.enable_grad(), _set_fwd_grad_enabled(True):
-                outputs = below_autograd(function, inputs, ids, spec)
+                outputs = below_autograd(function, inputs, rows, spec)
         else:
-            outputs = below_autograd(function, inputs, ids, spec)
+            outputs = below_autograd(function, inputs, rows, spec)
         # logit_scale only so that a change of it since is noticed
         ctx.save_for_backward(*outputs[1:], logit_scale)
         ctx.grads = spec.grads
@@ -70,7 +74,7 @@ class SigLipFunction(torch.autograd.Function):
         if any(g is not None for g in of_gradients):
             raise RuntimeError(transforms.NO_SECOND_DERIVATIVE)
         if upstream is None:
-            return (None,) * 7
+            return (None,) * 8
         factors, grad_x, grad_y, _ = ctx.saved_tensors
         *scalar_grads, factor = (upstream * factors).unbind()
         (_, x_dtype), (_, y_dtype), *scalars_like = ctx.like
@@ -89,7 +93,7 @@ class SigLipFunction(torch.autograd.Function):
                 g if g.shape == shape and g.dtype == dtype else g.reshape(shape).to(dtype)
                 for g, (shape, dtype) in zip(scalar_grads, scalars_like, strict=True)
             ]
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _multiply(saved: Tensor, factor: Tensor | None, dtype: torch.dtype, slot: Any) -> Tensor:
@@ -148,7 +152,7 @@ def is_eager(*tensors: Tensor) -> bool:
     return keys | _PLAIN == _PLAIN
 
 
-def below_autograd(function: Callable[..., Outputs], *inputs: Any) -> Outputs:
+def below_autograd(function: Callable[..., _Out], *inputs: Any) -> _Out:
     """Call what an operator does below torch's autograd key."""
     with torch._C._AutoDispatchBelowAutograd():
         return function(*inputs)

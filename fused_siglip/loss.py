@@ -8,9 +8,11 @@ from torch import Tensor
 
 from . import validation
 from .distributed import agreement
-from .kernels import Ids, accumulate_dtype
+from .kernels import accumulate_dtype
 from .negatives import Negatives, choice_of
 from .operator import Inputs, call_operator
+from .positives import Positives, choice_of_positives
+from .rows import RowData
 from .spec import NO_GRADS, LossSpec
 
 
@@ -24,12 +26,16 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
     text_ids: Tensor | None = None,  # (N,)
     negative_only: bool = False,
     negatives: Negatives | None = None,
+    image_weights: Tensor | None = None,  # (M,)
+    text_weights: Tensor | None = None,  # (N,)
+    positives: Positives | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
     group: dist.ProcessGroup | str | None = None,
     dist_impl: str | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
-) -> Tensor:  # ()
+) -> Tensor:  # (), or (M,)
     """Sigmoid contrastive loss of image and text features, without the matrix of logits.
 
         L = -1/R * sum over i, j of log sigmoid(l_ij * (t * <x_i, y_j> + b))
@@ -38,6 +44,13 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
     images (algorithm 1 of https://arxiv.org/abs/2303.15343). One sweep over bounded panels of the
     pair matrix computes the loss and every gradient that is needed; backward only multiplies by the
     upstream gradient.
+
+    Pairs may count differently, and have other targets than 1 and 0 (docs/weights.md):
+
+        L = 1/R * sum over i, j of v_ij * (softplus(z_ij) - y_ij * z_ij),  z_ij = t * <x_i, y_j> + b
+
+    with v_ij = image_weights[i] * text_weights[j], times the weight of a positive pair, and y_ij
+    its target.
 
     Args:
         image_features: (M, D), L2-normalized, which is not checked; float32, bfloat16, float16, or
@@ -51,18 +64,32 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
             with a negative id is padding: it takes no part, whatever its features hold.
         text_ids: (N,) integers. Give both kinds of ids or neither.
         negative_only: no pair is positive, as in a block of another device's texts.
-        negatives: which negative pairs take part: None for all, or ``Random(keep, seed)``,
-            ``Hardest(keep)`` or ``Easiest(keep)`` for a share of them. Positive pairs always take
-            part. The divisor stays M: what is left out counts as loss 0. Hardest and Easiest take
-            the share of every image's negatives and need further sweeps of one product each. The
-            choice itself has no gradient.
+        negatives: which negative pairs take part: None for all, ``Random(keep, seed)``,
+            ``Hardest(keep)`` or ``Easiest(keep)`` for a share of them, or ``Below(margin)`` for
+            those that are not far more similar than the image's positive. Positive pairs always
+            take part. The divisor stays M: what is left out counts as loss 0. Hardest and Easiest
+            take the share of every image's negatives and need further sweeps of one product each.
+            The choice itself has no gradient.
+        image_weights: (M,) floating, finite and at least 0: all pairs of image i count
+            image_weights[i]. None means 1. They have no gradient, and the divisor stays M, as with
+            the weights of ``torch.nn.BCEWithLogitsLoss``. On a GPU their values are not looked at.
+        text_weights: (N,), likewise of texts. In a group all ranks give them, or none does.
+        positives: how much a positive pair counts, ``PositiveWeight(...)``, or which target it has,
+            ``PositiveTarget(...)``: also by how many positives its image and text have in the
+            global batch. None means 1.
+        label_smoothing: e, 0 to 1: targets are (1 - e) * y + e / N, where N is the number of texts
+            in the global batch, without padding.
         reduction: "mean" divides by M, the number of images (without padding); "sum" does not.
+            "none" returns the loss of each image, summed over texts: one product forward, and
+            three in backward, which takes any upstream vector (8*M*N*D FLOPs in all).
         group: the process group whose global batch the loss is of. "world" means all ranks: the
             default group, looked up now, or this process where there is none. None means this
             process's own batch. Every rank calls with its own rows (their number may differ, also
             0), and the mean of the returned losses over the ranks is the loss of the global batch,
             so that DDP's averaging gives exact gradients. The upstream gradient must be the same on
-            every rank, and so must t and b (docs/distributed.md).
+            every rank, and so must t and b (docs/distributed.md). With "none" each rank gets the
+            losses of its own images, for an upstream vector of its own; backward is an exchange
+            too, and every rank must call it.
         dist_impl: "ring" (texts and their gradients travel; memory does not grow with the number of
             ranks), "gather" (texts are collected; this has the fewest launches), or None, which
             gathers while that stays small and uses the ring otherwise. open_clip's "bidir", "shift"
@@ -73,7 +100,8 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
             where it can run (not in float64, not below compute capability 8.0) and torch otherwise.
 
     Returns:
-        A float32 scalar (float64 for float64 features), 0 for an empty batch. Logits and sums are
+        A float32 scalar (float64 for float64 features), 0 for an empty batch; with "none" (M,), 0
+        for padding. Logits and sums are
         float32 (float64) throughout; float32 products are computed as torch's own
         (``torch.set_float32_matmul_precision``, ``torch.backends``). Gradients arrive in the dtype
         and shape of their inputs, accumulated in float32 (float64). NaN and Inf pass through as in
@@ -100,7 +128,11 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
             logit_bias = 0.0
         validation.check_scalar("logit_bias", logit_bias, device, dtype)
         validation.check_pairing(image_features, text_features, image_ids, text_ids, negative_only)
-        validation.check_negatives(negatives)
+        validation.check_negatives(negatives, negative_only)
+        validation.check_row_weights("image_weights", image_weights, image_features)
+        validation.check_row_weights("text_weights", text_weights, text_features)
+        validation.check_positives(positives, image_features, text_features)
+        validation.check_label_smoothing(label_smoothing)
         validation.check_options(reduction, workspace_bytes, backend, device, dtype)
     except (TypeError, ValueError):
         if group is not None:
@@ -110,15 +142,17 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
 
     scale = _as_tensor(logit_scale, dtype, device)
     bias = _as_tensor(logit_bias, dtype, device)
-    ids = None
     if image_ids is not None and text_ids is not None:
-        ids = Ids(image_ids.long(), text_ids.long())
+        image_ids, text_ids = image_ids.long(), text_ids.long()
         if negative_only:
-            ids = _never_equal(*ids)
+            image_ids, text_ids = _never_equal(image_ids, text_ids)
+    rows = RowData(image_ids, text_ids, *(_detached(w) for w in (image_weights, text_weights)))
     spec = LossSpec(
         grads=NO_GRADS,  # operator.py fills in what requires grad
         negative_only=negative_only,
         negatives=choice_of(negatives),
+        positives=choice_of_positives(positives),
+        label_smoothing=float(label_smoothing),
         reduction=reduction,
         backend=backend,
         workspace_bytes=workspace_bytes,
@@ -127,7 +161,9 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
         dtype=dtype,
     )
     inputs = Inputs(image_features, text_features, scale, bias)
-    loss, *_ = call_operator(inputs, ids, spec)
+    if reduction == "none":
+        return call_operator("image_losses", inputs, rows, spec)
+    loss, *_ = call_operator("loss_and_grads", inputs, rows, spec)
     return loss
 
 
@@ -137,6 +173,10 @@ def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) 
     return torch.full((), float(value), dtype=accumulate_dtype(dtype), device=device)
 
 
-def _never_equal(image_ids: Tensor, text_ids: Tensor) -> Ids:
+def _detached(weights: Tensor | None) -> Tensor | None:
+    return weights.detach() if weights is not None and weights.requires_grad else weights
+
+
+def _never_equal(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Ids that keep the padding and make no pair positive."""
-    return Ids(image_ids.clamp(-1, 0), torch.where(text_ids < 0, -1, 1))
+    return (image_ids.clamp(-1, 0), torch.where(text_ids < 0, -1, 1))

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .distributed.exchange import Local, Texts, open_exchange
-from .kernels import Affine, Ids, Pairs, accumulate_dtype, default_backend
+from .kernels import Affine, accumulate_dtype, default_backend
+from .rows import RowData
 from .spec import Execution, LossSpec
 
 _ROWS_AT_ONCE = 4096  # features that are converted at one time
@@ -45,7 +46,7 @@ def logit_moments(
     x: Tensor,  # (M, D)
     y: Tensor,  # (N, D)
     affine: Affine,  # () or (1,), of any floating dtype
-    ids: Ids | None,
+    rows: RowData,
     spec: LossSpec,
 ) -> Tensor:  # (4,)
     """See :func:`fused_siglip.logit_statistics`."""
@@ -54,8 +55,9 @@ def logit_moments(
     x, y = x.to(dtype), y.to(dtype)
     scale, bias = (value.to(acc).reshape(()) for value in affine)
     run = Execution(default_backend(x.device, dtype))
-    exchange = open_exchange(x, y, Affine(scale, bias), Pairs(None, ids), spec, run)
+    exchange = open_exchange(x, y, Affine(scale, bias), rows, spec, run)
     parts: list[Moments] = []
+    ids = rows.ids
     if ids is None:
         parts.append(_diagonal(x, y, acc))
     else:

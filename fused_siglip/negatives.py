@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from dataclasses import dataclass
 
@@ -66,13 +67,40 @@ class Easiest(_Share):
     """
 
 
-Negatives = Random | Hardest | Easiest
-KINDS = {"random": Random, "hardest": Hardest, "easiest": Easiest}  # as the operator names them
+@dataclass(frozen=True)
+class Below:
+    """Negatives up to ``margin`` more similar to the image than its best positive take part.
+
+    A negative whose similarity s = <x_i, y_j> exceeds that of the image's most similar positive in
+    the global batch by more than ``margin`` is presumed a false negative, and dropped. An image
+    without positives keeps all its negatives. The margin is one of similarities, not of logits;
+    0.1 suits cosines, a negative one also drops negatives that are less similar than the positive.
+
+    Raises:
+        TypeError, ValueError: a margin that is not a finite number.
+    """
+
+    margin: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.margin, numbers.Real) or isinstance(self.margin, bool):
+            raise TypeError(f"margin is a {type(self.margin).__qualname__}: expected a number")
+        if not math.isfinite(self.margin):
+            raise ValueError(f"margin is {self.margin}: expected a finite number")
+
+
+Negatives = Random | Hardest | Easiest | Below
+# as the operator names them
+KINDS = {"random": Random, "hardest": Hardest, "easiest": Easiest, "below": Below}
 
 
 def choice_of(negatives: Negatives | None) -> NegativeChoice:
     """What the operator is told: a subclass is what it derives from, a share of 1 is all."""
-    if negatives is None or negatives.keep == 1:
+    if negatives is None:
         return ALL_NEGATIVES
     kind = next(name for name, cls in KINDS.items() if isinstance(negatives, cls))
+    if isinstance(negatives, Below):
+        return NegativeChoice(kind, float(negatives.margin))
+    if negatives.keep == 1:
+        return ALL_NEGATIVES
     return NegativeChoice(kind, float(negatives.keep), getattr(negatives, "seed", 0))

@@ -1,4 +1,4 @@
-"""The loss as two torch operators, so that torch.compile and torch.export take it as one node."""
+"""The loss as torch operators, so that torch.compile and torch.export take it as one node."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.fx.node import has_side_effect
 
 from . import transforms
-from .compute import loss_and_grads
+from .compute import image_losses, loss_and_grads
 from .function import Outputs, SigLipFunction, below_autograd, is_eager
-from .kernels import Affine, Ids, Pairs, accumulate_dtype
+from .image_losses import ImageLossesFunction
+from .kernels import Affine, accumulate_dtype
+from .rows import RowData
 from .spec import SCHEMA, GradMask, LossSpec
 
-# Both operators compute the same. The second exchanges tensors with other ranks, which is a side
-# effect: it is not removed where nobody uses its value. They take the inputs as the caller has
-# them, and return the outputs of compute.loss_and_grads: a gradient that is not needed has no
-# elements.
-_SCHEMA = (
+# Operators come in pairs that compute the same. The second exchanges tensors with other ranks, a
+# side effect: it is not removed where nobody uses its value. They take the inputs as the caller has
+# them. Of the outputs of compute.loss_and_grads a gradient that is not needed has no elements.
+_ARGUMENTS = (
     "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, "
-    f"Tensor? text_ids, {SCHEMA}) "
-    "-> (Tensor loss, Tensor factors, Tensor grad_x, Tensor grad_y)"
+    f"Tensor? text_ids, Tensor? image_weights, Tensor? text_weights, {SCHEMA})"
 )
 
 
@@ -36,24 +36,31 @@ class Inputs(NamedTuple):
     logit_bias: Tensor  # likewise
 
 
-def _bundled(*flat: Any, **named: Any) -> tuple[Inputs, Ids | None, LossSpec]:
+def _bundled(*flat: Any, **named: Any) -> tuple[Inputs, RowData, LossSpec]:
     """An operator's arguments."""
-    image_ids, text_ids = flat[4:6]
-    ids = None if image_ids is None else Ids(image_ids, text_ids)
-    return Inputs(*flat[:4]), ids, LossSpec.from_op(*flat[6:], **named)
+    rows = RowData(*flat[4 : transforms.TENSORS])
+    return Inputs(*flat[:4]), rows, LossSpec.from_op(*flat[transforms.TENSORS :], **named)
 
 
-def _flat(inputs: Inputs, ids: Ids | None, spec: LossSpec) -> tuple[Any, ...]:
+def _flat(inputs: Inputs, rows: RowData, spec: LossSpec) -> tuple[Any, ...]:
     """The way back."""
-    return (*inputs, *(ids or (None, None)), *spec.to_op())
+    return (*inputs, *rows, *spec.to_op())
 
 
-def _compute(inputs: Inputs, ids: Ids | None, spec: LossSpec) -> Outputs:
-    """What the operators do on a device."""
+class _Operator(NamedTuple):
+    """What an operator does: each a function of the bundles."""
+
+    returns: str
+    compute: Callable[[Inputs, RowData, LossSpec], Any]  # on a device
+    fake: Callable[[Inputs, RowData, LossSpec], Any]  # the outputs' shapes and dtypes
+    # at torch's autograd key; the first argument is the rest of the operator
+    differentiable: Callable[[Callable[..., Any], Inputs, RowData, LossSpec], Any]
+
+
+def _compute(inputs: Inputs, rows: RowData, spec: LossSpec) -> Outputs:
     x, y, logit_scale, logit_bias = inputs
-    pairs = Pairs(None if spec.negative_only or ids is not None else 0, ids)
     affine = Affine(logit_scale, logit_bias)
-    loss, factors, grad_x, grad_y = loss_and_grads(x, y, affine, pairs, spec)
+    loss, factors, grad_x, grad_y = loss_and_grads(x, y, affine, rows, spec)
     if grad_x is None:
         grad_x = loss.new_empty(0)
     if grad_y is None:
@@ -61,8 +68,7 @@ def _compute(inputs: Inputs, ids: Ids | None, spec: LossSpec) -> Outputs:
     return loss, factors, grad_x, grad_y
 
 
-def _fake(inputs: Inputs, ids: Ids | None, spec: LossSpec) -> Outputs:
-    """The outputs' shapes and dtypes, without values."""
+def _fake(inputs: Inputs, rows: RowData, spec: LossSpec) -> Outputs:
     x, y, *_ = inputs
     acc = accumulate_dtype(spec.dtype or x.dtype)
     return (
@@ -74,52 +80,85 @@ def _fake(inputs: Inputs, ids: Ids | None, spec: LossSpec) -> Outputs:
 
 
 def _differentiable(
-    function: Callable[[Inputs, Ids | None, LossSpec], Outputs],
-    inputs: Inputs,
-    ids: Ids | None,
-    spec: LossSpec,
+    function: Callable[..., Outputs], inputs: Inputs, rows: RowData, spec: LossSpec
 ) -> Outputs:
-    """What an operator does at torch's autograd key; ``function`` is the rest of it."""
     transforms.refuse_tangents(inputs)
     transforms.register_flops()
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
-        return below_autograd(function, inputs, ids, spec)
+        return below_autograd(function, inputs, rows, spec)
     image, text, scale, bias = (t.requires_grad for t in inputs)
     asked = spec.grads  # by an inner torch.func transform
     grads = GradMask(image or asked.image, text or asked.text, scale or bias or asked.scalars)
     with enable_single_level_autograd_function():
         # without what Function adds for torch.func, which is dealt with by now
         return super(torch.autograd.Function, SigLipFunction).apply(
-            *inputs, ids, spec.with_grads(grads), function
+            *inputs, rows.image_weights, rows, spec.with_grads(grads), function
         )
 
 
-def call_operator(inputs: Inputs, ids: Ids | None, spec: LossSpec) -> Outputs:
+def _compute_losses(inputs: Inputs, rows: RowData, spec: LossSpec) -> Tensor:  # (M,)
+    x, y, logit_scale, logit_bias = inputs
+    return image_losses(x, y, Affine(logit_scale, logit_bias), rows, spec)
+
+
+def _fake_losses(inputs: Inputs, rows: RowData, spec: LossSpec) -> Tensor:  # (M,)
+    acc = accumulate_dtype(spec.dtype or inputs.x.dtype)
+    return inputs.x.new_empty(inputs.x.shape[0], dtype=acc)
+
+
+def _differentiable_losses(
+    function: Callable[..., Tensor], inputs: Inputs, rows: RowData, spec: LossSpec
+) -> Tensor:  # (M,)
+    transforms.refuse_tangents(inputs)
+    transforms.register_flops()
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+        return below_autograd(function, inputs, rows, spec)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, ImageLossesFunction).apply(
+            *inputs, rows, spec, function, _call_gradients
+        )
+
+
+def _call_gradients(inputs: tuple[Tensor, ...], rows: RowData, spec: LossSpec) -> Outputs:
+    return call_operator("loss_and_grads", Inputs(*inputs), rows, spec)
+
+
+_OPERATORS = {
+    "loss_and_grads": _Operator(
+        "(Tensor loss, Tensor factors, Tensor grad_x, Tensor grad_y)",
+        _compute, _fake, _differentiable,
+    ),
+    "image_losses": _Operator("Tensor", _compute_losses, _fake_losses, _differentiable_losses),
+}  # fmt: skip
+
+
+def call_operator(name: str, inputs: Inputs, rows: RowData, spec: LossSpec) -> Any:
     """The operator's outputs. Where torch would go straight to its two kernels, they are called
     here: its way there takes longer than a small batch."""
-    if is_eager(*inputs, *(ids or ())):
-        return _differentiable(_compute, inputs, ids, spec)
-    op = LOSS_AND_GRADS if spec.group_name is None else GLOBAL_LOSS_AND_GRADS
-    return op(*_flat(inputs, ids, spec))
+    if is_eager(*inputs, *(t for t in rows if t is not None)):
+        operator = _OPERATORS[name]
+        return operator.differentiable(operator.compute, inputs, rows, spec)
+    name = name if spec.group_name is None else f"global_{name}"
+    return REGISTERED[name](*_flat(inputs, rows, spec))
 
 
 _LIBRARY = torch.library.Library("fused_siglip", "FRAGMENT")  # which owns what is registered
 
 
-def _register(name: str) -> torch._ops.OpOverload:
-    def kernel(*flat: Any, **named: Any) -> Outputs:
-        return _compute(*_bundled(*flat, **named))
+def _register(name: str, operator: _Operator) -> torch._ops.OpOverload:
+    def kernel(*flat: Any, **named: Any) -> Any:
+        return operator.compute(*_bundled(*flat, **named))
 
-    def fake(*flat: Any, **named: Any) -> Outputs:
-        return _fake(*_bundled(*flat, **named))
+    def fake(*flat: Any, **named: Any) -> Any:
+        return operator.fake(*_bundled(*flat, **named))
 
-    def below(inputs: Inputs, ids: Ids | None, spec: LossSpec) -> Outputs:
-        return op(*_flat(inputs, ids, spec))
+    def below(inputs: Inputs, rows: RowData, spec: LossSpec) -> Any:
+        return op(*_flat(inputs, rows, spec))
 
-    def at_autograd(*flat: Any, **named: Any) -> Outputs:
-        return _differentiable(below, *_bundled(*flat, **named))
+    def at_autograd(*flat: Any, **named: Any) -> Any:
+        return operator.differentiable(below, *_bundled(*flat, **named))
 
-    torch.library.define(f"fused_siglip::{name}", _SCHEMA)
+    torch.library.define(f"fused_siglip::{name}", f"{_ARGUMENTS} -> {operator.returns}")
     torch.library.impl(f"fused_siglip::{name}", "default", kernel)
     torch.library.register_fake(f"fused_siglip::{name}", fake)
     op = getattr(torch.ops.fused_siglip, name).default
@@ -128,6 +167,11 @@ def _register(name: str) -> torch._ops.OpOverload:
     return op
 
 
-LOSS_AND_GRADS = _register("loss_and_grads")
-GLOBAL_LOSS_AND_GRADS = _register("global_loss_and_grads")
-has_side_effect(GLOBAL_LOSS_AND_GRADS)
+REGISTERED = {
+    name: _register(name, operator)
+    for kind, operator in _OPERATORS.items()
+    for name, operator in ((kind, operator), (f"global_{kind}", operator))
+}
+for _name, _operator in REGISTERED.items():
+    if _name.startswith("global_"):
+        has_side_effect(_operator)

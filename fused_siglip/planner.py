@@ -98,6 +98,7 @@ class PlanRequest(NamedTuple):
     backend: str
     grads: GradMask = GradMask()
     filters_negatives: bool = False  # negatives are selected, or counted
+    weighted: bool = False  # pairs have weights
     # The sweep copies rows before use, whatever D: padding must be blanked out, or the features'
     # strides do not suit the backend.
     copies_operands: bool = False
@@ -137,7 +138,7 @@ def _plan(
     def spec(rows: int, cols: int) -> PanelSpec:
         return PanelSpec(
             rows, cols, operand_dtype, grads.image or grads.text, grads.scalars,
-            request.filters_negatives, wide=n > d,
+            request.filters_negatives, wide=n > d, weighted=request.weighted,
         )  # fmt: skip
 
     def workspace(rows: int, cols: int) -> int:

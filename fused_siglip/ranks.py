@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .distributed.exchange import TextExchange, TextResult, Texts, open_exchange
-from .kernels import Affine, Ids, Pairs, RowValues, accumulate_dtype, default_backend
+from .kernels import Affine, RowValues, accumulate_dtype, default_backend
 from .kernels.float_keys import FORMATS, exact_keys, exact_values
+from .rows import RowData
 from .score_sweep import ScoreSweep, new_best, restore_infinity
 from .spec import Execution, LossSpec
 
@@ -15,16 +16,16 @@ from .spec import Execution, LossSpec
 def ranks_of_positives(
     x: Tensor,  # (M, D)
     y: Tensor,  # (N, D)
-    ids: Ids | None,
+    rows: RowData,
     spec: LossSpec,
 ) -> tuple[Tensor, Tensor]:  # (M,), (N,) int64
     """See :func:`fused_siglip.retrieval_ranks`."""
-    dtype = spec.dtype or x.dtype
+    ids, dtype = rows.ids, spec.dtype or x.dtype
     acc = accumulate_dtype(dtype)
     x, y = x.to(dtype), y.to(dtype)
     run = Execution(spec.backend or default_backend(x.device, dtype), spec.workspace_bytes)
     one = torch.ones((), dtype=acc, device=x.device)
-    exchange = open_exchange(x, y, Affine(one, one), Pairs(None, ids), spec, run)
+    exchange = open_exchange(x, y, Affine(one, one), rows, spec, run)
     largest = exchange.largest
     sweep = ScoreSweep(
         x, None if ids is None else ids.images, largest.images, largest.texts,
@@ -41,8 +42,9 @@ def ranks_of_positives(
         restore_infinity(best)
     _count(sweep, best, counts, exchange, diagonal=ids is None)
     image_ranks, text_ranks = (count.long() + 1 for count in _both(counts))
-    for rank, rows in zip((image_ranks, text_ranks), no_positive, strict=bool(no_positive)):
-        rank.masked_fill_(rows, 0)
+    if no_positive:
+        image_ranks.masked_fill_(no_positive[0], 0)
+        text_ranks.masked_fill_(no_positive[1], 0)
     return image_ranks, text_ranks
 
 
@@ -62,6 +64,32 @@ def _best_by_id(sweep: ScoreSweep, best: RowValues, exchange: TextExchange) -> R
     keys = exchange.for_each(visit, result)
     assert keys is not None
     return RowValues(images, exact_values(keys, acc))
+
+
+def best_of_images(
+    x: Tensor,  # (M, D)
+    y: Tensor,  # (N, D)
+    rows: RowData,
+    run: Execution,
+    exchange: TextExchange,
+) -> Tensor:  # (M,) accumulation dtype
+    """The similarity of every image's best positive in the global batch; -inf where it has none.
+
+    The diagonal's panels, or one product with ids.
+    """
+    best = RowValues(new_best(len(x), x, accumulate_dtype(x.dtype)), None)
+    assert best.images is not None
+    sweep = ScoreSweep(x, rows.image_ids, len(x), max(len(y), 1), run)
+    if rows.ids is None:
+        sweep.best_on_diagonal(y, best)
+        return best.images
+
+    def visit(texts: Texts, _: Tensor | None) -> None:
+        assert texts.ids is not None
+        sweep.best_positives(texts.features, texts.ids, best)
+
+    exchange.for_each(visit)
+    return best.images
 
 
 def _count(

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from .kernels import Affine, Ids, accumulate_dtype
+from .kernels import Affine, accumulate_dtype
 from .moments import logit_moments
-from .negatives import choice_of
 from .ranks import ranks_of_positives
-from .spec import NO_GRADS, LossSpec
+from .rows import RowData
+from .spec import ALL_ALIKE, ALL_NEGATIVES, NO_GRADS, LossSpec
 
 
 def _spec(
@@ -31,14 +31,10 @@ def _spec(
 ) -> LossSpec:
     """A loss without gradients, which asks for what these functions need of an exchange."""
     return LossSpec(
-        grads=NO_GRADS, negative_only=False, negatives=choice_of(None), reduction="mean",
-        backend=backend, workspace_bytes=workspace_bytes, group_name=group_name,
-        dist_impl=dist_impl, dtype=dtype, function=function,
+        grads=NO_GRADS, negative_only=False, negatives=ALL_NEGATIVES, positives=ALL_ALIKE,
+        label_smoothing=0.0, reduction="mean", backend=backend, workspace_bytes=workspace_bytes,
+        group_name=group_name, dist_impl=dist_impl, dtype=dtype, function=function,
     )  # fmt: skip
-
-
-def _ids(image_ids: Tensor | None, text_ids: Tensor | None) -> Ids | None:
-    return None if image_ids is None or text_ids is None else Ids(image_ids, text_ids)
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -57,7 +53,7 @@ def _ranks(
 ) -> tuple[Tensor, Tensor]:  # (M,), (N,)
     with torch.no_grad(), _without_autocast(x.device):
         spec = _spec("retrieval_ranks", *options)
-        return ranks_of_positives(x, y, _ids(image_ids, text_ids), spec)
+        return ranks_of_positives(x, y, RowData(image_ids, text_ids), spec)
 
 
 def _fake_ranks(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -78,7 +74,7 @@ def _statistics(
     with torch.no_grad(), _without_autocast(x.device):
         affine = Affine(logit_scale, logit_bias)
         spec = _spec("logit_statistics", group_name, dtype)
-        return logit_moments(x, y, affine, _ids(image_ids, text_ids), spec)
+        return logit_moments(x, y, affine, RowData(image_ids, text_ids), spec)
 
 
 def _fake_statistics(x: Tensor, *rest: Any) -> Tensor:

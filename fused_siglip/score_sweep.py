@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .kernels import Ids, Pairs, Panel, RowValues, aligned, aligned_ids, panel_class
+from .kernels import Ids, Pairs, Panel, RowValues, aligned, aligned_vector, panel_class
 from .planner import PlanRequest, plan_panels
 from .spec import NO_GRADS, Execution
 
@@ -33,7 +33,7 @@ class ScoreSweep:
     ):
         self.panel_class = panel_class(run.backend)
         self.x, self.align = x, self.panel_class.align
-        self.image_ids = None if image_ids is None else aligned_ids(image_ids, self.align)
+        self.image_ids = None if image_ids is None else aligned_vector(image_ids, self.align)
         tile_m, tile_n = self.panel_class.tile
         m, n = (
             min(max(-(-rows // tile), 1) * tile, _LARGEST_SIDE)
@@ -86,6 +86,16 @@ class ScoreSweep:
                 x, y_block, Pairs(0), here, counts.block(rows, rows), same_panel=True
             )
 
+    def best_on_diagonal(
+        self,
+        y: Tensor,  # (M, D) texts of these images
+        best: RowValues,  # (M,), (M,), raised
+    ) -> None:
+        """The best positives where text i belongs to image i."""
+        for rows, x in self._rows():
+            (_, y_block, _), *_ = self._cols(y, None, rows)
+            self.panel.best_positives(x, y_block, Pairs(0), best.block(rows, rows))
+
     def count_not_below(
         self,
         y: Tensor,  # (n, D)
@@ -126,7 +136,7 @@ class ScoreSweep:
         """Blocks of some of the texts: which they are, features and ids."""
         for start in range(part.start, part.stop, self.spec.cols):
             cols = slice(start, min(start + self.spec.cols, part.stop))
-            ids = None if text_ids is None else aligned_ids(text_ids[cols], self.align)
+            ids = None if text_ids is None else aligned_vector(text_ids[cols], self.align)
             yield cols, self._operand(y[cols]), ids
 
     def _operand(self, features: Tensor) -> Tensor:  # (m, D) -> (m, operand_dim)

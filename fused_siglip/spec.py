@@ -22,7 +22,7 @@ class NegativeChoice(NamedTuple):
     """Which negatives take part, in what an operator's schema can hold."""
 
     kind: str | None = None  # a name in negatives.KINDS; None: all of them
-    keep: float = 1.0
+    amount: float = 1.0  # the share to keep, or the margin
     seed: int = 0
 
     @property
@@ -31,6 +31,35 @@ class NegativeChoice(NamedTuple):
 
 
 ALL_NEGATIVES = NegativeChoice()
+
+
+class PositiveChoice(NamedTuple):
+    """How much positives count, or which targets they have, in what a schema can hold."""
+
+    kind: str | None = None  # a name in positives.POSITIVE_KINDS; None: each counts 1
+    pair: float = 1.0
+    per_image: float = 0.0
+    per_text: float = 0.0
+    aligned: float | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it depends on how many positives a row has."""
+        return self.per_image != 0 or self.per_text != 0
+
+    @property
+    def alone(self) -> float:
+        """That of a pair without other positives."""
+        if self.aligned is not None:
+            return self.aligned
+        return self.pair + self.per_image + self.per_text
+
+    @property
+    def largest(self) -> float:
+        return max(self.pair + self.per_image + self.per_text, self.aligned or 0.0)
+
+
+ALL_ALIKE = PositiveChoice()
 
 
 class Execution(NamedTuple):
@@ -49,6 +78,8 @@ class LossSpec(NamedTuple):
     grads: GradMask
     negative_only: bool
     negatives: NegativeChoice
+    positives: PositiveChoice
+    label_smoothing: float
     reduction: str
     backend: str | None  # None: the default of the features' device
     workspace_bytes: int | None
@@ -64,30 +95,19 @@ class LossSpec(NamedTuple):
         """The operator's arguments after the tensors, in the order of :data:`SCHEMA`."""
         return (
             self.negative_only, *self.grads, self.workspace_bytes, self.backend, self.group_name,
-            self.dist_impl, self.reduction, *self.negatives, self.dtype,
+            self.dist_impl, self.reduction, *self.negatives, *self.positives, self.label_smoothing,
+            self.dtype,
         )  # fmt: skip
 
     @classmethod
-    def from_op(  # noqa: PLR0913, an operator takes no bundles
-        cls,
-        negative_only: bool,
-        image: bool,
-        text: bool,
-        scalars: bool,
-        workspace_bytes: int | None,
-        backend: str | None,
-        group_name: str | None,
-        dist_impl: str | None,
-        reduction: str,
-        kind: str | None,
-        keep: float,
-        seed: int,
-        dtype: torch.dtype | None = None,
-    ) -> LossSpec:
-        """The spec of an operator's arguments after the tensors."""
+    def from_op(cls, *flat: Any, dtype: torch.dtype | None = None) -> LossSpec:
+        """The spec of an operator's arguments after the tensors; torch leaves defaults out."""
+        negative_only, image, text, scalars, workspace_bytes, backend, group_name = flat[:7]
+        dist_impl, reduction = flat[7:9]
+        negatives, positives = NegativeChoice(*flat[9:12]), PositiveChoice(*flat[12:17])
         return cls(
-            GradMask(image, text, scalars), negative_only, NegativeChoice(kind, keep, seed),
-            reduction, backend, workspace_bytes, group_name, dist_impl, dtype,
+            GradMask(image, text, scalars), negative_only, negatives, positives, flat[17],
+            reduction, backend, workspace_bytes, group_name, dist_impl, *(flat[18:] or (dtype,)),
         )  # fmt: skip
 
 
@@ -95,5 +115,6 @@ class LossSpec(NamedTuple):
 SCHEMA = (
     "bool negative_only, bool need_image_grad, bool need_text_grad, bool need_scalar_grads, "
     "int? workspace_bytes, str? backend, str? group_name, str? dist_impl, str reduction, "
-    "str? negatives, float keep, SymInt seed, ScalarType? dtype=None"
+    "str? negatives, float amount, SymInt seed, str? positives, float pair, float per_image, "
+    "float per_text, float? aligned, float label_smoothing, ScalarType? dtype=None"
 )

@@ -18,7 +18,7 @@ from .kernels import (
     ScoreNormalizer,
     ScoreThreshold,
     aligned,
-    aligned_ids,
+    aligned_vector,
     panel_class,
 )
 from .planner import PlanRequest, plan_panels
@@ -35,6 +35,9 @@ class GradBuffers(NamedTuple):
     scalars: bool  # whether the sums of dlogits * s and dlogits are needed
     accumulate_x: bool = False  # the gradient is added to what x holds
     factor: float = 1.0  # multiplies the gradients of features, not the sums
+    # Of pairs with weights: (M,) accumulation dtype, added to; and whether the sum is wanted.
+    image_losses: Tensor | None = None
+    loss: bool = True
 
     @property
     def mask(self) -> GradMask:
@@ -75,7 +78,7 @@ def sweep(
         out.zero()
         return torch.zeros(rows_of_sums, 1, dtype=plan.accumulate_dtype, device=x.device)
 
-    panel = grid.make_panel()
+    panel = grid.make_panel(out.loss)
     sums = None  # of a single panel: they need no adding up
     if len(grid) > 1:
         sums = torch.empty(len(grid), rows_of_sums, dtype=plan.accumulate_dtype, device=x.device)
@@ -84,7 +87,8 @@ def sweep(
     for k, block in enumerate(grid):
         part = None if sums is None else sums[k]
         selected = None if selection is None else selection.block(block.rows, block.cols)
-        dlogits = panel(block.x, block.y, affine, block.pairs, part, selected)
+        losses = None if out.image_losses is None else out.image_losses[block.rows]
+        dlogits = panel(block.x, block.y, affine, block.pairs, part, selected, losses)
         if dlogits is None:
             continue
         if dscale is not None:
@@ -170,21 +174,25 @@ class _PanelGrid:
         self.panel_class = panel_class(run.backend)
         align = self.panel_class.align
         self.x, self.y = x, y
-        ids = pairs.ids
+        ids, weights = pairs.ids, pairs.weights
         if ids is not None:
-            ids = Ids(aligned_ids(ids.images, align), aligned_ids(ids.texts, align))
-        self.pairs = Pairs(pairs.diagonal, ids)
+            ids = Ids(aligned_vector(ids.images, align), aligned_vector(ids.texts, align))
+        if weights is not None:
+            weights = weights.aligned(align)
+        self.pairs = Pairs(pairs.diagonal, ids, weights)
         self.copies = ids is not None or not (aligned(x, align) and aligned(y, align))
         self.plan = plan_panels(
             PlanRequest(
                 x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device.type, run.backend, grads,
-                filters_negatives, self.copies, _multiprocessors(x.device), run.workspace_bytes,
+                filters_negatives, weights is not None, self.copies, _multiprocessors(x.device),
+                run.workspace_bytes,
             )
         )  # fmt: skip
 
-    def make_panel(self) -> Panel:
+    def make_panel(self, losses: bool = True) -> Panel:
         """The memory and the functions of one panel, for all of them in turn."""
-        return self.panel_class(self.plan.panel, self.x.device)
+        spec = self.plan.panel if losses else self.plan.panel._replace(losses=False)
+        return self.panel_class(spec, self.x.device)
 
     def __len__(self) -> int:
         m, n = self.x.shape[0], self.y.shape[0]

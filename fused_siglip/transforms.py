@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from .distributed.collectives import resolve_group
 from .spec import LossSpec
 
-TENSORS = 6  # the operators' first arguments: features, scale, bias, ids
+TENSORS = 8  # the operators' first arguments: features, scale, bias, ids, weights
 
 _INSTEAD = "use fused_siglip.testing.eager_siglip_loss there, which autograd differentiates"
 
@@ -49,7 +49,7 @@ def register(operator: torch._ops.OpOverload) -> None:
 
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *args: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    ) -> tuple[Tensor | tuple[Tensor, ...], int | tuple[int, ...]]:
         if LossSpec.from_op(*args[TENSORS:]).group_name is not None:
             raise RuntimeError(NO_VMAP_OF_A_GROUP)
         if info.batch_size == 0:
@@ -58,7 +58,10 @@ def register(operator: torch._ops.OpOverload) -> None:
             operator(*(_element(a, d, k) for a, d in zip(args, in_dims, strict=True)))
             for k in range(info.batch_size)
         ]
-        return tuple(torch.stack(values) for values in zip(*calls, strict=True)), (0,) * 4
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        stacked = tuple(torch.stack(values) for values in zip(*calls, strict=True))
+        return stacked, (0,) * len(stacked)
 
     torch.library.register_vmap(operator, vmap)
 
@@ -77,8 +80,9 @@ def register_flops() -> None:
     if module is None:
         return
     operators = [
-        torch.ops.fused_siglip.loss_and_grads,
-        torch.ops.fused_siglip.global_loss_and_grads,
+        getattr(torch.ops.fused_siglip, name)
+        for kind in ("loss_and_grads", "image_losses")
+        for name in (kind, f"global_{kind}")
     ]
     if operators[0] in getattr(module, "flop_registry", ()):
         return

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .distributed.groups import check_group_type, is_ready, look_up
 from .kernels import BACKENDS, accumulate_dtype, check_backend
-from .negatives import Negatives
+from .negatives import Below, Negatives
+from .positives import Positives
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-REDUCTIONS = ("mean", "sum")
+REDUCTIONS = ("mean", "sum", "none")
 
 
 # By whether the argument is logit_scale or logit_bias.
@@ -170,12 +171,60 @@ def check_pairing(
             )
 
 
-def check_negatives(negatives: Negatives | None) -> None:
+def check_row_weights(name: str, weights: Tensor | None, features: Tensor) -> None:
+    """Check image_weights or text_weights but for their values: rows.check_values has those."""
+    if weights is None:
+        return
+    rows = features.shape[0]
+    _check_tensor(name, weights, "None or a floating tensor of shape (batch,)")
+    if not weights.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {weights.dtype}: expected a floating dtype")
+    if weights.shape != (rows,):
+        raise ValueError(
+            f"{name} has shape {tuple(weights.shape)}: expected ({rows},), one weight a row"
+        )
+    if weights.device != features.device:
+        raise ValueError(
+            f"{name} is on {weights.device}: expected {features.device}, as the features"
+        )
+
+
+def check_positives(
+    positives: Positives | None, image_features: Tensor, text_features: Tensor
+) -> None:
+    # what they hold was checked when they were made
+    if positives is not None and not isinstance(positives, Positives):
+        raise TypeError(
+            f"positives is a {_kind(positives)}: expected None, PositiveWeight(...) or "
+            "PositiveTarget(...)"
+        )
+    if positives is not None and positives.aligned is not None:
+        m, n = image_features.shape[0], text_features.shape[0]
+        if m != n:
+            raise ValueError(
+                f"positives has aligned={positives.aligned}, which is of pairs (i, i), and there "
+                f"are {m} images and {n} texts: expected as many"
+            )
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    if not isinstance(label_smoothing, numbers.Real) or isinstance(label_smoothing, bool):
+        raise TypeError(f"label_smoothing is a {_kind(label_smoothing)}: expected a number")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}: expected 0 to 1")
+
+
+def check_negatives(negatives: Negatives | None, negative_only: bool) -> None:
     # what they hold was checked when they were made
     if negatives is not None and not isinstance(negatives, Negatives):
         raise TypeError(
-            f"negatives is a {_kind(negatives)}: expected None, Random(keep, seed), Hardest(keep) "
-            "or Easiest(keep)"
+            f"negatives is a {_kind(negatives)}: expected None, Random(keep, seed), Hardest(keep), "
+            "Easiest(keep) or Below(margin)"
+        )
+    if isinstance(negatives, Below) and negative_only:
+        raise ValueError(
+            "negatives is a Below and negative_only is True: expected positives, which its margin "
+            "is measured from, or other negatives"
         )
 
 

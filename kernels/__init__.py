@@ -3,6 +3,7 @@
 Installed as ``fused_siglip.kernels``. Importing this package imports neither triton nor a device.
 """
 
+from .alignment import aligned_vector
 from .interface import (
     GRAD_SCALE,
     Affine,
@@ -16,8 +17,8 @@ from .interface import (
     ScoreThreshold,
     accumulate_dtype,
     aligned,
-    aligned_ids,
 )
+from .pair_weights import PairWeights, PositiveShares
 from .registry import (
     BACKENDS,
     check_backend,
@@ -34,16 +35,18 @@ __all__ = [
     "GRAD_SCALE",
     "Affine",
     "Ids",
+    "PairWeights",
     "Pairs",
     "Panel",
     "PanelSpec",
+    "PositiveShares",
     "RandomMask",
     "RowValues",
     "ScoreNormalizer",
     "ScoreThreshold",
     "accumulate_dtype",
     "aligned",
-    "aligned_ids",
+    "aligned_vector",
     "check_backend",
     "default_backend",
     "float32_products",

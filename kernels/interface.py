@@ -13,6 +13,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .alignment import at_aligned_address
+from .pair_weights import PairWeights
+
 # fp16 holds dlogits of a negative early in training (4.5e-5 at b = -10) only as a subnormal. Panels
 # in fp16 are written times this power of two, and the two products divide by it: exact, and
 # |dlogits| <= 1 cannot overflow.
@@ -42,22 +45,27 @@ class Ids(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Which pairs are positive, and which take part.
+    """Which pairs are positive, which take part, and what they count.
 
     With neither ids nor a diagonal no pair is positive; ids win where both are given.
     """
 
     diagonal: int | None = None  # pair (i, i + diagonal) is positive
     ids: Ids | None = None
+    weights: PairWeights | None = None  # None: all count the same
 
     def block(self, rows: slice, cols: slice = slice(0, None)) -> Pairs:
         """The pairs of some rows and columns, slices whose starts are numbers."""
         diagonal = self.diagonal
         if diagonal is not None:
             diagonal += rows.start - cols.start
-        if self.ids is None:
+        if self.ids is None and self.weights is None:
             return self if diagonal == self.diagonal else Pairs(diagonal)
-        return Pairs(diagonal, Ids(self.ids.images[rows], self.ids.texts[cols]))
+        return Pairs(
+            diagonal,
+            None if self.ids is None else Ids(self.ids.images[rows], self.ids.texts[cols]),
+            None if self.weights is None else self.weights.block(rows, cols),
+        )
 
 
 class RowValues(NamedTuple):
@@ -128,6 +136,8 @@ class PanelSpec(NamedTuple):
     scalar_grads: bool  # so are those of scale and bias
     filters_negatives: bool = False  # negatives are selected, or counted
     wide: bool = False  # more texts than D: a pass over features is shorter than one over pairs
+    weighted: bool = False  # pairs have weights
+    losses: bool = True  # False: the sum of the loss may be left out; of pairs with weights
 
 
 class Panel(Protocol):
@@ -138,7 +148,7 @@ class Panel(Protocol):
     # and puts it into totals[1] where there is one panel.
     dscale_from_products: bool
     # D and the row stride are multiples of it, the last dimension is contiguous, and addresses are
-    # multiples of 16 bytes: see aligned and aligned_ids
+    # multiples of 16 bytes: see aligned and aligned_vector
     align: int
     # With dscale_from_products: loss, 0 and sum of dlogits of the last call that was given None for
     # ``sums``. The sweep fills in the second.
@@ -162,6 +172,7 @@ class Panel(Protocol):
         # dlogits * s and dlogits; without scalar_grads (1,), the first. None: they stay in
         # ``partials``
         selection: RandomMask | ScoreThreshold | None = None,  # None: all negatives take part
+        image_losses: Tensor | None = None,  # (m,) likewise, added to; of pairs with weights
     ) -> Tensor | None:
         """dlogits times GRAD_SCALE: (m, n) in the operands' dtype, a view of the workspace.
 
@@ -252,14 +263,6 @@ class Panel(Protocol):
         ...
 
 
-_VECTOR_BYTES = 16  # the widest load; Triton's launcher tells such addresses from others
-
-
-def at_aligned_address(tensor: Tensor) -> bool:
-    """Whether a tensor starts where a load of full width may."""
-    return tensor.data_ptr() % _VECTOR_BYTES == 0
-
-
 def aligned(features: Tensor, align: int) -> bool:
     """Whether (m, D) features suit a panel with this ``align``.
 
@@ -271,10 +274,3 @@ def aligned(features: Tensor, align: int) -> bool:
     row_stride, col_stride = features.stride()
     dense = col_stride == 1 and row_stride % align == 0 and features.shape[1] % align == 0
     return dense and at_aligned_address(features)
-
-
-def aligned_ids(ids: Tensor, align: int) -> Tensor:  # (m,)
-    """Ids as a panel with this ``align`` reads them: adjacent, and starting as features do."""
-    if align == 1 or (ids.is_contiguous() and at_aligned_address(ids)):
-        return ids
-    return ids.clone(memory_format=torch.contiguous_format)

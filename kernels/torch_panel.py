@@ -20,11 +20,8 @@ from .registry import float32_products
 from .torch_products import add_product
 from .torch_scores import TorchScores
 from .torch_totals import TorchTotals, numbers
+from .torch_weights import SOFTPLUS_THRESHOLD, WeightedStrip
 from .torch_workspace import Workspace, workspace_bytes
-
-# torch's softplus returns u itself beyond its threshold; at 40 that is exact in float64 too
-# (the default, 20, drops 2e-9).
-_SOFTPLUS_THRESHOLD = 40.0
 
 # Up to this logit softplus is taken from four pairs at a time: see _grouped_strip. Their product
 # of 1 - sigmoid is at least 0.28, and its logarithm errs little more than its argument.
@@ -53,6 +50,7 @@ class TorchPanel(TorchTotals, TorchScores):
 
     def __init__(self, spec: PanelSpec, device: torch.device):
         self.store_dlogits, self.scalar_grads = spec.store_dlogits, spec.scalar_grads
+        self.losses = spec.losses
         device = torch.device(device)
         self.acc = accumulate_dtype(spec.dtype)
         self.workspace = Workspace(spec, device)
@@ -74,6 +72,7 @@ class TorchPanel(TorchTotals, TorchScores):
         pairs: Pairs,
         sums: Tensor | None,  # (3,)
         selection: RandomMask | ScoreThreshold | None = None,
+        image_losses: Tensor | None = None,  # (m,)
     ) -> Tensor | None:  # (m, n)
         m, step = x.shape[0], self.strip_rows
         plain = pairs.ids is None and selection is None
@@ -91,10 +90,8 @@ class TorchPanel(TorchTotals, TorchScores):
             if selected is not None:
                 dropped += self._drop(s, positive, selected)
             z = s if are_logits else self._logits(s, affine, in_strip)
-            if plain and self._can_group(z):
-                loss = self._grouped_strip(z, in_strip.diagonal)
-            else:
-                loss = self._strip(z, positive, selection is not None)
+            out = None if image_losses is None else image_losses[rows]
+            loss = self._loss(z, positive, in_strip, selected, out)
             strip_dlogits = z  # its memory holds them now
             parts.append(self._sums(loss, s, strip_dlogits))
             if stores_half:
@@ -157,7 +154,7 @@ class TorchPanel(TorchTotals, TorchScores):
 
     def _logits(self, s: Tensor, affine: Affine, pairs: Pairs) -> Tensor:  # (m, n)
         z = self._view("z", *s.shape) if self.scalar_grads else s
-        if pairs.ids is None and self.on_cpu:
+        if self.on_cpu and (pairs.ids is None or pairs.weights is not None):
             return torch.add(affine.bias, s, alpha=affine.scale.item(), out=z)
         torch.mul(s, affine.scale, out=z)
         self._add_bias(z, affine.bias, pairs)
@@ -169,10 +166,34 @@ class TorchPanel(TorchTotals, TorchScores):
         if drops:  # loss 0, gradient 0
             torch.where(self._view("dropped", *z.shape), z.new_full((), -torch.inf), z, out=z)
         terms = self._view("terms", *z.shape)
-        loss = torch.ops.aten.softplus.out(z, 1.0, _SOFTPLUS_THRESHOLD, out=terms).sum()
+        loss = torch.ops.aten.softplus.out(z, 1.0, SOFTPLUS_THRESHOLD, out=terms).sum()
         if self.store_dlogits or self.scalar_grads:
             self._negate_positives(z.sigmoid_(), positive)
         return loss
+
+    def _loss(
+        self,
+        z: Tensor,  # (m, n), becomes dlogits
+        positive: Tensor | int | None,
+        pairs: Pairs,
+        selection: RandomMask | ScoreThreshold | None,
+        image_losses: Tensor | None,  # (m,), added to
+    ) -> Tensor:  # ()
+        """The loss of some rows, by the shortest way that is right."""
+        if pairs.weights is None:
+            if pairs.ids is None and selection is None and self._can_group(z):
+                return self._grouped_strip(z, pairs.diagonal)
+            return self._strip(z, positive, selection is not None)
+        dropped = None if selection is None else self._view("dropped", *z.shape)
+        needs = self.losses, self.store_dlogits or self.scalar_grads
+        strip = WeightedStrip(z, pairs.weights, self.workspace, dropped, needs)
+        if isinstance(positive, Tensor):
+            losses = strip.by_mask(positive)
+        else:
+            losses = strip.on_diagonal(positive)
+        if image_losses is not None:
+            image_losses += losses
+        return losses.sum()
 
     def _can_group(self, z: Tensor) -> bool:
         """Whether all logits are so low, and so many, that the shorter way is right and faster."""
@@ -308,7 +329,7 @@ class TorchPanel(TorchTotals, TorchScores):
 
     def _add_bias(self, z: Tensor, logit_bias: Tensor, pairs: Pairs) -> None:
         """z += b; -inf (loss 0, gradient 0) in padded rows and columns."""
-        if pairs.ids is None:
+        if pairs.ids is None or pairs.weights is not None:  # padding has weight 0
             z.add_(logit_bias)
             return
         z.add_(torch.where(pairs.ids.texts < 0, -torch.inf, logit_bias))

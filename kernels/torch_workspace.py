@@ -14,19 +14,19 @@ _STRIP = 1 << 18
 
 
 @functools.cache
-def _buffers(
-    dtype: torch.dtype, store_dlogits: bool, scalar_grads: bool, filters_negatives: bool
-) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
+def _buffers(spec: PanelSpec) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
     """The dtypes of the buffers for a whole panel, and for a strip."""
-    acc = accumulate_dtype(dtype)
+    acc = accumulate_dtype(spec.dtype)
     whole = {"s": acc}  # which becomes dlogits where the dtypes agree
-    if store_dlogits and dtype != acc:
-        whole["dlogits"] = dtype
+    if spec.store_dlogits and spec.dtype != acc:
+        whole["dlogits"] = spec.dtype
     strip = {"terms": acc, "positive": torch.bool}
-    if scalar_grads:
+    if spec.scalar_grads:
         strip["z"] = acc  # beside s, for the sum of dlogits * s
-    if filters_negatives:
+    if spec.filters_negatives:
         strip |= {"bits": torch.int32, "dropped": torch.bool}
+    if spec.weighted:
+        strip |= {"alpha": acc, "beta": acc}
     return whole, strip
 
 
@@ -35,9 +35,14 @@ def _strip_rows(rows: int, cols: int) -> int:
     return min(rows, max(_STRIP // max(cols, 1), -(-rows // 16), 1))
 
 
+def _kind(spec: PanelSpec) -> PanelSpec:
+    """A spec without sizes."""
+    return spec._replace(rows=0, cols=0, wide=False, losses=True)
+
+
 def workspace_bytes(spec: PanelSpec) -> int:
     """Bytes of all buffers."""
-    whole, strip = (sum(d.itemsize for d in buffers.values()) for buffers in _buffers(*spec[2:6]))
+    whole, strip = (sum(d.itemsize for d in buffers.values()) for buffers in _buffers(_kind(spec)))
     return spec.cols * (spec.rows * whole + _strip_rows(spec.rows, spec.cols) * strip)
 
 
@@ -47,7 +52,7 @@ class Workspace:
     def __init__(self, spec: PanelSpec, device: torch.device):
         self.shape, self.device = (spec.rows, spec.cols), device
         self.strip_rows = _strip_rows(*self.shape)
-        self.whole, self.strip = _buffers(*spec[2:6])
+        self.whole, self.strip = _buffers(_kind(spec))
         self.buffers: dict[str, Tensor] = {}
 
     def view(self, name: str, m: int, n: int) -> Tensor:  # (m, n)

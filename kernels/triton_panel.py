@@ -160,7 +160,10 @@ class TritonPanel(TritonTotals):
         pairs: Pairs,
         sums: Tensor | None,  # (3,)
         selection: RandomMask | ScoreThreshold | None = None,
+        image_losses: Tensor | None = None,  # (m,)
     ) -> Tensor | None:  # (m, n)
+        if pairs.weights is not None:
+            raise ValueError("the Triton backend has no weights yet: expected backend='torch'")
         m, n = x.shape[0], y.shape[0]
         on_hopper = selection is None and pairs.ids is None and self._on_hopper(x, y)
         tiles = self.hopper.tiles(m, n) if on_hopper else math.prod(self._tiles(m, n))

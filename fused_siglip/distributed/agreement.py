@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels import BACKENDS, Affine, Pairs
+from ..kernels import BACKENDS, Affine
 from ..negatives import KINDS
+from ..positives import POSITIVE_KINDS
+from ..rows import RowData, all_ones
 from ..spec import FUNCTIONS, Execution, LossSpec
 from ..validation import FEATURE_DTYPES, REDUCTIONS
 from . import collectives
@@ -41,12 +43,22 @@ class CallHeader(NamedTuple):
     reduction: int  # index into REDUCTIONS
     rows: int  # texts on this rank
     images: int  # images on this rank
-    real_images: int  # without padding
+    real_images: int  # without padding; 0 where the host does not know
+    real_texts: int  # likewise
     need_text_grad: int
     holds_text_grad: int  # whether this rank's workspace_bytes hold a tile with that gradient too
     negatives: int  # index into KINDS, -1 for None
-    keep: int  # bits of the float
+    amount: int  # bits of the float
     seed: int
+    image_weights: int  # whether they were given
+    text_weights: int
+    all_ones: int  # whether they say nothing, as far as this rank knows
+    positives: int  # index into POSITIVE_KINDS, -1 for None
+    pair: int  # bits of the float, like the next ones
+    per_image: int
+    per_text: int
+    aligned: int  # -1 for None
+    label_smoothing: int
     counting: int  # index into BACKENDS where ranks must have the same: how often texts go round
     # where thresholds are searched, and the bits of what ranks are counted by
     workspace_bytes: int  # 0 for None
@@ -59,7 +71,11 @@ class CallHeader(NamedTuple):
 _AGREED = {"function": "the function", "dim": "D", "dtype": "dtype",
            "has_ids": "ids", "negative_only": "negative_only",
            "dist_impl": "dist_impl", "reduction": "reduction", "negatives": "negatives",
-           "keep": "keep of negatives", "seed": "seed of negatives",
+           "amount": "keep (or margin) of negatives", "seed": "seed of negatives",
+           "image_weights": "image_weights", "text_weights": "text_weights",
+           "positives": "positives", "pair": "pair of positives",
+           "per_image": "per_image of positives", "per_text": "per_text of positives",
+           "aligned": "aligned of positives", "label_smoothing": "label_smoothing",
            "counting": "backend", "device": "device",
            "logit_scale": "logit_scale", "logit_bias": "logit_bias"}  # fmt: skip
 
@@ -81,9 +97,13 @@ FORMATTERS: dict[str, Callable[[int], object]] = {
     "negative_only": bool,
     "reduction": lambda v: REDUCTIONS[v],
     "has_ids": lambda v: "given" if v else "missing",
+    "image_weights": lambda v: "given" if v else "missing",
+    "text_weights": lambda v: "given" if v else "missing",
+    "positives": lambda v: None if v < 0 else list(POSITIVE_KINDS.values())[v].__name__,
+    "aligned": lambda v: None if v < 0 else _float(v),
     "dist_impl": lambda v: None if v < 0 else list(DIST_IMPLS)[v],
     "negatives": lambda v: None if v < 0 else list(KINDS.values())[v].__name__,
-    "keep": _float,
+    **dict.fromkeys(("amount", "pair", "per_image", "per_text", "label_smoothing"), _float),
     "counting": lambda v: list(BACKENDS)[v],
     "device": lambda v: "another" if v < 0 else _DEVICES[v],
     "logit_scale": _float,
@@ -91,37 +111,52 @@ FORMATTERS: dict[str, Callable[[int], object]] = {
 }
 
 
+class RealRows(NamedTuple):
+    """How many rows of a rank are no padding; tensors where the host would have to wait."""
+
+    images: int | Tensor
+    texts: int | Tensor
+
+
 def header_of(
-    x: Tensor,  # (M, D)
-    y: Tensor,  # (N, D)
-    affine: Affine,
-    pairs: Pairs,
+    inputs: tuple[Tensor, Tensor, Affine],  # (M, D), (N, D)
+    rows: RowData,
     spec: LossSpec,
     run: Execution,
-    real_images: int,
+    real: RealRows,
     holds_text_grad: bool,
 ) -> CallHeader:
     """What this rank tells the others of its call."""
-    kind, keep, seed = spec.negatives
+    x, y, affine = inputs
+    kind, amount, seed = spec.negatives
     compares = spec.negatives.by_score or spec.function == "retrieval_ranks"
     dist_impl = -1 if spec.dist_impl is None else list(DIST_IMPLS).index(spec.dist_impl)
+    of_positives, *shares, aligned = spec.positives
     return CallHeader(
         valid=1,
         function=FUNCTIONS.index(spec.function),
         dim=x.shape[1],
         dtype=FEATURE_DTYPES.index(x.dtype),
-        has_ids=pairs.ids is not None,
+        has_ids=rows.ids is not None,
         negative_only=spec.negative_only,
         dist_impl=dist_impl,
         reduction=REDUCTIONS.index(spec.reduction),
         rows=y.shape[0],
         images=x.shape[0],
-        real_images=real_images,
+        real_images=0 if isinstance(real.images, Tensor) else real.images,
+        real_texts=0 if isinstance(real.texts, Tensor) else real.texts,
         need_text_grad=spec.grads.text,
         holds_text_grad=holds_text_grad,
         negatives=-1 if kind is None else list(KINDS).index(kind),
-        keep=_bits(keep),
+        amount=_bits(amount),
         seed=seed,
+        image_weights=rows.image_weights is not None,
+        text_weights=rows.text_weights is not None,
+        all_ones=all_ones(rows),
+        positives=-1 if of_positives is None else list(POSITIVE_KINDS).index(of_positives),
+        **{k: _bits(v) for k, v in zip(("pair", "per_image", "per_text"), shares, strict=True)},
+        aligned=-1 if aligned is None else _bits(aligned),
+        label_smoothing=_bits(spec.label_smoothing),
         counting=list(BACKENDS).index(run.backend) if compares else 0,
         workspace_bytes=run.workspace_bytes or 0,
         device=_DEVICES.index(x.device.type) if x.device.type in _DEVICES else -1,

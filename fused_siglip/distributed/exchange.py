@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels import Affine, Pairs, accumulate_dtype
+from ..kernels import Affine, Ids, accumulate_dtype
 from ..planner import PlanRequest, plan_panels
+from ..rows import RowData, all_ones, is_weighted
 from ..selection.thresholds import ROWS_AT_ONCE
 from ..spec import Execution, LossSpec
-from . import collectives
 from .agreement import (
     DIST_IMPLS,
     CallHeader,
+    RealRows,
     check_device,
     check_ranks_agree,
     header_of,
@@ -80,6 +81,7 @@ class TextExchange(Protocol):
     largest: Largest  # over the ranks
     images_at_once: int | None  # how many images search thresholds together; None: all of them
     text_grad: bool  # whether any rank needs the gradient of its texts
+    all_ones: bool  # whether no rank's weights say anything
 
     def for_each(
         self,
@@ -102,6 +104,14 @@ class TextExchange(Protocol):
         """
         ...
 
+    def real_texts(self) -> float | Tensor:  # ()
+        """How many texts of the global batch are no padding, and at least 1."""
+        ...
+
+    def blocks_of_ids(self) -> Iterator[Ids]:
+        """The ids of all ranks, a rank at a time."""
+        ...
+
 
 class Local:
     """One process: its own texts, once."""
@@ -109,10 +119,10 @@ class Local:
     first_image = 0
     images_at_once: int | None = ROWS_AT_ONCE
 
-    def __init__(self, x: Tensor, y: Tensor, pairs: Pairs, spec: LossSpec):
-        self.images, self.y, self.pairs = x.shape[0], y, pairs
+    def __init__(self, x: Tensor, y: Tensor, rows: RowData, spec: LossSpec):
+        self.images, self.y, self.ids = x.shape[0], y, rows.ids
         self.largest = Largest(x.shape[0], y.shape[0], spec.workspace_bytes)
-        self.text_grad = spec.grads.text
+        self.text_grad, self.all_ones = spec.grads.text, all_ones(rows)
         self._divisor: float | Tensor | None = None
 
     def for_each(
@@ -124,7 +134,7 @@ class Local:
     ) -> Tensor | None:  # (N, ...)
         y = self.y
         out = None if result is None else result.empty(y.shape[0], y.device)
-        ids = None if self.pairs.ids is None else self.pairs.ids.texts
+        ids = None if self.ids is None else self.ids.texts
         visit(Texts(y, ids, 0, 0, 0, extras), out)
         return out
 
@@ -133,13 +143,22 @@ class Local:
 
     def divisor(self, reduction: str) -> float | Tensor:
         if self._divisor is None:
-            if reduction == "sum":
+            if reduction != "mean":
                 self._divisor = 1
-            elif self.pairs.ids is None:
+            elif self.ids is None:
                 self._divisor = max(self.images, 1)
             else:
-                self._divisor = (self.pairs.ids.images >= 0).sum().clamp(min=1)
+                self._divisor = (self.ids.images >= 0).sum().clamp(min=1)
         return self._divisor
+
+    def real_texts(self) -> float | Tensor:
+        if self.ids is None:
+            return max(self.y.shape[0], 1)
+        return (self.ids.texts >= 0).sum().clamp(min=1)
+
+    def blocks_of_ids(self) -> Iterator[Ids]:
+        if self.ids is not None:
+            yield self.ids
 
 
 class GroupExchange(abc.ABC):
@@ -150,24 +169,27 @@ class GroupExchange(abc.ABC):
     def __init__(
         self,
         y: Tensor,  # (N, D)
-        text_ids: Tensor | None,  # (N,)
+        ids: Ids | None,
         acc: torch.dtype,
         headers: list[CallHeader],
-        real_images: int | Tensor,
+        real: RealRows,
         group: dist.ProcessGroup,
     ):
-        self.y, self.text_ids, self.acc, self.group = y, text_ids, acc, group
+        self.y, self.ids, self.acc, self.group = y, ids, acc, group
+        self.text_ids = None if ids is None else ids.texts
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.text_rows = [h.rows for h in headers]
+        self.text_rows, self.image_rows = [h.rows for h in headers], [h.images for h in headers]
         self.first_image = sum(h.images for h in headers[: self.rank])
         bounds = [h.workspace_bytes for h in headers if h.workspace_bytes]
         self.largest = Largest(
             max(h.images for h in headers), max(self.text_rows), min(bounds, default=None)
         )
         self.text_grad = any(h.need_text_grad for h in headers)
+        self.all_ones = all(h.all_ones for h in headers)
         self.total_images = sum(h.real_images for h in headers)
-        self.real_images = real_images
-        self.total: Tensor | None = None  # over the ranks, once it was asked for
+        self.total_texts = sum(h.real_texts for h in headers)
+        self.real = real
+        self.total: Tensor | None = None  # of images over the ranks, once it was asked for
 
     @abc.abstractmethod
     def for_each(
@@ -183,77 +205,35 @@ class GroupExchange(abc.ABC):
         all_reduce(tensor, op, self.group, "search for the range of the texts")
 
     def divisor(self, reduction: str) -> float | Tensor:
-        if reduction == "sum":
-            return 1 / self.size
-        if not isinstance(self.real_images, Tensor):
+        if reduction != "mean":
+            return 1 / self.size if reduction == "sum" else 1.0
+        if not isinstance(self.real.images, Tensor):
             return max(self.total_images, 1) / self.size
         # where the host would have to wait for their number; a collective, so once
         if self.total is None:
             what = "sum of the numbers of images"
-            self.total = all_reduce(self.real_images, "SUM", self.group, what)
+            self.total = all_reduce(self.real.images, "SUM", self.group, what)
         return (self.total.clamp(min=1) / self.size).to(self.acc)
 
+    def real_texts(self) -> float | Tensor:
+        if not isinstance(self.real.texts, Tensor):
+            return max(self.total_texts, 1)
+        what = "sum of the numbers of texts"
+        return all_reduce(self.real.texts.clone(), "SUM", self.group, what).clamp(min=1)
 
-class Gather(GroupExchange):
-    """Texts are collected, and the sums of their results scattered to their owners."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        ids = None if self.text_ids is None else self._gather(self.text_ids)
-        # texts and ids, until the last visit is over
-        self.gathered = [(self._gather(self.y), ids)]
-
-    def _gather(self, local: Tensor) -> Tensor:
-        """Everybody's rows, as many a rank as the largest has."""
-        # collectives want equal blocks: shorter ones are sent with rows that nobody reads
-        capacity = max(self.text_rows)
-        block = local.new_zeros(capacity, *local.shape[1:])
-        block[: len(local)].copy_(local)
-        out = local.new_empty(self.size * capacity, *local.shape[1:])
-        with comm_errors(self.group, "gathering of the texts"):
-            collectives.all_gather(out, block, group=self.group)
-        return out
-
-    def for_each(
-        self,
-        visit: Visit,
-        result: TextResult | None = None,
-        extras: tuple[Tensor, ...] = (),
-        last: bool = False,
-    ) -> Tensor | None:  # (N, ...)
-        capacity, out = max(self.text_rows), None
-        texts, ids = self.gathered[0]
-        columns = [self._gather(extra) for extra in extras]
-        if result is not None:
-            out = result.empty(self.size * capacity, self.y.device).zero_()
-        for step, (block, first, diagonal) in enumerate(self._blocks()):
-            in_block = None if ids is None else ids[block]
-            of_block = tuple(column[block] for column in columns)
-            chunk = Texts(texts[block], in_block, first, diagonal, step, of_block)
-            visit(chunk, None if out is None else out[block])
-        if out is None or result is None:
-            return None
-        if last:
-            # texts are not needed beside the sum of their gradients, for which a backend may take
-            # buffers
-            self.gathered.clear()
-            del texts, ids, columns, chunk, in_block, of_block
-        own = result.empty(capacity, self.y.device)
-        op = getattr(dist.ReduceOp, result.op)
-        with comm_errors(self.group, "summing of the texts' gradients"):
-            collectives.reduce_scatter(own, out, op=op, group=self.group)
-        return own[: self.text_rows[self.rank]]
-
-    def _blocks(self) -> list[tuple[slice, int, int | None]]:
-        """What is visited at once: rows of what was gathered, their first text, their diagonal."""
-        rows, capacity = self.text_rows, max(self.text_rows)
-        if min(rows) == capacity:  # one visit of all texts
-            return [(slice(0, self.size * capacity), 0, self.rank * capacity)]
-        # one for each rank, of the rows that hold something
-        return [
-            (slice(r * capacity, r * capacity + n), sum(rows[:r]), 0 if r == self.rank else None)
-            for r, n in enumerate(rows)
-        ]
+    def blocks_of_ids(self) -> Iterator[Ids]:
+        if self.ids is None:
+            return
+        for rank in range(self.size):
+            sizes = self.image_rows[rank], self.text_rows[rank]
+            block = self.ids.images.new_empty(sum(sizes))
+            if rank == self.rank:
+                torch.cat(self.ids, out=block)
+            if block.numel() > 0:
+                with comm_errors(self.group, "exchange of ids"):
+                    source = dist.get_global_rank(self.group, rank)
+                    dist.broadcast(block, source, group=self.group)
+            yield Ids(*block.split(sizes))
 
 
 def choose_impl(
@@ -269,7 +249,7 @@ def open_exchange(
     x: Tensor,  # (M, D)
     y: Tensor,  # (N, D)
     affine: Affine,
-    pairs: Pairs,
+    rows: RowData,
     spec: LossSpec,
     run: Execution,
 ) -> TextExchange:
@@ -280,30 +260,35 @@ def open_exchange(
     """
     acc = affine.scale.dtype
     if spec.group_name is None:
-        return Local(x, y, pairs, spec)
+        return Local(x, y, rows, spec)
+    from .gather import Gather
     from .ring import Ring
 
     group = resolve_group(spec.group_name)
     check_device(group, x.device)
-    real_images: int | Tensor = x.shape[0]
-    if pairs.ids is not None:
-        real_images = (pairs.ids.images >= 0).sum()
-        if _is_read_freely(x.device):
-            real_images = int(real_images)
-    known = 0 if isinstance(real_images, Tensor) else real_images
-    holds = _holds_text_grad(x, spec, run, group)
-    header = header_of(x, y, affine, pairs, spec, run, known, holds)
+    holds = _holds_text_grad(x, rows, spec, run, group)
+    real = RealRows(*(_real_rows(*side) for side in ((x, rows.image_ids), (y, rows.text_ids))))
+    header = header_of((x, y, affine), rows, spec, run, real, holds)
     headers = check_ranks_agree(header, group, x.device)
-    rows, world_size = [h.rows for h in headers], len(headers)
+    text_rows, world_size = [h.rows for h in headers], len(headers)
     if spec.dist_impl is not None:
         impl = DIST_IMPLS[spec.dist_impl]
     else:
         need_text_grad = any(h.need_text_grad for h in headers)
-        impl = choose_impl(max(rows), x.shape[1], x.dtype, world_size, need_text_grad)
-    logger.debug("dist_impl=%s: %s over %d ranks, texts %s", spec.dist_impl, impl, world_size, rows)
+        impl = choose_impl(max(text_rows), x.shape[1], x.dtype, world_size, need_text_grad)
+    logger.debug(
+        "dist_impl=%s: %s over %d ranks, texts %s", spec.dist_impl, impl, world_size, text_rows
+    )
     exchange = Gather if impl == "gather" else Ring
-    text_ids = None if pairs.ids is None else pairs.ids.texts
-    return exchange(y, text_ids, acc, headers, real_images, group)
+    return exchange(y, rows.ids, acc, headers, real, group)
+
+
+def _real_rows(features: Tensor, ids: Tensor | None) -> int | Tensor:
+    """Rows that are no padding; a tensor where the host would have to wait for their number."""
+    if ids is None:
+        return features.shape[0]
+    real = (ids >= 0).sum()
+    return int(real) if _is_read_freely(features.device) else real
 
 
 def _is_read_freely(device: torch.device) -> bool:
@@ -311,7 +296,9 @@ def _is_read_freely(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _holds_text_grad(x: Tensor, spec: LossSpec, run: Execution, group: dist.ProcessGroup) -> bool:
+def _holds_text_grad(
+    x: Tensor, rows: RowData, spec: LossSpec, run: Execution, group: dist.ProcessGroup
+) -> bool:
     """Whether the workspace can hold a tile where another rank needs the gradient of its texts.
 
     One that cannot hold a tile at all is refused before other ranks wait for this one's sweep.
@@ -321,7 +308,8 @@ def _holds_text_grad(x: Tensor, spec: LossSpec, run: Execution, group: dist.Proc
     many = 1 << 20  # rows of images and texts: this rank does not know yet how many will come
     request = PlanRequest(
         many, many, x.shape[1], x.dtype, x.device.type, run.backend, spec.grads,
-        filters_negatives=spec.negatives.kind is not None, workspace_bytes=run.workspace_bytes,
+        filters_negatives=spec.negatives.kind is not None, weighted=is_weighted(rows, spec),
+        workspace_bytes=run.workspace_bytes,
     )  # fmt: skip
     try:
         plan_panels(request)

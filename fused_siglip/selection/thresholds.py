@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import ScoreNormalizer
+from ..kernels import ScoreNormalizer, ScoreThreshold
 from ..kernels.float_keys import KEY_BITS, key_to_float
+
+_TIE = 32  # units in the last place within which similarities of equal pairs lie
 
 _SHARE_BITS = 38  # times a number of texts below 2^25: no overflow
 
@@ -107,3 +109,16 @@ def _bin_of_kth(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (M,
         last[rows] = highest[:, 0]
         above[rows] = (reached.gather(1, later) - counts[rows].gather(1, highest))[:, 0]
     return last, above
+
+
+def margin_threshold(
+    best: Tensor,  # (M,) of each image's positives; -inf of none, which is no bound
+    margin: float,
+) -> ScoreThreshold:
+    """Negatives take part up to ``best + margin``: by their similarity with the other sign."""
+    # room for the rounding of similarities: a copy of the positive is no more similar
+    bound = best + margin + _TIE * torch.finfo(best.dtype).eps * best.abs()
+    threshold = torch.where(best == -torch.inf, -torch.inf, -bound)
+    return ScoreThreshold(
+        ScoreNormalizer(torch.zeros_like(best), torch.full_like(best, -1.0)), threshold
+    )

@@ -1,12 +1,10 @@
 """The loss inside a training step: autograd, autocast, scalers, accumulation, torch.compile."""
 
-import inspect
-
 import pytest
 import torch
 
 from fused_siglip import siglip_loss
-from fused_siglip.spec import SCHEMA, GradMask, LossSpec, NegativeChoice
+from fused_siglip.spec import SCHEMA, GradMask, LossSpec, NegativeChoice, PositiveChoice
 from fused_siglip.testing import eager_siglip_loss
 from support.inputs import loss_and_grads, make_inputs, one_tile
 from support.tolerances import assert_as_exact_as_eager, error, oracle
@@ -254,6 +252,12 @@ def test_inductor_compiles_the_step():
         torch.testing.assert_close(c, e)
 
 
+OPTIONS = LossSpec(
+    GradMask(True, False, True), False, NegativeChoice("random", 0.25, 9),
+    PositiveChoice("weight", 0.5, 0.25, 0.25, 1.0), 0.1, "sum", "torch", 1 << 20, None, None, None,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("negatives", [None, "random", "hardest"])
 @pytest.mark.parametrize("ids", [False, True])
 def test_operator_is_registered_soundly(ids, negatives):
@@ -264,35 +268,27 @@ def test_operator_is_registered_soundly(ids, negatives):
         *inputs.tensors(),
         image_ids,
         text_ids,
-        False,
-        True,
-        ids,
-        True,
+        torch.linspace(0, 1, 20) if ids else None,
         None,
-        "torch",
-        None,
-        None,
-        "mean",
-        negatives,
-        0.5,
-        7,
+        *OPTIONS._replace(
+            grads=GradMask(True, ids, True), negatives=NegativeChoice(negatives, 0.5, 7)
+        ).to_op(),
     )
     torch.library.opcheck(torch.ops.fused_siglip.loss_and_grads.default, arguments)
+    torch.library.opcheck(torch.ops.fused_siglip.image_losses.default, arguments)
 
 
 def test_a_spec_and_its_flat_form_say_the_same():
     """In the order of the schema, whose names are those of from_op."""
     names = [argument.split("=")[0].split()[-1] for argument in SCHEMA.split(", ")]
-    spec = LossSpec(
-        GradMask(True, False, True), False, NegativeChoice("random", 0.25, 9), "sum", "torch",
-        1 << 20, "0", "ring", torch.bfloat16,
-    )  # fmt: skip
+    spec = OPTIONS._replace(dtype=torch.bfloat16)
     flat = spec.to_op()
     assert LossSpec.from_op(*flat) == spec
     by_name = dict(zip(names, flat, strict=True))
-    assert by_name["need_text_grad"] is False and by_name["keep"] == 0.25
-    assert by_name["dist_impl"] == "ring" and by_name["dtype"] == torch.bfloat16
-    assert len(inspect.signature(LossSpec.from_op).parameters) == len(names)
+    assert by_name["need_text_grad"] is False and by_name["amount"] == 0.25
+    assert by_name["pair"] == 0.5 and by_name["label_smoothing"] == 0.1
+    assert by_name["reduction"] == "sum" and by_name["dtype"] == torch.bfloat16
+    assert LossSpec.from_op(*flat[:-1]) == spec._replace(dtype=None)
 
 
 def test_threads_get_the_same_bits():

@@ -49,7 +49,7 @@ BAD_CALLS = [
     ("bool ids", {"image_ids": IDS > 1, "text_ids": IDS}, TypeError, "image_ids has dtype torch.bool: expected an integer dtype"),
     ("list ids", {"image_ids": [0, 1, 2, 3], "text_ids": IDS}, TypeError, "image_ids is a list: expected an integer tensor of shape (batch,)"),
     ("negative_only = 1", {"negative_only": 1}, TypeError, "negative_only is a int: expected a bool"),
-    ("unknown reduction", {"reduction": "none"}, ValueError, "reduction is 'none': expected 'mean' or 'sum'"),
+    ("unknown reduction", {"reduction": "max"}, ValueError, "reduction is 'max': expected 'mean' or 'sum' or 'none'"),
     ("unknown backend", {"backend": "cuda"}, ValueError, "backend is 'cuda': expected None, 'torch' or 'triton'"),
     ("workspace of 0", {"workspace_bytes": 0}, ValueError, "workspace_bytes is 0: expected more than 0"),
     ("float workspace", {"workspace_bytes": 1e9}, TypeError, "workspace_bytes is a float: expected a number of bytes (int)"),
