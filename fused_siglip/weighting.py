@@ -54,7 +54,9 @@ class Weighting:
         self.targets: Tensor | None = None  # (5,)
         self.uniform: Tensor | None = None  # (), e / N
         if spec.positives.kind == "target" or spec.label_smoothing:
-            self.uniform = _on(x, spec.label_smoothing / exchange.real_texts(), acc)
+            # a number over a tensor of integers would be float32
+            smoothing = torch.full((), spec.label_smoothing, dtype=acc, device=x.device)
+            self.uniform = smoothing / exchange.real_texts()
             self.targets = pair_targets(spec, self.uniform)
         self.has_linear_term = spec.label_smoothing > 0 and spec.negatives.kind is None
 
@@ -69,7 +71,7 @@ class Weighting:
             self.images = x.new_ones(x.shape[0], dtype=self.acc)
         units = torch.stack([
             _power_of_two(self.images),
-            _power_of_two(self.images.new_ones(1) if texts is None else texts),
+            self.images.new_ones(()) if texts is None else _power_of_two(texts),
         ])  # fmt: skip
         exchange.all_reduce(units, "MAX")
         of_positives = 2.0 ** max(math.ceil(math.log2(max(self.choice.largest, 1.0))), 0)
@@ -119,12 +121,6 @@ def _shares(
     # a row without positives has no share to give
     image = choice.pair + choice.per_image / images.clamp(min=1).to(acc)
     return PositiveShares(image, choice.per_text / texts.clamp(min=1).to(acc))
-
-
-def _on(x: Tensor, value: float | Tensor, dtype: torch.dtype) -> Tensor:  # ()
-    if isinstance(value, Tensor):
-        return value.to(dtype)
-    return torch.full((), value, dtype=dtype, device=x.device)
 
 
 def count_equal(ids: Tensor, others: Tensor) -> Tensor:  # (m,), (n,) -> (m,) int64

@@ -71,7 +71,7 @@ class CallHeader(NamedTuple):
 _AGREED = {"function": "the function", "dim": "D", "dtype": "dtype",
            "has_ids": "ids", "negative_only": "negative_only",
            "dist_impl": "dist_impl", "reduction": "reduction", "negatives": "negatives",
-           "amount": "keep (or margin) of negatives", "seed": "seed of negatives",
+           "amount": "keep of negatives", "seed": "seed of negatives",
            "image_weights": "image_weights", "text_weights": "text_weights",
            "positives": "positives", "pair": "pair of positives",
            "per_image": "per_image of positives", "per_text": "per_text of positives",
@@ -184,7 +184,8 @@ def check_ranks_agree(
             f"{FUNCTIONS[header.function]} was called with bad arguments on rank {refused[0]} of "
             "the group, which has the details: expected a good call on every rank"
         )
-    for field, name in _AGREED.items():
+    names = _AGREED | ({"amount": "margin of negatives"} if _is_below(header) else {})
+    for field, name in names.items():
         values = [getattr(h, field) for h in everyone]
         if len(set(values)) > 1:
             said = FORMATTERS.get(field, str)
@@ -201,6 +202,10 @@ def check_ranks_agree(
                 "gradient of the texts, which another rank needs: expected more, or None"
             )
     return everyone
+
+
+def _is_below(header: CallHeader) -> bool:
+    return header.negatives == list(KINDS).index("below")
 
 
 def report_bad_arguments(group: dist.ProcessGroup, device: torch.device | None = None) -> None:

@@ -28,8 +28,8 @@ def eager_siglip_loss(  # noqa: PLR0913, the arguments of siglip_loss
 
     Builds the (M, N) logits and labels in the dtype of the features, operation for operation as
     ``open_clip.loss.SigLipLoss`` does (and without ids returns what it returns); with weights or
-    other targets, ``binary_cross_entropy_with_logits`` of them. Called with float64 features it is
-    the oracle. ``kept`` names the negatives that take part; None: all.
+    other targets, the cross entropy of each pair. Called with float64 features it is the oracle.
+    ``kept`` names the negatives that take part; None: all.
     """
     logits = logit_scale * image_features @ text_features.T
     if logit_bias is not None:
@@ -50,8 +50,10 @@ def eager_siglip_loss(  # noqa: PLR0913, the arguments of siglip_loss
     if positives is None and image_weights is None and text_weights is None and not label_smoothing:
         losses = -torch.nn.functional.logsigmoid(labels * logits)
     else:
-        weights, targets = _weights_and_targets((labels == 1) & real, positives)
-        targets = targets * (1 - label_smoothing) + label_smoothing / texts
+        weights, targets = weights_and_targets((labels == 1) & real, positives)
+        targets = (
+            targets * (1 - label_smoothing) + torch.full_like(targets, label_smoothing) / texts
+        )
         losses = weights * _cross_entropy(logits, targets)
         losses = losses if image_weights is None else losses * image_weights[:, None]
         losses = losses if text_weights is None else losses * text_weights
@@ -64,12 +66,12 @@ def eager_siglip_loss(  # noqa: PLR0913, the arguments of siglip_loss
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:  # (M, N)
-    return torch.nn.functional.binary_cross_entropy_with_logits(
-        logits, targets.to(logits.dtype), reduction="none"
-    )
+    # not binary_cross_entropy_with_logits: it takes log sigmoid(z) from z, which cancels
+    log_sigmoid, targets = torch.nn.functional.logsigmoid, targets.to(logits.dtype)
+    return -(targets * log_sigmoid(logits) + (1 - targets) * log_sigmoid(-logits))
 
 
-def _weights_and_targets(
+def weights_and_targets(
     positive: Tensor,  # (M, N) bool
     positives: Positives | None,
 ) -> tuple[Tensor, Tensor]:  # (M, N) float64

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 from ..kernels import GRAD_SCALE, accumulate_dtype
+from ..positives import Positives
+from .pair_terms import (
+    WEIGHT_ROUNDINGS,
+    PairTerms,
+    log_sigmoid_errors,
+    pair_masks,
+    pair_terms,
+    without_padding,
+)
 
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -27,9 +36,14 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     negative_only: bool = False,
     kept: Tensor | None = None,  # (M, N) bool
     unsure: Tensor | None = None,  # (M, N) bool
+    image_weights: Tensor | None = None,  # (M,)
+    text_weights: Tensor | None = None,  # (N,)
+    positives: Positives | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
+    upstream: Tensor | None = None,  # (M,)
     g_dtype: torch.dtype | None = None,
-) -> list[Tensor]:  # (), (M, D), (N, D), (), ()
+) -> list[Tensor]:  # () or (M,), (M, D), (N, D), (), ()
     """What rounding may do to each element of [loss, dX, dY, dt, db], in float64.
 
     The worst case, to first order in the unit roundoff u of the accumulation (float32's; float64's
@@ -37,90 +51,138 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     where all terms are equal. Similarities sum D products; logits are rounded three times (the
     exponential rounds its argument once more); log-sigmoid and sigmoid err by 8 u (Triton's
     reciprocal square root by 4 u); the two products sum N and M terms, sums over all pairs are made
-    in blocks. ``g_dtype`` is the dtype in which dL/dz enters the products, by default the features'
-    own. ``kept`` names the negatives that take part (None: all), ``unsure`` those that rounding
-    alone may have kept or dropped. Rounding the results themselves is left to :func:`excess`.
-    Float64 in the oracle errs too, and is counted; products on a GPU may be cut off instead of
-    rounded, which errs twice as much.
+    in blocks. What a pair counts is rounded too, and what smoothed targets have in common is a sum
+    of its own (:func:`_linear_errors`). ``g_dtype`` is the dtype in which dL/dz enters the
+    products, by default the features' own. ``kept`` names the negatives that take part (None: all),
+    ``unsure`` those that rounding alone may have kept or dropped. ``upstream`` is what the images'
+    losses are multiplied by, with the reduction "none". Rounding the results themselves is left to
+    :func:`excess`. Float64 in the oracle errs too, and is counted; products on a GPU may be cut off
+    instead of rounded, which errs twice as much.
     """
     dtype = image_features.dtype
-    x, y = (features.detach().double() for features in (image_features, text_features))
-    t, b = (value.detach().double().reshape(()) for value in (logit_scale, logit_bias))
     accumulate = accumulate_dtype(dtype)
     u = UNIT_ROUNDOFF[accumulate] + UNIT_ROUNDOFF[torch.float64]
-    u_sum = 2 * u if x.is_cuda else u
-    m, n, d = len(x), *y.shape
-    x, y = _without_padding(x, image_ids), _without_padding(y, text_ids)
-    positive, valid, images = _pair_masks(x, y, image_ids, text_ids, negative_only)
-    if kept is not None:
-        valid = valid & (kept | positive if unsure is None else kept | positive | unsure)
-    divisor = max(images, 1) if reduction == "mean" else 1
+    u_sum = 2 * u if image_features.is_cuda else u
+    x = without_padding(image_features.detach().double(), image_ids)
+    y = without_padding(text_features.detach().double(), text_ids)
+    t, b = (value.detach().double().reshape(()) for value in (logit_scale, logit_bias))
+    masks = pair_masks(x, y, image_ids, text_ids, negative_only)
+    rows = without_padding(_or_ones(image_weights, x), image_ids)
+    cols = without_padding(_or_ones(text_weights, y), text_ids)
+    given = (image_weights, text_weights, positives, upstream)
+    weighted = label_smoothing > 0 or any(value is not None for value in given)
 
-    s, ds = x @ y.T, d * u_sum * (x.abs() @ y.T.abs())
+    s, ds = x @ y.T, y.shape[1] * u_sum * (x.abs() @ y.abs().T)
     z = t * s + b
-    v = torch.where(positive, -z, z)
     dz = t.abs() * ds + u * (t.abs() * s.abs() + 3 * z.abs())
-    p, softplus, d_term, d_g = _log_sigmoid_errors(v, dz, valid, u, accumulate)
-    if unsure is not None:
-        d_term, d_g = d_term + unsure * softplus, d_g + unsure * p
+    terms = pair_terms(z, masks, (rows, cols), positives, label_smoothing, kept is not None)
+    taking_part = masks.valid
+    if kept is not None:
+        taking_part &= kept | masks.positive if unsure is None else kept | masks.positive | unsure
+    losses, d_losses, g, d_g = _pair_errors(terms, dz, unsure, u, accumulate, weighted)
+    losses, d_losses, g, d_g = (
+        torch.where(taking_part, v * cols, 0) for v in (losses, d_losses, g, d_g)
+    )
+    linear = _linear_errors((x, y), (t, b), terms, (u, u_sum))
+
+    d_losses = rows * (d_losses.sum(1) + min(y.shape[0], 128) * u * losses.sum(1)) + linear[0]
+    if reduction != "none":
+        d_losses = d_losses.sum() + min(losses.numel(), 128) * u * (rows @ losses).sum()
+    if upstream is not None:
+        rows = rows * without_padding(upstream.double().abs(), image_ids)
+        linear = _linear_errors((x, y), (t, b), terms._replace(rows=rows), (u, u_sum))
+    g, d_g = g * rows[:, None], d_g * rows[:, None]
+    unit = _unit(dtype, rows, cols, positives) if weighted else 1.0
     stored = d_g  # in the dtype of the products
     if (g_dtype or dtype) != accumulate:
-        stored = d_g + _stored_errors(p + d_g, g_dtype or dtype) * valid
-
-    pairs = min(m * n, 128)
-    errors = [
-        d_term.sum() + pairs * u * softplus.sum(),
-        t.abs() * (stored @ y.abs() + (n + 3) * u_sum * (p @ y.abs())),
-        t.abs() * (stored.T @ x.abs() + (m + 3) * u_sum * (p.T @ x.abs())),
-        (s.abs() * d_g + p * ds).sum() + (pairs + 2) * u * (p * s.abs()).sum(),
-        d_g.sum() + pairs * u * p.sum(),
-    ]
+        stored = d_g + _stored_errors(g + d_g, g_dtype or dtype, unit) * taking_part
+    errors = [d_losses, *_gradient_errors((x, y), (s, ds), (g, d_g, stored), t, (u, u_sum))]
+    errors[1:] = [e + more for e, more in zip(errors[1:], linear[1:], strict=True)]
+    divisor = max(masks.images, 1) if reduction == "mean" else 1
     return [e / divisor for e in errors]
 
 
-def _stored_errors(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """What writing dL/dz of at most this size in ``dtype`` may do to it."""
-    return UNIT_ROUNDOFF[dtype] * largest + smallest(dtype) / GRAD_SCALE.get(dtype, 1.0)
+def _or_ones(weights: Tensor | None, features: Tensor) -> Tensor:  # (M,)
+    return features.new_ones(len(features)) if weights is None else weights.detach().double()
 
 
-def _without_padding(features: Tensor, ids: Tensor | None) -> Tensor:
-    """Features with zeros in padded rows, which may hold anything."""
-    return features if ids is None else torch.where(ids[:, None] < 0, 0, features)
-
-
-def _pair_masks(
-    x: Tensor,
-    y: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    negative_only: bool,
-) -> tuple[Tensor, Tensor, int]:  # (M, N) bool, (M, N) bool
-    """Which pairs are positive, which take part, and how many images are no padding."""
-    positive = torch.zeros(len(x), len(y), dtype=torch.bool, device=x.device)
-    valid, images = ~positive, len(x)
-    if image_ids is not None and text_ids is not None:
-        valid = (image_ids >= 0)[:, None] & (text_ids >= 0)
-        images = int((image_ids >= 0).sum())
-        if not negative_only:
-            positive = image_ids[:, None] == text_ids
-    elif not negative_only:
-        positive.fill_diagonal_(True)
-    return positive, valid, images
-
-
-def _log_sigmoid_errors(
-    v: Tensor, dz: Tensor, valid: Tensor, u: float, accumulate: torch.dtype
+def _pair_errors(
+    terms: PairTerms,
+    dz: Tensor,  # (M, N)
+    unsure: Tensor | None,
+    u: float,
+    accumulate: torch.dtype,
+    weighted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M, N) each
-    """sigmoid(v) and softplus(v), and what errors ``dz`` of v and rounding do to softplus and
-    sigmoid; 0 for pairs that are not ``valid``."""
-    tiny = torch.finfo(accumulate).tiny  # exponentials may be flushed to 0 below
-    p, q = v.sigmoid(), (-v).sigmoid()
-    softplus = v.clamp(min=0) + torch.log1p(torch.exp(-v.abs()))
-    grown = torch.expm1(dz.clamp(max=700))  # sigmoid'(v) is p q, and changes by exp(dz) at most
-    d_term = torch.minimum(p * grown, dz) + 8 * u * softplus + tiny
-    d_g = (p * q * grown).clamp(max=1) + 8 * u * p + tiny
-    p, softplus, d_term, d_g = (torch.where(valid, w, 0) for w in (p, softplus, d_term, d_g))
-    return p, softplus, d_term, d_g
+    """The absolute losses of the pairs, what may be wrong with them, and likewise of dL/dz: before
+    the weights of rows and columns."""
+    v, alpha, beta, parts, *_ = terms
+    p, softplus, d_term, d_g = log_sigmoid_errors(v, dz, u, torch.finfo(accumulate).tiny)
+    losses = alpha * softplus + beta.abs() * v.abs()
+    g = (alpha * p - beta).abs()
+    d_losses, d_g = alpha * d_term + beta.abs() * dz, alpha * d_g
+    if weighted:
+        rounding = WEIGHT_ROUNDINGS * u
+        d_losses = d_losses + rounding * (alpha * softplus + parts * v.abs())
+        d_g = d_g + rounding * (alpha * p + parts)
+    if unsure is not None:
+        d_losses, d_g = d_losses + unsure * losses, d_g + unsure * g
+    return losses, d_losses, g, d_g
+
+
+def _gradient_errors(
+    features: tuple[Tensor, Tensor],  # (M, D), (N, D)
+    similarities: tuple[Tensor, Tensor],  # (M, N) each: the values and what they err by
+    dlogits: tuple[Tensor, Tensor, Tensor],  # likewise, and as they are stored
+    t: Tensor,
+    units: tuple[float, float],
+) -> list[Tensor]:  # (M, D), (N, D), (), ()
+    (x, y), (s, ds), (g, d_g, stored), (u, u_sum) = features, similarities, dlogits, units
+    m, n = g.shape
+    pairs = min(m * n, 128)
+    return [
+        t.abs() * (stored @ y.abs() + (n + 3) * u_sum * (g @ y.abs())),
+        t.abs() * (stored.T @ x.abs() + (m + 3) * u_sum * (g.T @ x.abs())),
+        (s.abs() * d_g + g * ds).sum() + (pairs + 2) * u * (g * s.abs()).sum(),
+        d_g.sum() + pairs * u * g.sum(),
+    ]
+
+
+def _linear_errors(
+    features: tuple[Tensor, Tensor],  # (M, D), (N, D)
+    affine: tuple[Tensor, Tensor],
+    terms: PairTerms,
+    units: tuple[float, float],
+) -> list[Tensor]:  # (M,), (M, D), (N, D), (), ()
+    """Of uniform * sum_j c_j z_ij for each image, in closed form, and of its gradients: the sums of
+    the features over M and N rows, of D products, and of those with the rest."""
+    (x, y), (t, b), (u, u_sum) = (v.abs() for v in features), (v.abs() for v in affine), units
+    a, c, each = terms.rows, terms.cols, terms.uniform
+    (m, d), n = x.shape, len(y)
+    sum_x, sum_y, roundings = a @ x, c @ y, m + n + d + WEIGHT_ROUNDINGS
+    return [
+        each * roundings * (a * (u_sum * t * (x @ sum_y) + u * b * c.sum())),
+        each * t * (n + WEIGHT_ROUNDINGS) * u_sum * torch.outer(a, sum_y),
+        each * t * (m + WEIGHT_ROUNDINGS) * u_sum * torch.outer(c, sum_x),
+        each * roundings * u_sum * (sum_x @ sum_y),
+        each * roundings * u * a.sum() * c.sum(),
+    ]
+
+
+def _unit(
+    dtype: torch.dtype, rows: Tensor, cols: Tensor, positives: Positives | None
+) -> float | Tensor:
+    """At least what the weights are divided by, so that float16 holds dL/dz."""
+    if dtype != torch.float16:
+        return 1.0
+    largest = 1.0 if positives is None else max(positives.largest, positives.aligned or 0.0, 1.0)
+    of_rows = [2 * torch.cat([w, w.new_zeros(1)]).max() for w in (rows, cols)]
+    return 2 * largest * of_rows[0] * of_rows[1]
+
+
+def _stored_errors(largest: Tensor, dtype: torch.dtype, unit: float | Tensor) -> Tensor:
+    """What writing dL/dz of at most this size in ``dtype`` may do to it."""
+    return UNIT_ROUNDOFF[dtype] * largest + unit * smallest(dtype) / GRAD_SCALE.get(dtype, 1.0)
 
 
 def smallest(dtype: torch.dtype) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_siglip import Hardest, Random
+from fused_siglip import Below, Hardest, Random
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 
 WORD = 2**32
@@ -62,7 +62,11 @@ def expected_selection(
     x, y = (f.detach().cpu().double() for f in (inputs.image_features, inputs.text_features))
     (m, d), n = x.shape, len(y)
     nothing = torch.zeros(m, n, dtype=torch.bool)
-    if negatives is None or negatives.keep == 1 or m == 0 or n == 0:
+    if negatives is None or m == 0 or n == 0:
+        return ~nothing, nothing
+    if isinstance(negatives, Below):
+        return _below(inputs, negatives)
+    if negatives.keep == 1:
         return ~nothing, nothing
     if isinstance(negatives, Random):
         return random_pairs(negatives, m, n), nothing
@@ -86,6 +90,26 @@ def expected_selection(
     step += 2.0**-29 * largest[:, None]
     unsure = negative & ((value - threshold).abs() <= step + 2 * rounding)
     return negative & (value >= threshold), unsure
+
+
+def _below(inputs, negatives: Below) -> tuple[Tensor, Tensor]:  # (M, N) bool each
+    """Negatives that are no more similar than the image's best positive and the margin."""
+    positive, negative = positives(inputs)
+    x, y = (f.detach().cpu().double() for f in (inputs.image_features, inputs.text_features))
+    if inputs.ids:
+        y = torch.where(inputs.ids["text_ids"].cpu()[:, None] < 0, 0, y)
+        x = torch.where(inputs.ids["image_ids"].cpu()[:, None] < 0, 0, x)
+    s = x @ y.T
+    accumulate = torch.promote_types(inputs.image_features.dtype, torch.float32)
+    unit = UNIT_ROUNDOFF[accumulate]
+    rounding = (x.shape[1] + 8) * unit * (x.abs() @ y.abs().T)
+    best = s.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+    limit = torch.where(best == -torch.inf, torch.inf, best + negatives.margin)
+    # another positive may be the best one of all within its own rounding
+    of_best = torch.where(positive, rounding, 0).amax(1, keepdim=True)
+    sums = 4 * unit * (best.abs() + abs(negatives.margin)).nan_to_num(posinf=0)
+    unsure = negative & ((s - limit).abs() <= rounding + of_best + sums)
+    return negative & (s <= limit), unsure
 
 
 def masks_for_negatives(inputs, options: dict) -> tuple[dict, dict]:

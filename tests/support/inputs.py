@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
 
 @dataclass
 class Inputs:
-    """The four differentiable inputs of a loss, and its ids."""
+    """The four differentiable inputs of a loss, its ids and its weights."""
 
     image_features: Tensor  # (M, D)
     text_features: Tensor  # (N, D)
     logit_scale: Tensor  # () or (1,)
     logit_bias: Tensor  # () or (1,)
     ids: dict[str, Tensor]  # image_ids (M,) and text_ids (N,), or empty
+    # image_weights (M,) and text_weights (N,), or one of them, or empty
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in NAMES]
@@ -34,7 +36,7 @@ class Inputs:
             t.detach().to(d, copy=True).requires_grad_(t.requires_grad)
             for t, d in zip(self.tensors(), dtypes, strict=True)
         ]
-        return Inputs(*leaves, self.ids)
+        return Inputs(*leaves, self.ids, self.weights)
 
 
 def make_inputs(
@@ -71,14 +73,21 @@ def make_inputs(
     return Inputs(*tensors, labels)
 
 
-def loss_and_grads(loss_function, inputs: Inputs, **options) -> list[Tensor | None]:
+def loss_and_grads(
+    loss_function,
+    inputs: Inputs,
+    upstream: Tensor | None = None,  # (M,) with the reduction "none"; None: 1
+    **options,
+) -> list[Tensor | None]:
     """[loss, dX, dY, dt, db], None for an input that requires no gradient."""
     tensors = inputs.tensors()
     for tensor in tensors:
         tensor.grad = None
-    loss = loss_function(*tensors, **inputs.ids, **options)
+    loss = loss_function(*tensors, **inputs.ids, **inputs.weights, **options)
     if loss.requires_grad:
-        loss.backward()
+        if upstream is None:
+            upstream = torch.ones_like(loss)
+        loss.backward(upstream.to(loss.dtype))
     return [loss.detach()] + [tensor.grad for tensor in tensors]
 
 
@@ -88,9 +97,16 @@ def operand_dtype(backend: str, dtype: torch.dtype, device: str) -> torch.dtype:
 
 
 def one_tile(
-    backend: str, dtype: torch.dtype, device: str = "cpu", filters_negatives: bool = False
+    backend: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    filters_negatives: bool = False,
+    weighted: bool = False,
 ) -> int:
     """workspace_bytes of a single tile: the smallest panels a sweep can run with."""
     panel = panel_class(backend)
     operand = operand_dtype(backend, dtype, device)
-    return panel.workspace_bytes(PanelSpec(*panel.tile, operand, True, True, filters_negatives))
+    spec = PanelSpec(
+        *panel.tile, operand, True, True, filters_negatives=filters_negatives, weighted=weighted
+    )
+    return panel.workspace_bytes(spec)

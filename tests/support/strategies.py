@@ -7,14 +7,15 @@ fuzz command, where an integer seed drives it: the same seed is the same case.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fused_siglip import Easiest, Hardest, Random
+from fused_siglip import Below, Easiest, Hardest, PositiveTarget, PositiveWeight, Random
 from support.devices import HAS_GPU, INTERPRETED
 from support.inputs import NAMES, Inputs, make_inputs
+from support.pending import BELOW_RUNS, TRITON_TAKES_WEIGHTS
 
 DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -47,12 +48,15 @@ class Case:
     layouts: tuple[str, str]
     ids: str | None  # "unique", "repeated", "padded", "only padding", or None: the diagonal
     negative_only: bool
-    negatives: Random | Hardest | Easiest | None
+    negatives: Random | Hardest | Easiest | Below | None
     reduction: str
     tiles: int | None  # that the workspace holds; None: the default
     requires_grad: tuple[bool, bool, bool, bool]
     scalar_shape: tuple[int, ...]
-    values: int  # seed of the features and ids
+    values: int  # seed of the features, ids and weights
+    weights: tuple[str | None, str | None] = (None, None)  # of images and texts: see WEIGHTS
+    positives: PositiveWeight | PositiveTarget | None = None
+    label_smoothing: float = 0.0
 
 
 def _size(draw: random.Random) -> int:
@@ -77,6 +81,47 @@ def _negatives(draw: random.Random) -> Random | Hardest | Easiest | None:
     return Random(keep, draw.randint(0, 2**63 - 1)) if kind is Random else kind(keep)
 
 
+# What weights may be: a name, and their values of random numbers in [0, 1).
+WEIGHTS = {
+    "ones": torch.ones_like,
+    "some zeros": lambda u: torch.where(u < 0.3, 0.0, u),
+    "zeros": torch.zeros_like,
+    "any size": lambda u: 10.0 ** (8 * u - 5),
+    "bfloat16": lambda u: u.bfloat16(),
+    "float16": lambda u: (100 * u).half(),
+    "float64": lambda u: u.double() / 3,
+    "every second": lambda u: u.repeat_interleave(2)[::2],
+}
+SHARES = (
+    (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.5, 0.5), (0.25, 0.25, 0.5),
+    (0.0, 0.0, 0.0), (0.3, 0.1, 0.0), (2.0, 1.0, 0.5),
+)  # fmt: skip
+
+
+def _positives(draw: random.Random, square: bool) -> PositiveWeight | PositiveTarget | None:
+    kind = draw.choice((None, PositiveWeight, PositiveTarget))
+    shares = draw.choice(SHARES if kind is PositiveWeight else SHARES[:-1])
+    aligned = draw.choice((None, 1.0, 0.0, 0.5)) if square else None
+    return None if kind is None else kind(*shares, aligned)
+
+
+def _with_weights(draw: random.Random, case: Case) -> Case:
+    """A case of half of which pairs count differently, or each image has its own loss."""
+    reduction = draw.choice(("mean", "sum", "none"))
+    weights = tuple(draw.choice((None, *WEIGHTS)) for _ in range(2))
+    positives = _positives(draw, case.m == case.n)
+    label_smoothing = draw.choice((0.0, 0.0, 0.1, 1.0))
+    margin = draw.choice((None, None, 0.1, 0.0, -0.2, 1.0))
+    if draw.randint(0, 1) or (case.backend == "triton" and not TRITON_TAKES_WEIGHTS):
+        return case
+    if BELOW_RUNS and margin is not None and not case.negative_only:
+        case = replace(case, negatives=Below(margin))
+    return replace(
+        case, reduction=reduction, weights=weights, positives=positives,
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
+
+
 # In the interpreter a case takes a hundred times as long as in torch.
 BACKENDS = ("torch",) * 39 + ("triton",)
 
@@ -87,7 +132,7 @@ def random_case(draw: random.Random, backends: tuple[str, ...] = BACKENDS) -> Ca
     m, n, d = _size(draw), _size(draw), _size(draw)
     ids = draw.choice((None, None, "repeated", "padded", "unique", "only padding"))
     negative_only = draw.randint(0, 3) == 3
-    return Case(
+    case = Case(
         backend,
         draw.choice(DTYPES[:3] if backend == "triton" else DTYPES),
         m,
@@ -106,6 +151,7 @@ def random_case(draw: random.Random, backends: tuple[str, ...] = BACKENDS) -> Ca
         draw.choice(((), (1,))),
         draw.randint(0, 2**32 - 1),
     )
+    return _with_weights(draw, case)
 
 
 def _laid_out(values: Tensor, layout: str) -> Tensor:
@@ -148,7 +194,26 @@ def inputs_of(case: Case) -> Inputs:
         v.detach().requires_grad_(flag)
         for v, flag in zip((*features, *scalars), case.requires_grad, strict=True)
     ]
-    return Inputs(*leaves, _ids_of(case, generator))
+    ids = _ids_of(case, generator)
+    return Inputs(*leaves, ids, _weights_of(case, generator))
+
+
+def _weights_of(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        name: WEIGHTS[kind](torch.rand(rows, generator=generator)).to(DEVICE)
+        for name, rows, kind in zip(
+            ("image_weights", "text_weights"), (case.m, case.n), case.weights, strict=True
+        )
+        if kind is not None
+    }
+
+
+def upstream_of(case: Case) -> Tensor | None:  # (M,)
+    """What the images' losses are multiplied by, some of it negative; None: they are added up."""
+    if case.reduction != "none":
+        return None
+    generator = torch.Generator().manual_seed(case.values + 1)
+    return torch.randn(case.m, generator=generator).to(DEVICE)
 
 
 def _ids_of(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
