@@ -22,11 +22,11 @@ from .interface import (
 )
 from .registry import float32_products, multiplies_half_into_fp32
 from .torch_products import add_product
+from .triton_arguments import diagonal_arg, ids_args, selection_args, weight_args
 from .triton_configs import TILE, PanelConfig, count_config, panel_config
 from .triton_kernels import count_kernel, panel_kernel
 from .triton_products import ProductConfig, TileLists, add_tiled_product, list_elements
 from .triton_totals import TritonTotals
-from .triton_weights import weight_args
 
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
 
@@ -57,30 +57,11 @@ def round_to_tf32(features: Tensor) -> Tensor:
     return torch.where(features.isfinite(), rounded, features)
 
 
-def _diagonal(pairs: Pairs, n: int) -> int:
-    # no pair is (i, i + n): without a diagonal, the same kernel never meets it
-    return n if pairs.diagonal is None else pairs.diagonal
-
-
-def _ids_args(pairs: Pairs) -> tuple[Tensor | None, Tensor | None]:
-    """The kernels' tensors of the ids."""
-    return (None, None) if pairs.ids is None else pairs.ids
-
-
 def _may_skip(selection: RandomMask | ScoreThreshold | None, tile: tuple[int, int]) -> bool:
     """Whether there may be tiles where no pair takes part: hardly ever among many random pairs."""
     if isinstance(selection, RandomMask):
         return selection.share * math.prod(tile) < 16  # from there on less than one tile in e^16
     return selection is not None
-
-
-def _selection_args(selection: RandomMask | ScoreThreshold | None) -> tuple[Tensor | None, ...]:
-    """The panel kernel's tensors of a selection: two of a mask, three of a threshold."""
-    if isinstance(selection, RandomMask):
-        return selection.image_keys, selection.text_keys, None, None, None
-    if isinstance(selection, ScoreThreshold):
-        return None, None, *selection.normalizer, selection.threshold
-    return (None,) * 5
 
 
 COUNT_BITS = (5, 5, 10)  # of the steps in which thresholds are found
@@ -179,7 +160,7 @@ class TritonPanel(TritonTotals):
         if spec.image_losses:
             size = tiles_n * spec.rows
             self.row_losses = torch.empty(size, dtype=torch.float32, device=device)
-        self.dtype = spec.dtype
+        self.dtype, self.weighted = spec.dtype, spec.weighted
         self.grad_scale = GRAD_SCALE.get(spec.dtype, 1.0)
 
     def _precision(self) -> str:
@@ -188,7 +169,8 @@ class TritonPanel(TritonTotals):
         return "ieee" if float32_products() == "ieee" else "tf32"
 
     def config(self, dtype: torch.dtype, precision: str) -> PanelConfig:
-        return panel_config(self.target, dtype, precision, self.dlogits is not None)
+        stores = self.dlogits is not None
+        return panel_config(self.target, dtype, precision, stores, self.weighted)
 
     def __call__(
         self,
@@ -210,7 +192,7 @@ class TritonPanel(TritonTotals):
         with torch.cuda.device_of(x):  # Triton launches on the current device
             if on_hopper:
                 hopper.launch_panel(
-                    self.hopper, x, y, self.dlogits, self.partials, affine, _diagonal(pairs, n),
+                    self.hopper, x, y, self.dlogits, self.partials, affine, diagonal_arg(pairs, n),
                     self.grad_scale,
                 )  # fmt: skip
             else:
@@ -242,14 +224,14 @@ class TritonPanel(TritonTotals):
             self.dlogits,
             self.partials,
             *affine,
-            *_ids_args(pairs),
-            *_selection_args(selection),
+            *ids_args(pairs),
+            *selection_args(selection),
             *weight_args(pairs.weights),
             self.flags,
             losses,
             m,
             n,
-            _diagonal(pairs, n),
+            diagonal_arg(pairs, n),
             selection.hash_cutoff if isinstance(selection, RandomMask) else None,
             *x.stride(),
             *y.stride(),
@@ -319,13 +301,13 @@ class TritonPanel(TritonTotals):
             count_kernel[(tiles_m * tiles_n,)](
                 x,
                 y,
-                *_ids_args(pairs),
+                *ids_args(pairs),
                 *normalizer,
                 prefix,
                 written,
                 m,
                 n,
-                _diagonal(pairs, n),
+                diagonal_arg(pairs, n),
                 *x.stride(),
                 *y.stride(),
                 D=d,
