@@ -1,6 +1,7 @@
 """What pairs count in the global batch: weights, shares, targets and losses of images."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -49,29 +50,32 @@ def whole_batch(n: int, dtype: torch.dtype, ids: bool, weighted: bool = True):
     return inputs
 
 
-def every_split(rank: int, world_size: int) -> int:
-    cases = 0
-    for rows in SPLITS[world_size]:
+# of which `make test` takes one for each choice, and another one for the next
+FORMS = list(itertools.product(("mean", "sum", "none"), ("ring", "gather")))
+
+
+def every_split(rank: int, world_size: int, turn: int) -> int:
+    cases = itertools.product(SPLITS[world_size], (False, True), CHOICES.items())
+    k = 0
+    for k, (rows, ids, (name, options)) in enumerate(cases, start=1):
+        reduction, impl = FORMS[(k + k // len(FORMS) + turn) % len(FORMS)]
+        texts = rows[::-1] if ids and "aligned" not in name else rows
         n = sum(rows)
-        upstream = torch.linspace(-2, 3, n)
-        for impl in ("ring", "gather"):
-            for name, options in CHOICES.items():
-                for ids in (False, True):
-                    texts = rows[::-1] if ids and "aligned" not in name else rows
-                    inputs = whole_batch(n, torch.float64, ids, "alone" not in name)
-                    for reduction in ("mean", "sum", "none"):
-                        assert_global(
-                            inputs, rows, texts, 1e-12, dist_impl=impl, reduction=reduction,
-                            upstream=upstream if reduction == "none" else None, **options,
-                        )  # fmt: skip
-                        cases += 1
-    return cases
+        assert_global(
+            whole_batch(n, torch.float64, ids, "alone" not in name), rows, texts, 1e-12,
+            torch.linspace(-2, 3, n) if reduction == "none" else None,
+            dist_impl=impl, reduction=reduction, **options,
+        )  # fmt: skip
+    return k
 
 
 @pytest.mark.parametrize("world_size", SPLITS)
-def test_every_split_of_the_global_batch(world_size):
-    cases = returned(launch(every_split, world_size))
-    assert cases == [12 * len(CHOICES) * len(SPLITS[world_size])] * world_size
+@pytest.mark.parametrize(
+    "turn", [0, *(pytest.param(k, marks=pytest.mark.exhaustive) for k in range(1, len(FORMS)))]
+)
+def test_every_split_of_the_global_batch(world_size, turn):
+    cases = returned(launch(every_split, world_size, turn))
+    assert cases == [2 * len(CHOICES) * len(SPLITS[world_size])] * world_size
 
 
 def lower_precision(rank: int, world_size: int) -> None:
@@ -84,18 +88,14 @@ def lower_precision(rank: int, world_size: int) -> None:
             # of other sizes on every rank: float16 divides by what all ranks agree on
             inputs.weights["image_weights"] *= torch.logspace(-1, 2, 16)
             inputs.weights["text_weights"] *= torch.logspace(1, -1, 16)
-            for impl in ("ring", "gather"):
-                for name, weights in (("both", inputs.weights), ("images", None), ("none", {})):
-                    chosen = whole_batch(16, dtype, ids, False)
-                    chosen.weights = weights if weights is not None else {
-                        "image_weights": inputs.weights["image_weights"]
-                    }  # fmt: skip
-                    options = {"positives": PositiveWeight(0.5, 3.0), "label_smoothing": 0.1}
-                    assert_global(chosen, rows, tolerance=tolerance, dist_impl=impl, **options)
-                    assert_global(
-                        chosen, rows, tolerance=tolerance, dist_impl=impl, reduction="none",
-                        upstream=torch.linspace(-300, 20, 16), **options,
-                    )  # fmt: skip
+            of_images = {"image_weights": inputs.weights["image_weights"]}
+            for weights, impl in ((inputs.weights, "ring"), (of_images, "gather"), ({}, "ring")):
+                inputs.weights = weights
+                options = {"positives": PositiveWeight(0.5, 3.0), "label_smoothing": 0.1}
+                options |= {"dist_impl": impl, "tolerance": tolerance}
+                assert_global(inputs, rows, **options)
+                upstream = torch.linspace(-300, 20, 16)
+                assert_global(inputs, rows, reduction="none", upstream=upstream, **options)
 
 
 def test_lower_precision():
