@@ -99,6 +99,7 @@ class PlanRequest(NamedTuple):
     grads: GradMask = GradMask()
     filters_negatives: bool = False  # negatives are selected, or counted
     weighted: bool = False  # pairs have weights
+    image_losses: bool = False  # the images' losses are wanted
     # The sweep copies rows before use, whatever D: padding must be blanked out, or the features'
     # strides do not suit the backend.
     copies_operands: bool = False
@@ -138,7 +139,7 @@ def _plan(
     def spec(rows: int, cols: int) -> PanelSpec:
         return PanelSpec(
             rows, cols, operand_dtype, grads.image or grads.text, grads.scalars,
-            request.filters_negatives, wide=n > d, weighted=request.weighted,
+            request.filters_negatives, n > d, request.weighted, request.image_losses,
         )  # fmt: skip
 
     def workspace(rows: int, cols: int) -> int:

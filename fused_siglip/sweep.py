@@ -71,7 +71,8 @@ def sweep(
 
     Panels are visited and summed in a fixed order: the same inputs give the same bits.
     """
-    grid = _PanelGrid(x, y, pairs, out.mask, selection is not None, run)
+    wants_losses = out.image_losses is not None
+    grid = _PanelGrid(x, y, pairs, out.mask, selection is not None, run, wants_losses)
     plan = grid.plan
     rows_of_sums = 3 if out.scalars else 1
     if x.shape[0] == 0 or y.shape[0] == 0:
@@ -170,6 +171,7 @@ class _PanelGrid:
         grads: GradMask,
         filters_negatives: bool,
         run: Execution,
+        image_losses: bool = False,
     ):
         self.panel_class = panel_class(run.backend)
         align = self.panel_class.align
@@ -184,8 +186,8 @@ class _PanelGrid:
         self.plan = plan_panels(
             PlanRequest(
                 x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device.type, run.backend, grads,
-                filters_negatives, weights is not None, self.copies, _multiprocessors(x.device),
-                run.workspace_bytes,
+                filters_negatives, weights is not None, image_losses, self.copies,
+                _multiprocessors(x.device), run.workspace_bytes,
             )
         )  # fmt: skip
 

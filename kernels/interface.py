@@ -137,6 +137,7 @@ class PanelSpec(NamedTuple):
     filters_negatives: bool = False  # negatives are selected, or counted
     wide: bool = False  # more texts than D: a pass over features is shorter than one over pairs
     weighted: bool = False  # pairs have weights
+    image_losses: bool = False  # calls ask for the images' losses, and for no gradient
     losses: bool = True  # False: the sum of the loss may be left out; of pairs with weights
 
 

@@ -50,6 +50,10 @@ class PanelConfig:
             "FOLD_COLS": self.fold[2],
         }
 
+    def by_row(self) -> PanelConfig:
+        """With running sums of each row, for the losses of images."""
+        return replace(self, fold=(self.tile[0] // 8, 1, self.fold[2]))
+
     def options(self) -> dict[str, int | bool]:
         """The compiler's options."""
         # Fused multiply-add is asked for by name: Triton is about to change its default, and the

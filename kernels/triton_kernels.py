@@ -15,6 +15,7 @@ from .triton_math import (
     softplus_sigmoid,
 )
 from .triton_tiles import grouped_tile, meets_diagonal_or_edge, pair_masks, similarity
+from .triton_weights import weighted_loss
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def epilogue(
     valid,  # (m, n); None exactly where positive is: every pair takes part
     scale,
     bias,
-    sums,  # 3 running sums of softplus(u), dlogits*s, dlogits, each folded
+    sums,  # running sums of the loss, dlogits*s, dlogits and, if there is a 4th, |dlogits|: folded
     dlogits_ptrs,  # (m, n) or None
     SATURATED: tl.constexpr,  # negatives alone, and every u is at most SATURATED_LOGIT
     SCALAR_GRADS: tl.constexpr,
@@ -70,33 +71,44 @@ def epilogue(
     HAS_SELECTION: tl.constexpr = False,  # only selected_negatives(s, ...) take part
     selection_args=None,
     block=None,
+    WEIGHTED: tl.constexpr = False,  # pairs have weights
+    weight_args=None,
 ):
-    loss, dscale_sum, dbias_sum = sums
+    loss, dscale_sum, dbias_sum = sums[0], sums[1], sums[2]
     if HAS_SELECTION:
         selection = selected_negatives(s, selection_args, block)
         valid = selection if valid is None else valid & (positive | selection)
-    u = s * scale + bias
-    if positive is not None:
-        u = tl.where(positive, -u, u)
-    if valid is not None:
-        u = tl.where(valid, u, float("-inf"))
-        s = tl.where(valid, s, 0.0)  # a padded row may hold NaN
-    if SATURATED:
-        softplus, dlogits = saturated_softplus_sigmoid(u)
+    if WEIGHTED:
+        softplus, dlogits, s = weighted_loss(
+            s, positive, valid, scale, bias, weight_args, block, SATURATED
+        )
     else:
-        softplus, dlogits = softplus_sigmoid(u)
-    if positive is not None:
-        dlogits = tl.where(positive, -dlogits, dlogits)
+        u = s * scale + bias
+        if positive is not None:
+            u = tl.where(positive, -u, u)
+        if valid is not None:
+            u = tl.where(valid, u, float("-inf"))
+            s = tl.where(valid, s, 0.0)  # a padded row may hold NaN
+        if SATURATED:
+            softplus, dlogits = saturated_softplus_sigmoid(u)
+        else:
+            softplus, dlogits = softplus_sigmoid(u)
+        if positive is not None:
+            dlogits = tl.where(positive, -dlogits, dlogits)
     loss += _fold(softplus, loss.shape[0], PAIR_ROWS, loss.shape[2])
     if SCALAR_GRADS:
         dscale_sum += _fold(dlogits * s, loss.shape[0], PAIR_ROWS, loss.shape[2])
         dbias_sum += _fold(dlogits, loss.shape[0], PAIR_ROWS, loss.shape[2])
     if dlogits_ptrs is not None:
         tl.store(dlogits_ptrs, (dlogits * GRAD_SCALE).to(dlogits_ptrs.dtype.element_ty))
-    return loss, dscale_sum, dbias_sum
+    if len(sums) == 4:
+        size = sums[3] + _fold(tl.abs(dlogits), loss.shape[0], PAIR_ROWS, loss.shape[2])
+        return loss, dscale_sum, dbias_sum, size
+    else:
+        return loss, dscale_sum, dbias_sum
 
 
-@triton.jit(do_not_specialize=["M", "N", "diagonal", "hash_cutoff"])
+@triton.jit(do_not_specialize=["M", "N", "diagonal", "hash_cutoff", "aligned_diagonal"])
 def panel_kernel(
     x_ptr,  # (M, D)
     y_ptr,  # (N, D)
@@ -111,7 +123,15 @@ def panel_kernel(
     center_ptr,  # (M,) fp32, of negatives that take part by their logit; or None
     inv_radius_ptr,  # (M,) fp32, likewise
     threshold_ptr,  # (M,) fp32, likewise
+    image_weights_ptr,  # (M,) fp32, of pairs with weights; or None: 1
+    text_weights_ptr,  # (N,) fp32, likewise
+    image_shares_ptr,  # (M,) fp32, of positives with shares; or None
+    text_shares_ptr,  # (N,) fp32, likewise
+    targets_ptr,  # (5,) fp32: see PairWeights; or None
+    aligned_diagonal,  # pair (i, i + it) has aligned_share for its share; or None
+    aligned_share,
     flags_ptr,  # (tile rows, tile columns) int32, 0 where all dlogits of a tile are 0; or None
+    image_losses_ptr,  # (tile columns, M) fp32: sums of a tile's rows; or None
     M,
     N,
     diagonal,
@@ -130,7 +150,7 @@ def panel_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
-    ROW_GROUPS: tl.constexpr,
+    ROW_GROUPS: tl.constexpr,  # with image_losses_ptr BLOCK_M // 8, and PAIR_ROWS 1
     PAIR_ROWS: tl.constexpr,
     FOLD_COLS: tl.constexpr,
 ):
@@ -153,9 +173,20 @@ def panel_kernel(
     selection_args = (
         image_keys_ptr, text_keys_ptr, hash_cutoff, center_ptr, inv_radius_ptr, threshold_ptr,
     )  # fmt: skip
+    WEIGHTED: tl.constexpr = (image_weights_ptr is not None or text_weights_ptr is not None) or (
+        image_shares_ptr is not None or targets_ptr is not None
+    )
+    weight_args = (
+        image_weights_ptr, text_weights_ptr, image_shares_ptr, text_shares_ptr, targets_ptr,
+        aligned_diagonal, aligned_share,
+    )  # fmt: skip
+    # No subtile takes the form without positives. With a selection and weights it would spill.
+    MIXED_EVERYWHERE: tl.constexpr = image_ids_ptr is not None or (WEIGHTED and HAS_SELECTION)
     subtiles = column_subtiles(tile, SUBTILES)
     zero = tl.zeros((ROW_GROUPS, 8, FOLD_COLS), tl.float32)
     sums = (zero, zero, zero)
+    if WEIGHTED and flags_ptr is not None:
+        sums = (zero, zero, zero, zero)
     saturated = False
     if image_ids_ptr is None:
         # Early in training that is nearly every tile. (NaN stays NaN on either path.)
@@ -171,7 +202,7 @@ def panel_kernel(
             rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.int64)
             cols = col0 + tl.arange(0, WIDTH)
             dlogits_ptrs = dlogits_ptr + rows[:, None] * stride_zm + cols[None, :]
-        if image_ids_ptr is None:
+        if not MIXED_EVERYWHERE:
             # Positives and pairs past the edge are only there.
             mixed = meets_diagonal_or_edge(row0, col0, M, N, diagonal, BLOCK_M, WIDTH)
         elif flags_ptr is None:
@@ -182,6 +213,7 @@ def panel_kernel(
             sums = epilogue(
                 subtiles[subtile], None, None, scale, bias, sums, dlogits_ptrs, True,
                 SCALAR_GRADS, GRAD_SCALE, PAIR_ROWS, HAS_SELECTION, selection_args, block,
+                WEIGHTED, weight_args,
             )  # fmt: skip
         elif mixed:
             positive, valid = pair_masks(
@@ -190,23 +222,33 @@ def panel_kernel(
             sums = epilogue(
                 subtiles[subtile], positive, valid, scale, bias, sums, dlogits_ptrs, False,
                 SCALAR_GRADS, GRAD_SCALE, PAIR_ROWS, HAS_SELECTION, selection_args, block,
+                WEIGHTED, weight_args,
             )  # fmt: skip
-        elif image_ids_ptr is None:
+        elif not MIXED_EVERYWHERE:
             sums = epilogue(
                 subtiles[subtile], None, None, scale, bias, sums, dlogits_ptrs, False,
                 SCALAR_GRADS, GRAD_SCALE, PAIR_ROWS, HAS_SELECTION, selection_args, block,
+                WEIGHTED, weight_args,
             )  # fmt: skip
         if dlogits_ptr is None:
             tl.debug_barrier()  # as the store has: else the compiler mixes the subtiles, and spills
 
-    loss, dscale_sum, dbias_sum = sums
+    loss, dscale_sum, dbias_sum = sums[0], sums[1], sums[2]
     tiles = tl.num_programs(0)
     tile_loss = tl.sum(loss)
     tl.store(partials_ptr + pid, tile_loss)
     if flags_ptr is not None:
-        # Softplus underflows no earlier than its derivative: with no loss, all dlogits are 0.
         flag = flags_ptr + tile_m * tl.cdiv(N, BLOCK_N) + tile_n
-        tl.store(flag, (tile_loss != 0).to(tl.int32))
+        if WEIGHTED:
+            # Losses may have either sign, and add up to 0.
+            tl.store(flag, (tl.sum(sums[3]) != 0).to(tl.int32))
+        else:
+            # Softplus underflows no earlier than its derivative: with no loss, all dlogits are 0.
+            tl.store(flag, (tile_loss != 0).to(tl.int32))
+    if image_losses_ptr is not None:
+        rows = row0 + tl.arange(0, BLOCK_M)
+        of_rows = tl.reshape(tl.sum(loss, 2), (BLOCK_M,))
+        tl.store(image_losses_ptr + tile_n.to(tl.int64) * M + rows, of_rows, mask=rows < M)
     if SCALAR_GRADS:
         tl.store(partials_ptr + tiles + pid, tl.sum(dscale_sum))
         tl.store(partials_ptr + 2 * tiles + pid, tl.sum(dbias_sum))

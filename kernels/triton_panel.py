@@ -29,6 +29,7 @@ from .triton_operands import INTERPRETED, ids_args, multiplied, stored_dtype
 from .triton_products import ProductConfig, TileLists, add_tiled_product, list_elements
 from .triton_scores import launch_best, launch_count
 from .triton_totals import TritonTotals
+from .triton_weights import weight_args
 
 
 def _diagonal(pairs: Pairs, n: int) -> int:
@@ -78,7 +79,8 @@ class TritonPanel(TritonTotals):
     """A :class:`fused_siglip.kernels.Panel` in one fused kernel.
 
     The logits are fp32 and never leave the registers. What is written is dlogits, three sums a tile
-    and, where negatives are selected, a flag.
+    and, where negatives are selected, a flag. Where images' losses are wanted, the sums of a
+    tile's rows are written too.
     """
 
     tile = TILE
@@ -105,6 +107,8 @@ class TritonPanel(TritonTotals):
             total += (tiles + list_elements(tiles_m, tiles_n)) * int32
         elif spec.filters_negatives:
             total += tiles_n * spec.rows * 2**TALLIED_BITS
+        if spec.image_losses:
+            total += tiles_n * spec.rows * torch.float32.itemsize
         return total
 
     def __init__(self, spec: PanelSpec, device: torch.device):
@@ -126,6 +130,7 @@ class TritonPanel(TritonTotals):
         self.flags: Tensor | None = None
         self.lists: Tensor | None = None
         self.tallies: Tensor | None = None
+        self.row_losses: Tensor | None = None
         self.skips = False  # whether the products of the last call skip tiles
         self.library = spec.dtype == torch.float32 or multiplies_half_into_fp32(device.type)
         if spec.store_dlogits:
@@ -141,6 +146,9 @@ class TritonPanel(TritonTotals):
             # Where nothing is written negatives may be counted: a byte by tile column, image, bin.
             size = tiles_n * spec.rows * 2**TALLIED_BITS
             self.tallies = torch.empty(size, dtype=torch.uint8, device=device)
+        if spec.image_losses:
+            size = tiles_n * spec.rows
+            self.row_losses = torch.empty(size, dtype=torch.float32, device=device)
         self.dtype = spec.dtype
         self.grad_scale = GRAD_SCALE.get(spec.dtype, 1.0)
 
@@ -162,10 +170,9 @@ class TritonPanel(TritonTotals):
         selection: RandomMask | ScoreThreshold | None = None,
         image_losses: Tensor | None = None,  # (m,)
     ) -> Tensor | None:  # (m, n)
-        if pairs.weights is not None:
-            raise ValueError("the Triton backend has no weights yet: expected backend='torch'")
         m, n = x.shape[0], y.shape[0]
-        on_hopper = selection is None and pairs.ids is None and self._on_hopper(x, y)
+        plain = selection is None and pairs.ids is None and pairs.weights is None
+        on_hopper = plain and self._on_hopper(x, y)
         tiles = self.hopper.tiles(m, n) if on_hopper else math.prod(self._tiles(m, n))
         if self.partials.shape[1] != tiles:
             self.partials = self.partials.as_strided((self.sums, tiles), (tiles, 1))
@@ -177,7 +184,9 @@ class TritonPanel(TritonTotals):
                     self.grad_scale,
                 )  # fmt: skip
             else:
-                self._launch(x, y, affine, pairs, selection)
+                losses = self._launch(x, y, affine, pairs, selection)
+                if image_losses is not None and losses is not None:
+                    image_losses += losses.sum(0)
             if sums is not None:
                 torch.sum(self.partials, 1, out=sums[: self.sums])
         return None if self.dlogits is None else self.dlogits[:m, :n].to(self.dtype)
@@ -189,11 +198,14 @@ class TritonPanel(TritonTotals):
         affine: Affine,
         pairs: Pairs,
         selection: RandomMask | ScoreThreshold | None,
-    ) -> None:
+    ) -> Tensor | None:  # (tile columns, m): the losses of rows, where they are wanted
         (m, d), n = x.shape, y.shape[0]
         precision = self._precision()
         x, y = multiplied(x, precision), multiplied(y, precision)
-        config = self.config(x.dtype, precision)
+        config, losses = self.config(x.dtype, precision), None
+        if self.row_losses is not None:
+            config, tiles_n = config.by_row(), self._tiles(m, n)[1]
+            losses = self.row_losses[: tiles_n * m].view(tiles_n, m)
         panel_kernel[(self.partials.shape[1],)](
             x,
             y,
@@ -202,7 +214,9 @@ class TritonPanel(TritonTotals):
             *affine,
             *ids_args(pairs),
             *_selection_args(selection),
+            *weight_args(pairs.weights),
             self.flags,
+            losses,
             m,
             n,
             _diagonal(pairs, n),
@@ -217,6 +231,7 @@ class TritonPanel(TritonTotals):
             **config.constants(),
             **config.options(),
         )
+        return losses
 
     def _on_hopper(self, x: Tensor, y: Tensor) -> bool:
         """Whether the warp-specialized kernel takes this panel."""

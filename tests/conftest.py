@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 
+from fused_siglip.kernels import BACKENDS
 from support.devices import HAS_GPU, INTERPRETED
 
 # Hypothesis' examples are drawn from the source of a test, not at random: a failure here is a
@@ -126,6 +127,16 @@ def forget_compiled():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def forget_candidates():
+    """Backends that a test registers, as a rehearsal of tuning does, are not in the next test's
+    self-check."""
+    before = set(BACKENDS)
+    yield
+    for name in BACKENDS.keys() - before:
+        del BACKENDS[name]
 
 
 @pytest.fixture(params=["torch", "triton"])

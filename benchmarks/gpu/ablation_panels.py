@@ -116,8 +116,8 @@ class LibraryPanel(TritonTotals):
         return elements * (cls._similarity(spec.dtype).itemsize + dlogits) + sums
 
     def __init__(self, spec: PanelSpec, device: torch.device):
-        if spec.filters_negatives:
-            raise ValueError("benchmarks' panels take all negatives")
+        if spec.filters_negatives or spec.weighted:
+            raise ValueError("benchmarks' panels take all negatives, and all pairs alike")
         shape, dtype = self._shape(spec.rows, spec.cols), spec.dtype
         empty = functools.partial(torch.empty, device=device)
         # zeros: what a smaller panel leaves beside it is read, though it takes no part
@@ -137,6 +137,7 @@ class LibraryPanel(TritonTotals):
         pairs: Pairs,
         sums: Tensor | None,  # (3,)
         selection: None = None,
+        image_losses: None = None,
     ) -> Tensor | None:  # (m, n)
         m, n = x.shape[0], y.shape[0]
         s = self.s[:m, :n]

@@ -48,22 +48,35 @@ class Source(NamedTuple):
     config: PanelConfig
 
 
-def panel_source(
+# What pairs with weights may have, and the panel kernel's arguments that hold it.
+WEIGHTS = {
+    "rows": ("image_weights_ptr", "text_weights_ptr"),
+    "shares": ("image_shares_ptr", "text_shares_ptr"),
+    "aligned": ("aligned_diagonal", "aligned_share"),
+    "targets": ("targets_ptr",),
+    "image losses": ("image_losses_ptr",),
+}
+
+
+def panel_source(  # noqa: PLR0913, all that a launch is compiled for
     target: str,
     dtype: torch.dtype,
     precision: str,
     *,
     ids: bool = False,
     kept: str | None = None,
+    weights: tuple[str, ...] = (),
     store_dlogits: bool = True,
     scalar_grads: bool = True,
     d: int = 768,
 ) -> Source:
     """The panel kernel as a launch on contiguous (.., d) features compiles it.
 
-    kept: how negatives are chosen, by "hash" or by "logit"; None: all are kept.
+    kept: how negatives are chosen, by "hash" or by "logit"; None: all are kept. weights: names of
+    WEIGHTS.
     """
     config = panel_config(_capability(target), dtype, precision, store_dlogits)
+    config = config.by_row() if "image losses" in weights else config
     constants = {
         "stride_xd": 1,
         "stride_yd": 1,
@@ -78,6 +91,7 @@ def panel_source(
     absent += [] if kept == "logit" else ["center_ptr", "inv_radius_ptr", "threshold_ptr"]
     absent += [] if store_dlogits else ["dlogits_ptr"]
     absent += [] if kept and store_dlogits else ["flags_ptr"]
+    absent += [name for kind in WEIGHTS if kind not in weights for name in WEIGHTS[kind]]
     return Source(_ast(panel_kernel, dtype, constants, absent), config)
 
 
@@ -129,8 +143,9 @@ def product_source(
 def compile_panel(target: str, dtype: torch.dtype, precision: str, **options: object) -> Compiled:
     """Compile a :func:`panel_source`."""
     compiled = _compile(panel_source(target, dtype, precision, **options), target)
-    # every form of a choice selects: they cannot be told apart by that
-    return replace(compiled, epilogue={}) if options.get("kept") else compiled
+    # every form of a choice selects, and weights add selections: the forms cannot be told apart
+    selects = options.get("kept") or options.get("weights")
+    return replace(compiled, epilogue={}) if selects else compiled
 
 
 def compile_count(target: str, dtype: torch.dtype, precision: str, **options: object) -> Compiled:
@@ -174,7 +189,8 @@ def _ast(
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         pointer = name.endswith("_ptr")
-        kind = pointers.get(name, "*fp32" if pointer else "fp32" if name == "alpha" else "i32")
+        number = "fp32" if name in ("alpha", "aligned_share") else "i32"
+        kind = pointers.get(name, "*fp32" if pointer else number)
         signature[name] = "constexpr" if name in constants else kind
         # torch's pointers are aligned, and so are the rows of dlogits and of features, which the
         # sweep pads. Strides of lists are not specialised.

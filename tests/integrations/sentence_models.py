@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import logging
 import math
@@ -9,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -194,12 +197,24 @@ def peak_step_bytes(loss: str, batch_size: int, *, dim: int = 64, **options) -> 
 
 
 def _in_a_process(*case) -> int:
-    command = [sys.executable, __file__, json.dumps(case)]
+    server = _server()
+    server.stdin.write(json.dumps(case) + "\n")
+    server.stdin.flush()
+    reply = json.loads(server.stdout.readline() or '"the process ended"')
+    if not isinstance(reply, int):
+        raise RuntimeError(f"{case} failed:\n{reply}")
+    return reply
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    """Has imported the stack, which takes seconds, and nothing more: it forks for each case."""
+    command = [sys.executable, __file__]
     path = {"PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    child = subprocess.run(command, capture_output=True, text=True, env=os.environ | path)
-    if child.returncode != 0:
-        raise RuntimeError(f"{case} failed with code {child.returncode}:\n{child.stderr[-2000:]}")
-    return int(child.stdout.split()[-1])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen(command, env=os.environ | path, **pipes)
+    atexit.register(server.communicate)  # closes its stdin, which ends it
+    return server
 
 
 def _peak_of_loss(name: str, batch_size: int, dim: int, options: dict) -> int:
@@ -239,6 +254,22 @@ def _peak_of_step(name: str, batch_size: int, dim: int, options: dict) -> int:
     return peak_bytes(step(batch_size))[0]
 
 
+def _serve() -> None:
+    """Answers each case on stdin with bytes, or with what was raised."""
+    for line in sys.stdin:
+        if child := os.fork():
+            _, status = os.waitpid(child, 0)
+            if status:
+                print(json.dumps(f"ended with status {status}"), flush=True)
+            continue
+        try:
+            function, *arguments = json.loads(line)
+            reply = globals()[function](*arguments)
+        except Exception:
+            reply = traceback.format_exc()[-2000:]
+        print(json.dumps(reply), flush=True)
+        os._exit(0)
+
+
 if __name__ == "__main__":
-    function, *arguments = json.loads(sys.argv[1])
-    print(globals()[function](*arguments))
+    _serve()
