@@ -22,11 +22,18 @@ from .integrations_report import integrations_block
 from .negatives_report import negatives_block
 from .performance import INTRODUCTION, cpu_section, demo_section
 from .readme_report import readme_block
+from .weights_report import weights_block
 
 BLOCK = re.compile(r"(<!-- results:begin -->\n).*(<!-- results:end -->)", re.DOTALL)
 PERFORMANCE = "docs/performance.md"
 # Pages that are written by hand but for one block.
-FILLED = ("README.md", "docs/integrations.md", "docs/negatives.md", "docs/distributed.md")
+FILLED = (
+    "README.md",
+    "docs/integrations.md",
+    "docs/negatives.md",
+    "docs/weights.md",
+    "docs/distributed.md",
+)
 
 
 class Pages:
@@ -41,7 +48,7 @@ class Pages:
         self.cpu, self.demo = first("loss"), first("demo")
         self.compiled, self.gluon = first("compiled"), first("gluon")
         self.integrations, self.negatives = first("integrations"), first("negatives")
-        self.distributed = first("distributed")
+        self.distributed, self.weights = first("distributed"), first("weights")
 
     def plots(self) -> dict[str, tuple[Callable, Results]]:
         """File under docs/, what draws it, and of which results."""
@@ -72,6 +79,7 @@ class Pages:
         make, results = {
             "docs/integrations.md": (integrations_block, self.integrations),
             "docs/negatives.md": (negatives_block, self.negatives),
+            "docs/weights.md": (weights_block, self.weights),
             "docs/distributed.md": (distributed_block, self.distributed),
         }[name]
         return [] if results is None else make(results)
