@@ -6,7 +6,7 @@ from .negatives import Below, Easiest, Hardest, Random
 from .positives import PositiveTarget, PositiveWeight
 from .scores import LogitStatistics, logit_statistics, retrieval_ranks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Below",
     "Easiest",

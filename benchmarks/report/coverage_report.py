@@ -16,9 +16,9 @@ from ..common.results import environment, write_results
 ON_CUDA = "a CUDA device"
 # By file and function.
 REASONS = {
-    "fused_siglip/testing/selfcheck.py _device": "the self-check on a GPU",
+    "fused_siglip/testing/environment.py _device": "the self-check on a GPU",
     "fused_siglip/testing/selfcheck.py describe": "the self-check on a GPU",
-    "fused_siglip/testing/selfcheck.py _version": "triton not installed: its version line",
+    "fused_siglip/testing/environment.py _version": "triton not installed: its version line",
     "fused_siglip/distributed/agreement.py _exchange": "a group without gloo: NCCL exchanges",
     "kernels/torch_products.py add_product": f"{ON_CUDA}: half operands with a float32 sum",
     "fused_siglip/sweep.py _multiprocessors": f"{ON_CUDA}: its multiprocessors",

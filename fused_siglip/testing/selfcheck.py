@@ -1,40 +1,39 @@
 """``python -m fused_siglip``: what runs here, and whether it is right.
 
 Prints versions, the device, the backend and panels of each dtype, and compares the loss and its
-gradients with float64. Ends with PASS, or with FAIL, what to report and status 1.
+gradients with float64. Ends with PASS, or with FAIL, what to report and status 1. With ``--report``
+all of it is also written to files, with ``--bench`` the loss is timed.
 """
 
 from __future__ import annotations
 
-import platform
+import argparse
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..kernels import (
     BACKENDS,
     PanelSpec,
     accumulate_dtype,
     default_backend,
-    float32_products,
     multiplies_half_into_fp32,
     panel_class,
-    why_not_default,
     why_triton_unavailable,
 )
 from ..loss import siglip_loss
 from ..planner import PlanRequest, plan_panels
 from ..validation import FEATURE_DTYPES
+from . import report, timing
+from .environment import PLANNED, dtype_name, environment, panels
 from .reference import eager_siglip_loss
 from .rounding import excess, rounding_errors
 
-PLANNED = (32768, 768)  # the batch and D whose panels are printed
 OUTPUTS = ("loss", "image", "text", "scale", "bias")
 # What is computed: images, texts, D, t, b, ids. More than one panel with the workspace below.
 CALLS = {
@@ -44,57 +43,50 @@ CALLS = {
 }
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+class Comparison(NamedTuple):
+    """One call in one dtype on one backend, beside float64."""
+
+    backend: str
+    dtype: str
+    call: str
+    errors: list[float]  # of OUTPUTS, over the largest that rounding can cause; empty: it raised
+    failure: str | None = None  # the traceback
+
+    def wrong(self) -> list[str]:
+        name = f"{self.backend:<7}{self.dtype:<9} {self.call}"
+        if self.failure is not None:
+            return [f"{name}: {self.failure}"]
+        return [
+            f"{name}: {output} errs {share:.3g} times as much as rounding can"
+            for output, share in zip(OUTPUTS, self.errors, strict=True)
+            if share > 1
+        ]
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _device(device: str) -> str:
-    if device == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        built = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        return f"{torch.cuda.get_device_name()}, capability {major}.{minor}, {built}"
-    return (
-        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"{torch.get_num_threads()} threads"
-    )
-
-
-def describe(device: str) -> str:
-    """Versions, device, and for each dtype the backend that is chosen and its panels."""
+def describe(found: dict[str, Any], planned: list[dict[str, Any]]) -> str:
+    """The environment, and for each dtype the backend that is chosen and its panels."""
     rows, d = PLANNED
+    device = found["device"]
+    driver = "" if found["driver"] is None else f", driver {found['driver']}"
     lines = [
-        f"fused_siglip {__version__}, torch {torch.__version__}, triton {_version('triton')}, "
-        f"Python {platform.python_version()}, {platform.system()}",
-        f"device: {device} ({_device(device)})",
-        f"float32 products: {float32_products(device)} (fp32_precision of torch.backends)",
+        f"fused_siglip {found['fused_siglip']}, torch {found['torch']}, triton {found['triton']}, "
+        f"Python {found['python']}, {found['system']}",
+        f"device: {device} ({found['device_name']}{driver})",
+        f"float32 products: {found['float32_products']} (fp32_precision of torch.backends)",
         f"\npanels of {rows} x {rows} pairs, D = {d}:",
     ]
-    multiprocessors = None
-    if device == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    for dtype in FEATURE_DTYPES:
-        backend = default_backend(device, dtype)
-        request = PlanRequest(rows, rows, d, dtype, device, backend)
-        plan = plan_panels(request._replace(multiprocessors=multiprocessors))
-        lines.append(
-            f"  {_name(dtype):<9} {backend:<7} {plan.rows} x {plan.cols}, workspace "
-            f"{plan.workspace_bytes / 2**20:.0f} MiB, at most {plan.peak_bytes / 2**20:.0f} MiB "
-            "with both gradients"
-        )
+    lines += [
+        f"  {plan['dtype']:<9} {plan['backend']:<7} {plan['rows']} x {plan['cols']}, workspace "
+        f"{plan['workspace_bytes'] / 2**20:.0f} MiB, at most {plan['peak_bytes'] / 2**20:.0f} MiB "
+        "with both gradients"
+        for plan in planned
+    ]
     obstacles: dict[str, list[str]] = {}
-    for dtype in FEATURE_DTYPES:
-        reason = why_not_default(device, dtype)
-        if reason is not None:
-            obstacles.setdefault(reason, []).append(_name(dtype))
+    for plan in planned:
+        if plan["why_not_triton"] is not None:
+            obstacles.setdefault(plan["why_not_triton"], []).append(plan["dtype"])
     for reason, dtypes in obstacles.items():
-        which = "" if len(dtypes) == len(FEATURE_DTYPES) else f" for {', '.join(dtypes)}"
+        which = "" if len(dtypes) == len(planned) else f" for {', '.join(dtypes)}"
         lines.append(f"falls back to torch instead of triton{which}: {reason}")
     half_backend = default_backend(device, torch.bfloat16)
     if half_backend == "torch" and not multiplies_half_into_fp32(device):
@@ -146,40 +138,83 @@ def _triton_runs(device: str, dtype: torch.dtype) -> bool:
     return why_triton_unavailable(device, dtype) is None
 
 
-def check(device: str) -> list[str]:
-    """Compare every backend that runs here with float64; print errors, return what is wrong."""
-    print("\nerror against float64, over the largest that rounding can cause (1 or less is right):")
-    print(" " * 36 + "".join(f"{name:>8}" for name in OUTPUTS))
-    wrong = []
+def _compare(backend: str, dtype: torch.dtype, call: str, device: str) -> Comparison:
+    try:
+        errors = measure(call, backend, dtype, device)
+    except Exception:
+        return Comparison(backend, dtype_name(dtype), call, [], traceback.format_exc())
+    return Comparison(backend, dtype_name(dtype), call, errors)
+
+
+def check(device: str, say: Callable[[str], None] = print) -> list[Comparison]:
+    """Compare every backend that runs here with float64; ``say`` each comparison as it is made."""
+    say("\nerror against float64, over the largest that rounding can cause (1 or less is right):")
+    say(" " * 36 + "".join(f"{name:>8}" for name in OUTPUTS))
+    found = []
     for backend in BACKENDS:
         for dtype in FEATURE_DTYPES:
             if backend == "triton" and not _triton_runs(device, dtype):
                 continue
             for call in CALLS:
-                name = f"{backend:<7}{_name(dtype):<9} {call}"
-                try:
-                    shares = measure(call, backend, dtype, device)
-                except Exception:
-                    wrong.append(f"{name}: {traceback.format_exc()}")
-                    continue
-                print(f"  {name:<34}" + "".join(f"{share:8.3f}" for share in shares))
-                wrong += [
-                    f"{name}: {output} errs {share:.3g} times as much as rounding can"
-                    for output, share in zip(OUTPUTS, shares, strict=True)
-                    if share > 1
-                ]
-    return wrong
+                comparison = _compare(backend, dtype, call, device)
+                found.append(comparison)
+                if comparison.failure is None:
+                    name = f"{backend:<7}{comparison.dtype:<9} {call}"
+                    errors = "".join(f"{share:8.3f}" for share in comparison.errors)
+                    say(f"  {name:<34}{errors}")
+    return found
 
 
-def main() -> int:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m fused_siglip", description=__doc__)
+    parser.add_argument(
+        "--report", nargs="?", const=".", type=Path, metavar="FOLDER",
+        help=f"write {report.JSON_FILE} and {report.TEXT_FILE} there (by default here)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bench", action="store_true",
+        help="time the loss beside eager and three plain products, in under a minute",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    options = _parse(arguments)
     start = time.perf_counter()
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        said.append(text)
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(describe(device))
-    wrong = check(device)
+    found, planned = environment(device), panels(device)
+    say(describe(found, planned))
+    comparisons = check(device, say)
+    times = None
+    if options.bench:
+        times = timing.bench(device)
+        say(f"\n{timing.summary(times)}")
     seconds = time.perf_counter() - start
-    if not wrong:
-        print(f"\nPASS ({seconds:.1f} s)")
-        return 0
-    print("\nFAIL: please report everything above and this:\n")
-    print("\n".join(wrong))
-    return 1
+    wrong = [line for comparison in comparisons for line in comparison.wrong()]
+    if wrong:
+        say("\nFAIL: please report everything above and this:\n")
+        say("\n".join(wrong))
+    else:
+        say(f"\nPASS ({seconds:.1f} s)")
+    if options.report is not None:
+        content = {
+            "environment": found,
+            "panels": planned,
+            "comparisons": [
+                comparison._asdict()
+                | {"errors": dict(zip(OUTPUTS, comparison.errors, strict=bool(comparison.errors)))}
+                for comparison in comparisons
+            ],
+            "times": times,
+            "passed": not wrong,
+            "seconds": seconds,
+        }
+        for file in report.write(options.report, content, said):
+            print(f"written to {file}")
+    return int(bool(wrong))

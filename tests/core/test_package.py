@@ -1,6 +1,7 @@
 """What is built, what it holds, and that it works where nothing else is installed."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fused_siglip
+from support.project import project
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,6 +115,22 @@ def test_metadata(distributions):
     stacks = {"open-clip", "transformers", "sentence-transformers"}
     assert extras == {"test", "bench", "demo", "dev", "docs", "triton"} | stacks
     assert "License-Expression: Apache-2.0" in metadata or "License: Apache-2.0" in metadata
+    assert f"Version: {fused_siglip.__version__}\n" in metadata
+
+
+def test_links_of_the_long_description_lead_into_the_repository(distributions):
+    """An index shows README.md without the files beside it."""
+    wheel, _ = distributions
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        description = archive.read(name).decode().partition("\n\n")[2]
+    assert "# fused_siglip" in description
+    links = re.findall(r"\]\(([^)\s]+)\)", description)
+    assert len(links) > 20
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    base = project()["urls"]["Repository"]
+    assert f"({base}/blob/main/docs/limits.md)" in description
+    assert f"]({base}/raw/main/docs/demo_scaling.png)" in description
 
 
 def test_sdist_builds_the_same(distributions):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support.project import name_of, project
+
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / ".ci/constraints.txt"
 FOREIGN = {"pickle", "marshal", "shelve", "socket", "ssl", "urllib", "http", "requests", "ctypes"}
@@ -16,10 +18,10 @@ SOURCES = [*(ROOT / "fused_siglip").rglob("*.py"), *(ROOT / "kernels").glob("*.p
 
 def test_tools_of_the_dev_extra_are_pinned():
     pinned = set(re.findall(r"^([\w.-]+)==", CONSTRAINTS.read_text(), re.MULTILINE))
-    setup = (ROOT / "setup.py").read_text()
-    extras = re.search(r"^EXTRAS = \{.*?^\}", setup, re.MULTILINE | re.DOTALL)[0]
-    named = set(re.findall(r'"([\w-]+)"[,\]]', extras))
-    assert {"pytest", "hypothesis", "numpy"} <= named
+    extras = project()["optional-dependencies"]
+    tools = {name_of(r) for e in ("test", "bench", "demo", "dev", "docs") for r in extras[e]}
+    named = tools - {"fused-siglip"}  # dev names other extras by it
+    assert {"pytest", "hypothesis", "numpy", "mypy"} <= named
     assert named <= pinned
     assert "-c .ci/constraints.txt" in (ROOT / "Makefile").read_text()
 
