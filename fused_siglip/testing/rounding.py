@@ -11,7 +11,7 @@ from .pair_terms import (
     WEIGHT_ROUNDINGS,
     PairTerms,
     log_sigmoid_errors,
-    pair_masks,
+    masks_of_pairs,
     pair_terms,
     without_padding,
 )
@@ -66,7 +66,7 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     x = without_padding(image_features.detach().double(), image_ids)
     y = without_padding(text_features.detach().double(), text_ids)
     t, b = (value.detach().double().reshape(()) for value in (logit_scale, logit_bias))
-    masks = pair_masks(x, y, image_ids, text_ids, negative_only)
+    masks = masks_of_pairs(x, y, image_ids, text_ids, negative_only)
     rows = without_padding(_or_ones(image_weights, x), image_ids)
     cols = without_padding(_or_ones(text_weights, y), text_ids)
     given = (image_weights, text_weights, positives, upstream)
