@@ -45,7 +45,7 @@ def without_padding(features: Tensor, ids: Tensor | None) -> Tensor:
     return torch.where(ids.view(-1, *[1] * (features.dim() - 1)) < 0, 0, features)
 
 
-def pair_masks(
+def masks_of_pairs(
     x: Tensor, y: Tensor, image_ids: Tensor | None, text_ids: Tensor | None, negative_only: bool
 ) -> PairMasks:
     """Which pairs are positive, which take part, and how many rows are no padding."""

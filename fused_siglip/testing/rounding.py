@@ -1,4 +1,14 @@
-"""What rounding may do to the loss and its gradients: tolerance of the tests and the self-check."""
+"""What rounding may do to the loss and its gradients: tolerance of the tests and the self-check.
+
+The worst case, to first order in the unit roundoff u of the accumulation (float32's; float64's for
+float64 features): an n-term sum errs by n u of its absolute terms, and comes near that where all
+terms are equal. Similarities sum D products; logits are rounded three times (the exponential rounds
+its argument once more); log-sigmoid and sigmoid err by 8 u (Triton's reciprocal square root by
+4 u); the two products sum N and M terms, sums over all pairs are made in blocks. What a pair counts
+is rounded too, and what smoothed targets have in common is a sum of its own. Float64 in the oracle
+errs too, and is counted; products on a GPU may be cut off instead of rounded, which errs twice as
+much.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +19,10 @@ from ..kernels import GRAD_SCALE, accumulate_dtype
 from ..positives import Positives
 from .pair_terms import (
     WEIGHT_ROUNDINGS,
+    PairMasks,
     PairTerms,
     log_sigmoid_errors,
-    pair_masks,
+    masks_of_pairs,
     pair_terms,
     without_padding,
 )
@@ -44,20 +55,12 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     upstream: Tensor | None = None,  # (M,)
     g_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:  # () or (M,), (M, D), (N, D), (), ()
-    """What rounding may do to each element of [loss, dX, dY, dt, db], in float64.
+    """What rounding may do to each element of [loss, dX, dY, dt, db], in float64: see above.
 
-    The worst case, to first order in the unit roundoff u of the accumulation (float32's; float64's
-    for float64 features): an n-term sum errs by n u of its absolute terms, and comes near that
-    where all terms are equal. Similarities sum D products; logits are rounded three times (the
-    exponential rounds its argument once more); log-sigmoid and sigmoid err by 8 u (Triton's
-    reciprocal square root by 4 u); the two products sum N and M terms, sums over all pairs are made
-    in blocks. What a pair counts is rounded too, and what smoothed targets have in common is a sum
-    of its own (:func:`_linear_errors`). ``g_dtype`` is the dtype in which dL/dz enters the
-    products, by default the features' own. ``kept`` names the negatives that take part (None: all),
-    ``unsure`` those that rounding alone may have kept or dropped. ``upstream`` is what the images'
-    losses are multiplied by, with the reduction "none". Rounding the results themselves is left to
-    :func:`excess`. Float64 in the oracle errs too, and is counted; products on a GPU may be cut off
-    instead of rounded, which errs twice as much.
+    ``g_dtype`` is the dtype in which dL/dz enters the products, by default the features' own.
+    ``kept`` names the negatives that take part (None: all), ``unsure`` those that rounding alone
+    may have kept or dropped. ``upstream`` is what the images' losses are multiplied by, with the
+    reduction "none". Rounding the results themselves is left to :func:`excess`.
     """
     dtype = image_features.dtype
     accumulate = accumulate_dtype(dtype)
@@ -66,25 +69,19 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
     x = without_padding(image_features.detach().double(), image_ids)
     y = without_padding(text_features.detach().double(), text_ids)
     t, b = (value.detach().double().reshape(()) for value in (logit_scale, logit_bias))
-    masks = pair_masks(x, y, image_ids, text_ids, negative_only)
+    masks = masks_of_pairs(x, y, image_ids, text_ids, negative_only)
     rows = without_padding(_or_ones(image_weights, x), image_ids)
     cols = without_padding(_or_ones(text_weights, y), text_ids)
-    given = (image_weights, text_weights, positives, upstream)
-    weighted = label_smoothing > 0 or any(value is not None for value in given)
-
+    given = any(v is not None for v in (image_weights, text_weights, positives, upstream))
+    weighted = given or label_smoothing > 0 or reduction == "none"
     s, ds = x @ y.T, y.shape[1] * u_sum * (x.abs() @ y.abs().T)
     z = t * s + b
     dz = t.abs() * ds + u * (t.abs() * s.abs() + 3 * z.abs())
     terms = pair_terms(z, masks, (rows, cols), positives, label_smoothing, kept is not None)
-    taking_part = masks.valid
-    if kept is not None:
-        taking_part &= kept | masks.positive if unsure is None else kept | masks.positive | unsure
-    losses, d_losses, g, d_g = _pair_errors(terms, dz, unsure, u, accumulate, weighted)
-    losses, d_losses, g, d_g = (
-        torch.where(taking_part, v * cols, 0) for v in (losses, d_losses, g, d_g)
-    )
+    taking_part = _taking_part(masks, kept, unsure)
+    found = _pair_errors(terms, dz, unsure, u, accumulate, weighted)
+    losses, d_losses, g, d_g = (torch.where(taking_part, v * cols, 0) for v in found)
     linear = _linear_errors((x, y), (t, b), terms, (u, u_sum))
-
     d_losses = rows * (d_losses.sum(1) + min(y.shape[0], 128) * u * losses.sum(1)) + linear[0]
     if reduction != "none":
         d_losses = d_losses.sum() + min(losses.numel(), 128) * u * (rows @ losses).sum()
@@ -92,14 +89,21 @@ def rounding_errors(  # noqa: PLR0913, the arguments of siglip_loss and more
         rows = rows * without_padding(upstream.double().abs(), image_ids)
         linear = _linear_errors((x, y), (t, b), terms._replace(rows=rows), (u, u_sum))
     g, d_g = g * rows[:, None], d_g * rows[:, None]
-    unit = _unit(dtype, rows, cols, positives) if weighted else 1.0
     stored = d_g  # in the dtype of the products
     if (g_dtype or dtype) != accumulate:
+        unit = _unit(dtype, rows, cols, positives) if weighted else 1.0
         stored = d_g + _stored_errors(g + d_g, g_dtype or dtype, unit) * taking_part
     errors = [d_losses, *_gradient_errors((x, y), (s, ds), (g, d_g, stored), t, (u, u_sum))]
     errors[1:] = [e + more for e, more in zip(errors[1:], linear[1:], strict=True)]
-    divisor = max(masks.images, 1) if reduction == "mean" else 1
-    return [e / divisor for e in errors]
+    return [e / (max(masks.images, 1) if reduction == "mean" else 1) for e in errors]
+
+
+def _taking_part(masks: PairMasks, kept: Tensor | None, unsure: Tensor | None) -> Tensor:  # (M, N)
+    """The pairs whose terms may be in the sums."""
+    if kept is None:
+        return masks.valid
+    chosen = kept | masks.positive
+    return masks.valid & (chosen if unsure is None else chosen | unsure)
 
 
 def _or_ones(weights: Tensor | None, features: Tensor) -> Tensor:  # (M,)

@@ -226,6 +226,14 @@ def test_loss_and_gradients(backend, device, dtype, reduction, ids, options):
         assert_exact(inputs, backend, tiles, reduction=reduction, **options)
 
 
+@pytest.mark.parametrize("kind", [PositiveWeight, PositiveTarget])
+def test_aligned_pairs_in_strips_and_wide_panels(kind):
+    """Where rows and columns of a block start at different pairs."""
+    inputs = make_inputs(700, 700, 4, ids=True)
+    for tiles in (None, 5, 13):
+        assert_exact(inputs, "torch", tiles, positives=kind(0.2, 0.5, 0.1, aligned=1.0))
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 70, 5), (65, 1, 8), (129, 257, 17)], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])

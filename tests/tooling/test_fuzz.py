@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SABOTAGE = """
 import sys, torch
 from soak import fuzz
-from support import invariants
-right = invariants.siglip_loss
+from support import calls
+right = calls.siglip_loss
 def wrong(x, y, *scalars, **options):  # forgets the last image of large batches
     loss = right(x, y, *scalars, **options)
     return loss * (1 - 1e-4) if len(x) > 100 else loss
-invariants.siglip_loss = wrong
+calls.siglip_loss = wrong
 sys.exit(fuzz.main(sys.argv[1:]))
 """
 
