@@ -131,7 +131,8 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
         validation.check_negatives(negatives, negative_only)
         validation.check_row_weights("image_weights", image_weights, image_features)
         validation.check_row_weights("text_weights", text_weights, text_features)
-        validation.check_positives(positives, image_features, text_features)
+        validation.check_positives(positives)
+        validation.check_aligned(positives, image_features, text_features)
         validation.check_label_smoothing(label_smoothing)
         validation.check_options(reduction, workspace_bytes, backend, device, dtype)
     except (TypeError, ValueError):

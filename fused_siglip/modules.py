@@ -16,6 +16,7 @@ from .distributed.agreement import DIST_IMPLS
 from .distributed.groups import OMITTED, GroupRef
 from .loss import siglip_loss
 from .negatives import Negatives
+from .positives import Positives
 
 
 class _WithGroup(nn.Module):
@@ -40,6 +41,7 @@ class SigLipLoss(_WithGroup):
     of this package: memory grows neither with the square of the batch nor, by the ring, with the
     number of ranks, and the loss is float32 (float64) whatever the features' dtype. Dtypes,
     errors and what the distributed loss asks for are those of :func:`fused_siglip.siglip_loss`.
+    What open_clip's class does not have (ids, negatives, weights, targets) is there alone.
 
     ``get_logits``, ``get_ground_truth`` and ``_loss`` are there for subclasses that call them. A
     subclass that overrides one of them gets open_clip's dense loss of them, on one rank.
@@ -170,6 +172,8 @@ class SigLipLoss(_WithGroup):
 class _LossOptions(TypedDict):
     """What :func:`siglip_loss` is called with besides."""
 
+    positives: Positives | None
+    label_smoothing: float
     dist_impl: str | None
     workspace_bytes: int | None
     backend: str | None
@@ -195,29 +199,34 @@ class LearnableSigLipLoss(_WithGroup):
         max_logit_scale: upper bound of the factor t (not of t'), such as the 100 of CLIP; beyond
             it the loss uses the bound, and only a gradient that leads back reaches t'. None: no
             bound, as in the paper.
+        positives: how much positive pairs count or which target they have, as in
+            :func:`fused_siglip.siglip_loss`.
+        label_smoothing: likewise.
         group: as in :func:`fused_siglip.siglip_loss`; "world" is looked up when the module is
             called. ``torch.distributed.group.WORLD`` is None before ``init_process_group``: give
             "world" instead.
-        dist_impl: as in :func:`fused_siglip.siglip_loss`.
+        dist_impl: likewise.
         workspace_bytes: likewise.
         backend: likewise.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a start that is not finite, or whose factor does not fit float32, a bound that
-            is not above 0; in ``forward``, a group that was None because it was looked up before
-            ``init_process_group``, or was destroyed.
+            is not above 0, a label_smoothing that is not 0 to 1; in ``forward``, a group that was
+            None because it was looked up before ``init_process_group``, or was destroyed.
     """
 
     logit_scale: nn.Parameter
     logit_bias: nn.Parameter
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, all that does not change from call to call
         self,
         init_logit_scale: float = math.log(10),
         init_logit_bias: float = -10.0,
         *,
         max_logit_scale: float | None = None,
+        positives: Positives | None = None,
+        label_smoothing: float = 0.0,
         group: dist.ProcessGroup | str | None = OMITTED,
         dist_impl: str | None = None,
         workspace_bytes: int | None = None,
@@ -225,6 +234,8 @@ class LearnableSigLipLoss(_WithGroup):
     ):
         super().__init__()
         validation.check_start(init_logit_scale, init_logit_bias, max_logit_scale)
+        validation.check_positives(positives)
+        validation.check_label_smoothing(label_smoothing)
         self.init_logit_scale = float(init_logit_scale)
         self.init_logit_bias = float(init_logit_bias)
         # (1,) since FSDP shards no tensor without dimensions; not by nn.init, which others patch
@@ -235,6 +246,8 @@ class LearnableSigLipLoss(_WithGroup):
         self.max_logit_scale = max_logit_scale
         self.group = group
         self.options: _LossOptions = {
+            "positives": positives,
+            "label_smoothing": label_smoothing,
             "dist_impl": dist_impl,
             "workspace_bytes": workspace_bytes,
             "backend": backend,
@@ -248,8 +261,11 @@ class LearnableSigLipLoss(_WithGroup):
         image_ids: Tensor | None = None,  # (M,)
         text_ids: Tensor | None = None,  # (N,)
         negatives: Negatives | None = None,
-    ) -> Tensor:  # ()
-        """The loss of L2-normalized features; ids and negatives as in :func:`siglip_loss`."""
+        image_weights: Tensor | None = None,  # (M,)
+        text_weights: Tensor | None = None,  # (N,)
+        reduction: str = "mean",
+    ) -> Tensor:  # (), or (M,)
+        """The loss of L2-normalized features; all arguments as in :func:`siglip_loss`."""
         return siglip_loss(
             image_features,
             text_features,
@@ -258,6 +274,9 @@ class LearnableSigLipLoss(_WithGroup):
             image_ids=image_ids,
             text_ids=text_ids,
             negatives=negatives,
+            image_weights=image_weights,
+            text_weights=text_weights,
+            reduction=reduction,
             group=self._group.get(none_is_world=self.options["dist_impl"] is not None),
             **self.options,
         )

@@ -189,22 +189,25 @@ def check_row_weights(name: str, weights: Tensor | None, features: Tensor) -> No
         )
 
 
-def check_positives(
-    positives: Positives | None, image_features: Tensor, text_features: Tensor
-) -> None:
+def check_positives(positives: Positives | None) -> None:
     # what they hold was checked when they were made
     if positives is not None and not isinstance(positives, Positives):
         raise TypeError(
             f"positives is a {_kind(positives)}: expected None, PositiveWeight(...) or "
             "PositiveTarget(...)"
         )
-    if positives is not None and positives.aligned is not None:
-        m, n = image_features.shape[0], text_features.shape[0]
-        if m != n:
-            raise ValueError(
-                f"positives has aligned={positives.aligned}, which is of pairs (i, i), and there "
-                f"are {m} images and {n} texts: expected as many"
-            )
+
+
+def check_aligned(
+    positives: Positives | None, image_features: Tensor, text_features: Tensor
+) -> None:
+    """Check that positives fit the batch."""
+    m, n = image_features.shape[0], text_features.shape[0]
+    if positives is not None and positives.aligned is not None and m != n:
+        raise ValueError(
+            f"positives has aligned={positives.aligned}, which is of pairs (i, i), and there "
+            f"are {m} images and {n} texts: expected as many"
+        )
 
 
 def check_label_smoothing(label_smoothing: float) -> None:

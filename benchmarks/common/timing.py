@@ -19,6 +19,7 @@ from .results import read_text
 from .workloads import Case, Inputs
 
 QUEUE_CYCLES = 4_000_000  # of the device, 2 ms: longer than a host takes to launch a call
+QUANTILES = (10, 25, 75, 90)  # in percent
 USABLE_MEMORY = 0.8  # of what is available now; the rest is everybody else's
 
 Key = TypeVar("Key", bound=Hashable)
@@ -85,8 +86,7 @@ def summary(seconds: list[float] | None) -> dict[str, float | None]:
     """Median and quantiles, as the rows of results name them; None for what was not timed."""
     return {
         "seconds": median(seconds) if seconds else None,
-        "seconds_p10": quantile(seconds, 0.1) if seconds else None,
-        "seconds_p90": quantile(seconds, 0.9) if seconds else None,
+        **{f"seconds_p{q}": quantile(seconds, q / 100) if seconds else None for q in QUANTILES},
     }
 
 
@@ -142,7 +142,7 @@ def measure(
     The cases share batch size, dim, dtype and device. A row is the case's fields and
 
     - matmul_precision: how float32 products are computed ("highest": exactly; else as tf32)
-    - seconds, seconds_p10, seconds_p90: median and quantiles of ``repeats`` calls
+    - seconds, seconds_p10, p25, p75, p90: median and quantiles of ``repeats`` calls
     - floor_seconds: median of as many plain products as the case needs
     - ratio_to_floor: seconds / floor_seconds
     - peak_extra_bytes: see memory.py
@@ -210,7 +210,7 @@ def _cost_row(
 
 
 def _label(case: Case) -> str:
-    return f"{case.loss} {case.mode} {case.negatives}"
+    return f"{case.loss} {case.mode} {case.negatives} {case.weights}"
 
 
 def _floor_label(products: int) -> str:

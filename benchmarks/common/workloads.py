@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_siglip import PositiveTarget, PositiveWeight
 from fused_siglip.negatives import KINDS
 
 from .baselines import LOSSES, Loss, masked_loss
@@ -31,6 +32,29 @@ MODES = {
 }
 
 
+def _row_weights(size: int, device: str) -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    images, texts = (0.5 + torch.rand(2, size, generator=generator, device=device)).unbind()
+    return {"image_weights": images, "text_weights": texts}
+
+
+def _ids(size: int, device: str) -> dict[str, Tensor]:
+    """Every id twice: each image has two positives."""
+    ids = torch.arange(size, device=device) // 2
+    return {"image_ids": ids, "text_ids": ids}
+
+
+# What pairs are worth: the arguments of a batch of this size on this device.
+WEIGHTS: dict[str, Callable[[int, str], dict[str, Any]]] = {
+    "rows": _row_weights,
+    "ids": _ids,
+    "ids, PositiveWeight": lambda *at: {**_ids(*at), "positives": PositiveWeight(0, per_image=1)},
+    "ids, PositiveTarget": lambda *at: {**_ids(*at), "positives": PositiveTarget(0, 0.5, 0.5)},
+    "label_smoothing": lambda *_: {"label_smoothing": 0.1},
+    "none": lambda *_: {"reduction": "none"},
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One step to measure. Names only, so that it can be sent to a fresh process."""
@@ -43,6 +67,7 @@ class Case:
     mode: str = "full"  # of MODES
     logit_scale: float = 10.0  # t: 10 at the start of training, 100 late
     negatives: str | None = None  # which are kept, such as "hardest 0.1"; None: all
+    weights: str | None = None  # of WEIGHTS; None: all pairs count the same
 
     @property
     def products(self) -> int:
@@ -61,6 +86,9 @@ class Case:
                 loss = functools.partial(masked_loss, negatives=choice)
             else:
                 loss = functools.partial(loss, negatives=choice)
+        if self.weights is not None:
+            options = WEIGHTS[self.weights](len(inputs.x), str(inputs.x.device))
+            loss = functools.partial(loss, **options)
         return step(loss, inputs, self.mode)
 
 
@@ -76,6 +104,7 @@ def step(loss: Loss, inputs: Inputs, mode: str = "full") -> Callable[[], tuple[T
 
     def forward_and_backward() -> tuple[Tensor, ...]:
         value = loss(*leaves)
+        value = value if value.dim() == 0 else value.mean()  # of the losses of images
         return (value.detach(), *torch.autograd.grad(value, wanted))
 
     return forward_and_backward if wanted else forward

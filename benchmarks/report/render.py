@@ -22,7 +22,7 @@ from .integrations_report import integrations_block
 from .negatives_report import negatives_block
 from .performance import INTRODUCTION, cpu_section, demo_section
 from .readme_report import readme_block
-from .retrieval_report import retrieval_block
+from .weights_report import weights_block
 
 BLOCK = re.compile(r"(<!-- results:begin -->\n).*(<!-- results:end -->)", re.DOTALL)
 PERFORMANCE = "docs/performance.md"
@@ -31,8 +31,8 @@ FILLED = (
     "README.md",
     "docs/integrations.md",
     "docs/negatives.md",
+    "docs/weights.md",
     "docs/distributed.md",
-    "docs/retrieval.md",
 )
 
 
@@ -48,7 +48,7 @@ class Pages:
         self.cpu, self.demo = first("loss"), first("demo")
         self.compiled, self.gluon = first("compiled"), first("gluon")
         self.integrations, self.negatives = first("integrations"), first("negatives")
-        self.distributed, self.retrieval = first("distributed"), first("retrieval")
+        self.distributed, self.weights = first("distributed"), first("weights")
 
     def plots(self) -> dict[str, tuple[Callable, Results]]:
         """File under docs/, what draws it, and of which results."""
@@ -79,8 +79,8 @@ class Pages:
         make, results = {
             "docs/integrations.md": (integrations_block, self.integrations),
             "docs/negatives.md": (negatives_block, self.negatives),
+            "docs/weights.md": (weights_block, self.weights),
             "docs/distributed.md": (distributed_block, self.distributed),
-            "docs/retrieval.md": (retrieval_block, self.retrieval),
         }[name]
         return [] if results is None else make(results)
 

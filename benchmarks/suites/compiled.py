@@ -76,7 +76,8 @@ def panel_source(  # noqa: PLR0913, all that a launch is compiled for
     kept: how negatives are chosen, by "hash" or by "logit"; None: all are kept. weights: names of
     WEIGHTS.
     """
-    config = panel_config(_capability(target), dtype, precision, store_dlogits)
+    weighted = bool(weights)
+    config = panel_config(_capability(target), dtype, precision, store_dlogits, weighted)
     config = config.by_row() if "image losses" in weights else config
     constants = {
         "stride_xd": 1,
@@ -258,6 +259,7 @@ OTHERS = {
     "no g": partial(compile_panel, store_dlogits=False),
     "negatives by hash": partial(compile_panel, kept="hash"),
     "negatives by logit": partial(compile_panel, kept="logit"),
+    "weights of rows": partial(compile_panel, weights=("rows",)),
     "counting of logits": partial(compile_count, step=1),
     "best positives": partial(compile_score, kernel="best", ids=True),
     "negatives not below": partial(compile_score, kernel="not below"),

@@ -166,3 +166,10 @@ def unwrapped(model: nn.Module) -> SentenceTransformer:
     while not isinstance(inner, SentenceTransformer):
         inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
     return inner
+
+
+def made_too_late() -> RuntimeError:
+    return RuntimeError(
+        "the model's forward pass returned no scale and bias: expected the loss to be made before "
+        "the model is wrapped or prepared"
+    )

@@ -21,38 +21,40 @@ from .. import validation
 from ..distributed.agreement import report_bad_arguments
 from ..distributed.groups import WORLD, is_ready, look_up
 from ..loss import siglip_loss
+from ..positives import Positives
 from . import require
 
-require("sentence-transformers", ">=6.0,<7")
+require("sentence-transformers", ">=6.2,<7")
 
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.base.losses import (  # noqa: E402
     CachedLossMixin,
     has_static_embedding_input,
 )
+from sentence_transformers.base.losses.merged_forward import merge_feature_batches  # noqa: E402
 from sentence_transformers.sentence_transformer.losses.adaptive_layer import (  # noqa: E402
     TransformerDecorator,
 )
 
+from ._sentence_columns import (  # noqa: E402
+    anchor_weights,
+    at_least_two,
+    check_one_positive_each,
+    normalized,
+)
 from ._sentence_model import (  # noqa: E402
     PACKED,
     REQUEST,
     SCALE_AND_BIAS_FILE,
     WHICH,
     give_scale_and_bias,
+    made_too_late,
     parameter_name,
     unpacked,
     unwrapped,
 )
 
 __all__ = ["SCALE_AND_BIAS_FILE", "CachedSigLipLoss", "SigLipLoss"]
-
-try:  # from 6.2 on
-    from sentence_transformers.base.losses.merged_forward import merge_feature_batches
-except ImportError:
-
-    def merge_feature_batches(features_list: list[dict[str, Any]]) -> None:
-        """Earlier releases embed every column by itself."""
 
 
 class SigLipLoss(nn.Module):
@@ -63,8 +65,9 @@ class SigLipLoss(nn.Module):
     positive pair, the others are negative ones. The loss is ``-log sigmoid(+-(t s + b))`` summed
     over the texts and averaged over the anchors (arXiv 2303.15343, algorithm 1). Further columns
     are hard negatives, as in ``MultipleNegativesRankingLoss``: negative for every anchor. Labels
-    are not used. ``BatchSamplers.NO_DUPLICATES`` keeps repeated texts, which would count as
-    negatives, out of a batch.
+    are not used, or are weights of the anchors (``weights_from_labels``).
+    ``BatchSamplers.NO_DUPLICATES`` keeps repeated texts, which would count as negatives, out of a
+    batch.
 
     The scale t = exp(t') and the bias b are learned: the two elements of the parameter
     ``model.logit_scale_and_bias``. Being the model's, they are averaged by DDP, clipped and kept in
@@ -85,11 +88,18 @@ class SigLipLoss(nn.Module):
             Ranks may have different numbers of columns.
         name: losses of the same name share scale and bias, those of different names do not. None:
             shared by all without a name.
+        positives: ``PositiveWeight(p)`` or ``PositiveTarget(p)``: how much an anchor and its
+            positive count, or their target. Every anchor has one positive here.
+        label_smoothing: as in :func:`fused_siglip.siglip_loss`.
+        weights_from_labels: the data set's column of labels ("label", "labels", "score" or
+            "scores") holds a weight of each anchor, a float of at least 0 that multiplies the loss
+            of all its pairs. In a group all ranks give it, or none does.
 
     Raises:
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type, or labels that should be weights.
         ValueError: a bad argument; a start that is not the one of the scale and bias that the model
-            has from another loss of this name; in ``forward``, fewer than two columns.
+            has from another loss of this name; in ``forward``, fewer than two columns, or no labels
+            where they should be weights.
 
     ``forward(sentence_features, labels)`` returns the loss: a float32 scalar (float64 for a float64
     model). As in the library, columns after the anchor are embedded in one pass where they can be.
@@ -103,6 +113,9 @@ class SigLipLoss(nn.Module):
         gather_across_devices: bool = False,
         *,
         name: str | None = None,
+        positives: Positives | None = None,
+        label_smoothing: float = 0.0,
+        weights_from_labels: bool = False,
     ):
         super().__init__()
         if not isinstance(model, SentenceTransformer):
@@ -111,6 +124,10 @@ class SigLipLoss(nn.Module):
                 "wrapped"
             )
         validation.check_start(init_logit_scale, init_logit_bias, None)
+        validation.check_positives(positives)
+        validation.check_label_smoothing(label_smoothing)
+        self.positives, self.label_smoothing = positives, label_smoothing
+        self.weights_from_labels = weights_from_labels
         self.init_logit_scale = init_logit_scale
         self.init_logit_bias = init_logit_bias
         self.gather_across_devices = gather_across_devices
@@ -137,7 +154,7 @@ class SigLipLoss(nn.Module):
     def forward(
         self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
     ) -> Tensor:  # ()
-        anchors, *texts = _at_least_two(sentence_features)
+        anchors, *texts = at_least_two(sentence_features)
         merged = merge_feature_batches(texts) if len(texts) > 1 else None
         *others, last = texts if merged is None else [merged]
         embeddings = [self.model(features)["sentence_embedding"] for features in (anchors, *others)]
@@ -147,31 +164,42 @@ class SigLipLoss(nn.Module):
         finally:
             last.pop(REQUEST, None), last.pop(WHICH, None)
         if self._parameter not in output:
-            raise _made_too_late()
+            raise made_too_late()
         logit_scale, logit_bias = output[self._parameter][:2]  # DataParallel strings them together
         embeddings.append(output["sentence_embedding"])
         if merged is not None:
             anchors, merged_texts = embeddings
             embeddings = [anchors, *merged_texts.chunk(len(texts))]
-        return self._loss(embeddings, logit_scale, logit_bias)
+        return self._loss(embeddings, logit_scale, logit_bias, labels)
 
-    def _loss(self, columns: list[Tensor], logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-        """Loss of the embeddings of all columns, each (B, D) and not normalized."""
-        columns = [_normalized(column) for column in columns]
+    def _loss(
+        self,
+        columns: list[Tensor],  # (B, D) each, not normalized
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        labels: Tensor | None,  # (B,)
+    ) -> Tensor:  # ()
+        """Loss of the embeddings of all columns."""
+        columns = [normalized(column) for column in columns]
         anchors, texts = columns[0], columns[1]
         image_ids = text_ids = None
         world = look_up(WORLD) if self.gather_across_devices and is_ready() else None
         rank, world_size = 0, 1
         if world is not None:
             rank, world_size = dist.get_rank(world), dist.get_world_size(world)
+        weights = None
         # also for pairs where ranks gather: another rank may have further columns
-        if len(columns) > 2 or world_size > 1:
-            if len(columns[1]) != len(anchors):
-                if world is not None and world_size > 1:
-                    report_bad_arguments(world, anchors.device)
-                raise ValueError(
-                    f"{len(anchors)} anchors have {len(columns[1])} positives: expected one each"
-                )
+        by_id = len(columns) > 2 or world_size > 1
+        try:
+            if self.weights_from_labels:
+                weights = anchor_weights(labels)
+            if by_id:
+                check_one_positive_each(anchors, texts)
+        except (TypeError, ValueError):
+            if world is not None and world_size > 1:
+                report_bad_arguments(world, anchors.device)
+            raise
+        if by_id:
             texts = torch.cat(columns[1:])
             # unique in the global batch: text i is anchor i's positive, those beyond are nobody's
             text_ids = torch.arange(len(texts), device=texts.device) * world_size + rank
@@ -179,12 +207,19 @@ class SigLipLoss(nn.Module):
         group = WORLD if self.gather_across_devices else None
         return siglip_loss(
             anchors, texts, logit_scale, logit_bias,
-            image_ids=image_ids, text_ids=text_ids, group=group,
+            image_ids=image_ids, text_ids=text_ids, image_weights=weights, group=group,
+            positives=self.positives, label_smoothing=self.label_smoothing,
         )  # fmt: skip
 
     def get_config_dict(self) -> dict[str, Any]:
-        named = {} if self.name is None else {"name": self.name}
-        return named | {
+        given: dict[str, Any] = {} if self.name is None else {"name": self.name}
+        if self.positives is not None:
+            given["positives"] = repr(self.positives)
+        if self.label_smoothing:
+            given["label_smoothing"] = self.label_smoothing
+        if self.weights_from_labels:
+            given["weights_from_labels"] = True
+        return given | {
             "init_logit_scale": self.init_logit_scale,
             "init_logit_bias": self.init_logit_bias,
             "gather_across_devices": self.gather_across_devices,
@@ -213,11 +248,7 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
     mini-batch, so accumulation, GradScaler and DDP treat them like all others.
 
     Args:
-        model: as in :class:`SigLipLoss`, like the next four.
-        init_logit_scale: t' to start from.
-        init_logit_bias: b to start from.
-        gather_across_devices: compute the loss of the global batch.
-        name: of this loss's own scale and bias.
+        model: as in :class:`SigLipLoss`, like all that is not described here.
         mini_batch_size: rows embedded at a time.
         mini_batch_num_tokens: pack mini-batches by number of tokens instead, up to this many.
         show_progress_bar: show the mini-batches' progress.
@@ -231,7 +262,7 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
 
     forward_cached: Callable[..., Tensor]  # of CachedLossMixin
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, the library's and ours
         self,
         model: SentenceTransformer,
         init_logit_scale: float = math.log(10),
@@ -242,8 +273,15 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
         show_progress_bar: bool = False,
         *,
         name: str | None = None,
+        positives: Positives | None = None,
+        label_smoothing: float = 0.0,
+        weights_from_labels: bool = False,
     ):
-        super().__init__(model, init_logit_scale, init_logit_bias, gather_across_devices, name=name)
+        super().__init__(
+            model, init_logit_scale, init_logit_bias, gather_across_devices, name=name,
+            positives=positives, label_smoothing=label_smoothing,
+            weights_from_labels=weights_from_labels,
+        )  # fmt: skip
         if has_static_embedding_input(model):
             raise ValueError(
                 "model starts with a StaticEmbedding, whose inputs cannot be split into "
@@ -272,7 +310,7 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
                 "CachedSigLipLoss under DataParallel: expected one process a device (torchrun, "
                 "DistributedDataParallel), or SigLipLoss"
             )
-        columns = _at_least_two(sentence_features)
+        columns = at_least_two(sentence_features)
         columns[-1] = {**columns[-1], REQUEST: PACKED, WHICH: self._parameter}
         return self.forward_cached(columns, labels)
 
@@ -288,10 +326,12 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
         *columns, last = reps
         rows = [sum(len(mini_batch) for mini_batch in column) for column in (columns[0], last)]
         if rows[0] == rows[1]:
-            raise _made_too_late()
+            raise made_too_late()
         logit_scale, logit_bias = unpacked(last[-1][-2:])
         columns.append([packed[:-2] for packed in last])
-        loss = self._loss([torch.cat(column) for column in columns], logit_scale, logit_bias)
+        loss = self._loss(
+            [torch.cat(column) for column in columns], logit_scale, logit_bias, labels
+        )
         if with_backward:
             loss.backward()
             loss = loss.detach()
@@ -302,25 +342,3 @@ class CachedSigLipLoss(CachedLossMixin, SigLipLoss):
             "mini_batch_size": self.mini_batch_size,
             "mini_batch_num_tokens": self.mini_batch_num_tokens,
         }
-
-
-def _at_least_two(sentence_features: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    columns = list(sentence_features)
-    if len(columns) < 2:
-        raise ValueError(
-            f"the dataset has {len(columns)} input column(s): expected an anchor, a positive and "
-            "perhaps negatives"
-        )
-    return columns
-
-
-def _made_too_late() -> RuntimeError:
-    return RuntimeError(
-        "the model's forward pass returned no scale and bias: expected the loss to be made before "
-        "the model is wrapped or prepared"
-    )
-
-
-def _normalized(embeddings: Tensor) -> Tensor:  # (B, D), float32 or wider
-    wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-    return nn.functional.normalize(wide, dim=-1)

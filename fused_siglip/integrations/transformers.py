@@ -15,6 +15,7 @@ from .. import scalars, validation
 from ..distributed.agreement import DIST_IMPLS
 from ..distributed.groups import OMITTED, WORLD, GroupRef
 from ..loss import siglip_loss
+from ..positives import Positives
 from . import require
 
 require("transformers", ">=5.4,<6")
@@ -39,6 +40,8 @@ ModelOrClass = TypeVar("ModelOrClass", bound="nn.Module | type[nn.Module]")
 class _LossOptions(TypedDict):
     group: dist.ProcessGroup | str | None
     dist_impl: str | None
+    positives: Positives | None
+    label_smoothing: float
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,17 @@ class _Settings:
 
     group: GroupRef  # copies share it: a process group has no copy
     dist_impl: str | None
+    positives: Positives | None
+    label_smoothing: float
 
     def loss_options(self) -> _LossOptions:
         """Options of siglip_loss, now: groups come into being after models are patched."""
-        return {"group": self.group.get(), "dist_impl": self.dist_impl}
+        return {
+            "group": self.group.get(),
+            "dist_impl": self.dist_impl,
+            "positives": self.positives,
+            "label_smoothing": self.label_smoothing,
+        }
 
 
 def patch_siglip(
@@ -58,6 +68,8 @@ def patch_siglip(
     *,
     group: dist.ProcessGroup | str | None = OMITTED,
     dist_impl: str | None = None,
+    positives: Positives | None = None,
+    label_smoothing: float = 0.0,
 ) -> ModelOrClass:
     """Let a SigLIP model of transformers compute its loss without the matrix of logits.
 
@@ -89,20 +101,19 @@ def patch_siglip(
             from then is an error when the model is called on several ranks.)
         dist_impl: how the ranks exchange features, as in :func:`fused_siglip.siglip_loss`. Without
             ``group`` it means "world".
+        positives: ``PositiveWeight(p)`` or ``PositiveTarget(p)``: how much pair (i, i) counts, or
+            its target. The models know no ids, so that an image has one positive.
+        label_smoothing: as in :func:`fused_siglip.siglip_loss`; not Trainer's of labels.
 
     Returns:
         ``model_or_class``, patched in place. Patching again replaces the settings.
 
     Raises:
         TypeError: not such a class or model, a wrapper that holds none or several, a subclass with
-            a ``forward`` of its own, or an instance whose ``forward`` was replaced.
-        ValueError: an unknown dist_impl.
+            a ``forward`` of its own, an instance whose ``forward`` was replaced, a wrong option.
+        ValueError: an unknown dist_impl, a label_smoothing that is not 0 to 1.
     """
-    validation.check_dist_impl(dist_impl, DIST_IMPLS)
-    if dist_impl is not None and (group is None or group is OMITTED):
-        group = WORLD
-    settings = _Settings(GroupRef(group), dist_impl)
-
+    settings = _settings(group, dist_impl, positives, label_smoothing)
     target = _find(model_or_class)
     if _SETTINGS not in vars(target):
         if isinstance(target, type):
@@ -111,6 +122,21 @@ def patch_siglip(
             _patch_instance(target)
     setattr(target, _SETTINGS, settings)
     return model_or_class
+
+
+def _settings(
+    group: dist.ProcessGroup | str | None,
+    dist_impl: str | None,
+    positives: Positives | None,
+    label_smoothing: float,
+) -> _Settings:
+    """The settings, checked."""
+    validation.check_dist_impl(dist_impl, DIST_IMPLS)
+    validation.check_positives(positives)
+    validation.check_label_smoothing(label_smoothing)
+    if dist_impl is not None and (group is None or group is OMITTED):
+        group = WORLD
+    return _Settings(GroupRef(group), dist_impl, positives, label_smoothing)
 
 
 def _patch_class(cls: Any) -> None:

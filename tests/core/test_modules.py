@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fused_siglip import LearnableSigLipLoss, siglip_loss
+from fused_siglip import LearnableSigLipLoss, PositiveTarget, PositiveWeight, siglip_loss
 from fused_siglip.testing import eager_siglip_loss
 from support.inputs import loss_and_grads, make_inputs
 from support.tolerances import assert_as_exact_as_eager
@@ -46,6 +46,39 @@ def test_ids_and_options_reach_the_loss():
     assert_as_exact_as_eager(loss_and_grads(call, inputs), inputs)
     with pytest.raises(ValueError, match="workspace_bytes=1 cannot hold one"):
         LearnableSigLipLoss(workspace_bytes=1)(*inputs.tensors()[:2], **inputs.ids)
+
+
+SETTINGS = [
+    {"positives": PositiveWeight(0, per_image=1)},
+    {"positives": PositiveWeight(0.5, per_text=1.5), "label_smoothing": 0.1},
+    {"positives": PositiveTarget(0, 0.5, 0.5)},
+    {"label_smoothing": 0.2},
+]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_what_pairs_are_worth(settings, reduction):
+    inputs = make_inputs(40, 30, 16, torch.float64, ids=True)
+    draw = torch.Generator().manual_seed(1)
+    of_call = {
+        "image_weights": torch.rand(40, generator=draw, dtype=torch.float64),
+        "text_weights": torch.rand(30, generator=draw, dtype=torch.float64),
+        "reduction": reduction,
+    }
+    upstream = torch.rand(40, generator=draw, dtype=torch.float64)
+    loss = LearnableSigLipLoss(math.log(20), -3.0, **settings).double()
+    ours = loss(*inputs.tensors()[:2], **inputs.ids, **of_call)
+    t_prime, b = (p.detach().clone().requires_grad_() for p in loss.parameters())
+    features = [f.detach().clone().requires_grad_() for f in inputs.tensors()[:2]]
+    eager = eager_siglip_loss(*features, t_prime.exp(), b, **inputs.ids, **settings, **of_call)
+    assert ours.shape == eager.shape == ((40,) if reduction == "none" else ())
+    torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-13)
+    for value in (ours, eager):
+        (value @ upstream if reduction == "none" else value).backward()
+    actual = [*(f.grad for f in inputs.tensors()[:2]), *(p.grad for p in loss.parameters())]
+    for a, e in zip(actual, (*features, t_prime, b), strict=True):
+        torch.testing.assert_close(a, e.grad, rtol=1e-11, atol=1e-13)
 
 
 def test_a_bound_holds_the_factor_and_lets_it_come_back():
@@ -107,10 +140,29 @@ def test_state_is_saved_copied_and_loaded():
         ({"init_logit_scale": math.inf}, ValueError, "init_logit_scale is inf: expected a finite"),
         ({"init_logit_bias": math.nan}, ValueError, "init_logit_bias is nan: expected a finite"),
         ({"max_logit_scale": True}, TypeError, "max_logit_scale is a bool: expected a number or"),
+        ({"positives": 2.0}, TypeError, "positives is a float: expected None, PositiveWeight("),
+        ({"label_smoothing": "1"}, TypeError, "label_smoothing is a str: expected a number"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5: expected 0 to 1"),
         ({"max_logit_scale": 0}, ValueError, "max_logit_scale is 0: expected more than 0"),
     ],
 )
 def test_bad_constructor_call(arguments, exception, words):
     with pytest.raises(exception) as caught:
         LearnableSigLipLoss(**arguments)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments,exception,words",
+    [
+        ({"image_weights": [1.0]}, TypeError, "image_weights is a list: expected None or a float"),
+        ({"text_weights": torch.ones(3)}, ValueError, "text_weights has shape (3,): expected (4,)"),
+        ({"image_weights": -torch.ones(4)}, ValueError, "image_weights has -1.0 in row 0"),
+        ({"reduction": "all"}, ValueError, "reduction is 'all': expected "),
+    ],
+)
+def test_bad_call(arguments, exception, words):
+    x = torch.nn.functional.normalize(torch.randn(4, 8))
+    with pytest.raises(exception) as caught:
+        LearnableSigLipLoss()(x, x, **arguments)
     assert words in str(caught.value)

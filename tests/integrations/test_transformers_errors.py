@@ -39,6 +39,10 @@ def test_options(model):
         patch_siglip(model, group="all")
     with pytest.raises(ValueError, match="dist_impl is 'rings': expected None, 'ring'"):
         patch_siglip(model, dist_impl="rings")
+    with pytest.raises(TypeError, match=r"positives is a float: expected None, PositiveWeight"):
+        patch_siglip(model, positives=2.0)
+    with pytest.raises(ValueError, match="label_smoothing is 2: expected 0 to 1"):
+        patch_siglip(model, label_smoothing=2)
     assert type(model) in (SiglipModel, Siglip2Model)
 
 

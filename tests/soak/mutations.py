@@ -29,16 +29,19 @@ ROOT = Path(__file__).resolve().parents[2]
 # The tests that run for a mutation, the first to fail being the one that caught it.
 QUICK = {
     "torch": [*(f"tests/core/test_{name}.py" for name in (
+                  "weights", "weights_validation",
                   "invariants", "loss", "autograd", "negatives", "totals", "torch_panel")),
               "-m", "not interpreter"],
     "triton": [*(f"tests/triton_backend/test_triton_{name}.py" for name in (
-                   "panel", "math", "selection", "products")),
+                   "panel", "math", "selection", "products", "weights")),
                *(f"tests/core/test_{name}.py" for name in (
                    "invariants", "loss", "negatives", "totals")),
                "-m", "interpreter"],
     "distributed": ["tests/distributed/test_distributed.py",
                     "tests/distributed/test_negatives_group.py",
-                    "-k", "test_every_split and (2 or 3)"],
+                    "tests/distributed/test_weights_group.py",
+                    "-k", "test_every_split and (2 or 3) or weights_of_1",
+                    "-m", "not exhaustive"],
     "scores": ["tests/core/test_score_panels.py", "tests/core/test_scores.py",
                "-m", "not interpreter and not exhaustive"],
     "triton scores": ["tests/core/test_score_panels.py", "tests/core/test_scores.py",

@@ -10,8 +10,12 @@ pytest.importorskip("matplotlib")
 
 from test_device import quick  # noqa: F401  (a fixture)
 
-from benchmarks.common.results import load
+from benchmarks.common.results import Results, load
+from benchmarks.common.timing import measure
+from benchmarks.common.workloads import WEIGHTS
 from benchmarks.report.render import FILLED, Pages, stale, write
+from benchmarks.report.weights_report import weights_block
+from benchmarks.suites.weights import cases
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
@@ -57,6 +61,20 @@ def test_with_results_of_a_gpu(quick, tmp_path):  # noqa: F811
     assert "2000-01-01" not in text and "No GPU result" not in text
     assert (tmp_path / "docs/performance_some_gpu.png").read_bytes().startswith(b"\x89PNG")
     assert "2026-01-02-some-gpu-device.json" in (tmp_path / "README.md").read_text()
+
+
+def test_what_weights_cost_is_a_line_for_each_case():
+    rows = measure(cases(32, 8, "cpu"), 3, memory=False, progress=False)
+    environment = {"device": "some CPU", "torch": "2", "date": "2026-01-02", "commit": "0" * 40}
+    _, table = weights_block(Results(Path("some-weights.json"), environment, rows))
+    _, _, *lines = table.splitlines()
+    assert len(lines) == len(rows) == len(WEIGHTS) + 2
+    assert lines[0].startswith("| all pairs alike, on the diagonal | alike | 1.00 (")
+    ids, target = (
+        next(row["seconds"] for row in rows if row["weights"] == name)
+        for name in ("ids", "ids, PositiveTarget")
+    )
+    assert f"`PositiveTarget` | by id | {target / ids:.2f} (" in table
 
 
 def test_a_readme_without_its_block_is_an_error():

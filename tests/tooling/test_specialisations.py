@@ -21,7 +21,7 @@ from benchmarks.gpu.parts.run import FULL, Point
 from benchmarks.gpu.specialisations import REHEARSED, pretended_gpu, recorded, rehearse
 from benchmarks.gpu.tune_parts import products, small, steps
 from benchmarks.suites.compiled import count_source, panel_source, product_source, score_source
-from fused_siglip import Hardest, Random, retrieval_ranks, siglip_loss
+from fused_siglip import Hardest, PositiveTarget, Random, retrieval_ranks, siglip_loss
 from fused_siglip.kernels.hopper import HOPPER, suits
 
 # Two panels' worth of one dim: a small batch takes the portable kernel, a large one Hopper's.
@@ -108,6 +108,9 @@ def launched(inputs=(True, True), function=siglip_loss, **options) -> None:
     if options.pop("ids", False):
         ids = torch.zeros(300, dtype=torch.int64, device="cuda")
         options |= {"image_ids": ids, "text_ids": ids}
+    if options.pop("weights", False):
+        weights = torch.ones(300, device="cuda")
+        options |= {"image_weights": weights, "text_weights": weights}
     if function is retrieval_ranks:
         leaves = leaves[:2]
     function(*leaves, **options)
@@ -125,6 +128,17 @@ SOURCES = {
     "by logit": (panel_source, {"kept": "logit"}, {"negatives": LOGIT}),
     "by logit, ids": (
         panel_source, {"kept": "logit", "ids": True}, {"negatives": LOGIT, "ids": True},
+    ),
+    "weights": (panel_source, {"weights": ("rows",)}, {"weights": True}),
+    "weights, shares, targets, ids": (
+        panel_source, {"weights": ("rows", "shares", "aligned", "targets"), "ids": True},
+        {"weights": True, "ids": True, "positives": PositiveTarget(0, 0.3, 0.3, aligned=1.0),
+         "label_smoothing": 0.1},
+    ),
+    "image losses": (
+        panel_source,
+        {"weights": ("rows", "image losses"), "store_dlogits": False, "scalar_grads": False},
+        {"weights": True, "reduction": "none"},
     ),
     **{f"count {step}": (count_source, {"step": step}, {"negatives": LOGIT}) for step in range(3)},
     **{

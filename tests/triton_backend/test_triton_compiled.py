@@ -128,6 +128,28 @@ def test_no_spills_where_negatives_are_chosen(target, dtype, precision, kept, id
         assert compiled.occupancy == 2
 
 
+ALL_WEIGHTS = ("rows", "shares", "aligned", "targets")
+NOTHING_STORED = {"store_dlogits": False, "scalar_grads": False}
+WEIGHTED = {
+    "rows": {"weights": ("rows",)},
+    "rows, by logit": {"weights": ("rows",), "kept": "logit"},
+    "all, ids": {"weights": ALL_WEIGHTS, "ids": True},
+    "all, ids, by hash": {"weights": ALL_WEIGHTS, "ids": True, "kept": "hash"},
+    "sums": {"weights": ("rows", "shares", "targets"), "store_dlogits": False},
+    "image losses": {"weights": (*ALL_WEIGHTS, "image losses"), "ids": True, **NOTHING_STORED},
+}
+
+
+@pytest.mark.parametrize("variant", WEIGHTED)
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_no_spills_where_pairs_have_weights(target, variant):
+    """In bf16: the others differ in the product."""
+    compiled = compile_panel(target, torch.bfloat16, "ieee", **WEIGHTED[variant])
+    check(compiled, target)
+    if target.startswith("sm"):
+        assert compiled.occupancy == 2
+
+
 @pytest.mark.parametrize("step", [1, 2], ids=["tallied", "added in memory"])
 @pytest.mark.parametrize("target, dtype, precision", once())
 def test_no_spills_where_logits_are_counted(target, dtype, precision, step):
