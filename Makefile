@@ -6,7 +6,7 @@ OPEN_CLIP = open_clip_torch==3.3.0
 OPEN_CLIP_NEEDS = ftfy==6.3.1 regex==2026.11.15 webdataset==1.0.2 pandas==3.1.1
 KERNELS = kernels==0.17.2
 STACKS = transformers==5.23.0 sentence-transformers==6.2.0 lightning==2.6.6 accelerate==1.15.0 datasets==5.2.0
-OLDEST_STACKS = transformers==5.4.0 sentence-transformers==6.0.0 lightning==2.6.6 accelerate==1.15.0 datasets==5.2.0
+OLDEST_STACKS = transformers==5.4.0 sentence-transformers==6.2.0 lightning==2.6.6 accelerate==1.15.0 datasets==5.2.0
 DOCS = mkdocs-material mkdocstrings-python ruff linkchecker
 TOOLS = check-jsonschema zizmor pre-commit
 VENV = .venv

@@ -42,8 +42,9 @@ def ranks_of_positives(
         restore_infinity(best)
     _count(sweep, best, counts, exchange, diagonal=ids is None)
     image_ranks, text_ranks = (count.long() + 1 for count in _both(counts))
-    for ranks, none in zip((image_ranks, text_ranks), no_positive, strict=bool(no_positive)):
-        ranks.masked_fill_(none, 0)
+    if no_positive:
+        image_ranks.masked_fill_(no_positive[0], 0)
+        text_ranks.masked_fill_(no_positive[1], 0)
     return image_ranks, text_ranks
 
 

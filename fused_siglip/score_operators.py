@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
+from .function import is_eager
 from .kernels import Affine, accumulate_dtype
 from .moments import logit_moments
 from .ranks import ranks_of_positives
@@ -92,6 +93,13 @@ def _register(
     return op
 
 
+def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """An operator's outputs; as for the loss, a function is called where torch would go there."""
+    if is_eager(*(a for a in arguments if isinstance(a, Tensor))):
+        return _FUNCTIONS[op](*arguments)
+    return op(*arguments)
+
+
 RETRIEVAL_RANKS = _register(
     "retrieval_ranks",
     "(Tensor x, Tensor y, Tensor? image_ids, Tensor? text_ids, str? group_name, ScalarType dtype, "
@@ -107,3 +115,7 @@ LOGIT_STATISTICS = _register(
     _statistics,
     _fake_statistics,
 )
+_FUNCTIONS: dict[object, Callable[..., Any]] = {
+    RETRIEVAL_RANKS: _ranks,
+    LOGIT_STATISTICS: _statistics,
+}

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import validation
 from .distributed import agreement
 from .kernels import accumulate_dtype
-from .score_operators import LOGIT_STATISTICS, RETRIEVAL_RANKS
+from .score_operators import LOGIT_STATISTICS, RETRIEVAL_RANKS, call
 
 _ALTERNATIVES = "or image_ids and text_ids"
 
@@ -71,11 +71,11 @@ def retrieval_ranks(
     except (TypeError, ValueError):
         _report(group, image_features)
         raise
-    image_ranks, text_ranks = RETRIEVAL_RANKS(
-        image_features.detach(), text_features.detach(), _int64(image_ids), _int64(text_ids),
+    return call(
+        RETRIEVAL_RANKS, image_features.detach(), text_features.detach(), _int64(image_ids),
+        _int64(text_ids),
         None if group is None else group.group_name, dtype, dist_impl, workspace_bytes, backend,
     )  # fmt: skip
-    return image_ranks, text_ranks
 
 
 class LogitStatistics(NamedTuple):
@@ -143,9 +143,10 @@ def logit_statistics(
     except (TypeError, ValueError):
         _report(group, image_features)
         raise
-    statistics = LOGIT_STATISTICS(
-        image_features.detach(), text_features.detach(), _as_tensor(logit_scale, dtype, device),
-        _as_tensor(logit_bias, dtype, device), _int64(image_ids), _int64(text_ids),
+    statistics = call(
+        LOGIT_STATISTICS, image_features.detach(), text_features.detach(),
+        _as_tensor(logit_scale, dtype, device), _as_tensor(logit_bias, dtype, device),
+        _int64(image_ids), _int64(text_ids),
         None if group is None else group.group_name, dtype,
     )  # fmt: skip
     return LogitStatistics(*statistics.unbind())

@@ -87,19 +87,24 @@ _TCGEN05 = PanelConfig(block_d=64, num_warps=4, num_stages=3, epilogue_subtiles=
 _TCGEN05_TF32 = replace(_TCGEN05, block_d=32)
 # Where no dlogits are written, sums folded to two columns spill with Triton 3.9.
 _TCGEN05_SUMS = (16, 1, 8)
+_TCGEN05_WEIGHTED_SUMS = (16, 1, 4)  # with weights those spill
 # Products in full fp32 run outside the tensor cores and dwarf the epilogue: no spills is enough.
 _FMA = PanelConfig(block_d=16, num_warps=8, num_stages=3, epilogue_subtiles=8, fold=(16, 1, 8))
 _MFMA = PanelConfig(block_d=32, num_warps=8, num_stages=2, epilogue_subtiles=4, fold=(4, 1, 32))
 
 
 def panel_config(
-    target: tuple[int, int] | str, dtype: torch.dtype, precision: str, store_dlogits: bool
+    target: tuple[int, int] | str,
+    dtype: torch.dtype,
+    precision: str,
+    store_dlogits: bool,
+    weighted: bool = False,
 ) -> PanelConfig:
     """The configuration for a device and operands.
 
     target: CUDA compute capability, or "hip". dtype: of the operands. precision: "ieee" or "tf32",
     how fp32 operands are multiplied (no meaning for the other dtypes). store_dlogits: whether the
-    kernel writes dlogits, or only sums.
+    kernel writes dlogits, or only sums. weighted: whether pairs have weights.
     """
     if dtype == torch.float32 and precision == "ieee":
         return _FMA
@@ -110,7 +115,8 @@ def panel_config(
         return _WGMMA_TF32 if tf32 else _WGMMA
     if target[0] == 10:
         config = _TCGEN05_TF32 if tf32 else _TCGEN05
-        return config if store_dlogits else replace(config, fold=_TCGEN05_SUMS)
+        sums = _TCGEN05_WEIGHTED_SUMS if weighted else _TCGEN05_SUMS
+        return config if store_dlogits else replace(config, fold=sums)
     return _MMA_TF32 if tf32 else _MMA
 
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels read: features as they are multiplied, and ids."""
+"""What the Triton kernels multiply and write: features and dlogits in the dtypes for that."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 import triton
 from torch import Tensor
 
-from .interface import Pairs
 from .triton_kernels import panel_kernel
 
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)  # decided when it was decorated
@@ -36,8 +35,3 @@ def round_to_tf32(features: Tensor) -> Tensor:
         return features
     rounded = (features.view(torch.int32) + (1 << 12)).bitwise_and_(-1 << 13).view(torch.float32)
     return torch.where(features.isfinite(), rounded, features)
-
-
-def ids_args(pairs: Pairs) -> tuple[Tensor | None, Tensor | None]:
-    """The kernels' tensors of the ids."""
-    return (None, None) if pairs.ids is None else pairs.ids

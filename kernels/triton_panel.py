@@ -23,18 +23,13 @@ from .interface import (
 )
 from .registry import float32_products, multiplies_half_into_fp32
 from .torch_products import add_product
+from .triton_arguments import diagonal_arg, ids_args, selection_args, weight_args
 from .triton_configs import TILE, PanelConfig, count_config, panel_config
 from .triton_kernels import count_kernel, panel_kernel
-from .triton_operands import INTERPRETED, ids_args, multiplied, stored_dtype
+from .triton_operands import INTERPRETED, multiplied, stored_dtype
 from .triton_products import ProductConfig, TileLists, add_tiled_product, list_elements
 from .triton_scores import launch_best, launch_count
 from .triton_totals import TritonTotals
-from .triton_weights import weight_args
-
-
-def _diagonal(pairs: Pairs, n: int) -> int:
-    # no pair is (i, i + n): without a diagonal, the same kernel never meets it
-    return n if pairs.diagonal is None else pairs.diagonal
 
 
 def _may_skip(selection: RandomMask | ScoreThreshold | None, tile: tuple[int, int]) -> bool:
@@ -42,15 +37,6 @@ def _may_skip(selection: RandomMask | ScoreThreshold | None, tile: tuple[int, in
     if isinstance(selection, RandomMask):
         return selection.share * math.prod(tile) < 16  # from there on less than one tile in e^16
     return selection is not None
-
-
-def _selection_args(selection: RandomMask | ScoreThreshold | None) -> tuple[Tensor | None, ...]:
-    """The panel kernel's tensors of a selection: two of a mask, three of a threshold."""
-    if isinstance(selection, RandomMask):
-        return selection.image_keys, selection.text_keys, None, None, None
-    if isinstance(selection, ScoreThreshold):
-        return None, None, *selection.normalizer, selection.threshold
-    return (None,) * 5
 
 
 COUNT_BITS = (5, 5, 10)  # of the steps in which thresholds are found
@@ -149,7 +135,7 @@ class TritonPanel(TritonTotals):
         if spec.image_losses:
             size = tiles_n * spec.rows
             self.row_losses = torch.empty(size, dtype=torch.float32, device=device)
-        self.dtype = spec.dtype
+        self.dtype, self.weighted = spec.dtype, spec.weighted
         self.grad_scale = GRAD_SCALE.get(spec.dtype, 1.0)
 
     def _precision(self) -> str:
@@ -158,7 +144,8 @@ class TritonPanel(TritonTotals):
         return "ieee" if float32_products() == "ieee" else "tf32"
 
     def config(self, dtype: torch.dtype, precision: str) -> PanelConfig:
-        return panel_config(self.target, dtype, precision, self.dlogits is not None)
+        stores = self.dlogits is not None
+        return panel_config(self.target, dtype, precision, stores, self.weighted)
 
     def __call__(
         self,
@@ -180,7 +167,7 @@ class TritonPanel(TritonTotals):
         with torch.cuda.device_of(x):  # Triton launches on the current device
             if on_hopper:
                 hopper.launch_panel(
-                    self.hopper, x, y, self.dlogits, self.partials, affine, _diagonal(pairs, n),
+                    self.hopper, x, y, self.dlogits, self.partials, affine, diagonal_arg(pairs, n),
                     self.grad_scale,
                 )  # fmt: skip
             else:
@@ -213,13 +200,13 @@ class TritonPanel(TritonTotals):
             self.partials,
             *affine,
             *ids_args(pairs),
-            *_selection_args(selection),
+            *selection_args(selection),
             *weight_args(pairs.weights),
             self.flags,
             losses,
             m,
             n,
-            _diagonal(pairs, n),
+            diagonal_arg(pairs, n),
             selection.hash_cutoff if isinstance(selection, RandomMask) else None,
             *x.stride(),
             *y.stride(),
@@ -295,7 +282,7 @@ class TritonPanel(TritonTotals):
                 written,
                 m,
                 n,
-                _diagonal(pairs, n),
+                diagonal_arg(pairs, n),
                 *x.stride(),
                 *y.stride(),
                 D=d,

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .float_keys import exact_keys, exact_values
 from .interface import Pairs, RowValues
+from .triton_arguments import ids_args
 from .triton_configs import PanelConfig
 from .triton_math import column_subtiles
-from .triton_operands import ids_args
 from .triton_tiles import grouped_tile, pair_masks, similarity
 
 # Of int32 keys that sort as float32 values do (float_keys.exact_keys): no value's, and that of the

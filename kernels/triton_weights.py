@@ -1,23 +1,9 @@
 """The part of the Triton panel kernel that only pairs with weights have: see pair_weights.py."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .pair_weights import PairWeights
 from .triton_math import saturated_softplus_sigmoid, softplus_sigmoid
-
-
-def weight_args(weights: PairWeights | None) -> tuple[Tensor | int | float | None, ...]:
-    """The panel kernel's arguments from image_weights_ptr to aligned_share."""
-    if weights is None:
-        return (None,) * 7
-    shares, aligned = weights.shares, None if weights.shares is None else weights.shares.aligned
-    of_positives = (None, None) if shares is None else (shares.image, shares.text)
-    vectors = weights.images, weights.texts, *of_positives, weights.targets
-    return *vectors, *((None, None) if aligned is None else aligned)
 
 
 @triton.jit

@@ -166,6 +166,7 @@ STAND_INS = {
     # otherwise the operator's fake would stand in for the kernels
     "fused_siglip.operator.is_eager": lambda *_: True,
     "fused_siglip.function.is_eager": lambda *_: True,
+    "fused_siglip.score_operators.is_eager": lambda *_: True,
 }
 
 

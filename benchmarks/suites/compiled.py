@@ -26,6 +26,7 @@ from fused_siglip.kernels.triton_kernels import count_kernel, panel_kernel
 from fused_siglip.kernels.triton_math import SATURATED_LOGIT
 from fused_siglip.kernels.triton_panel import count_constants
 from fused_siglip.kernels.triton_products import ProductConfig, product_kernel
+from fused_siglip.kernels.triton_scores import best_kernel, not_below_kernel
 
 from ..common.machine_code import Compiled, inspect_amd, inspect_cuda
 from ..common.results import environment, write_results
@@ -75,7 +76,8 @@ def panel_source(  # noqa: PLR0913, all that a launch is compiled for
     kept: how negatives are chosen, by "hash" or by "logit"; None: all are kept. weights: names of
     WEIGHTS.
     """
-    config = panel_config(_capability(target), dtype, precision, store_dlogits)
+    weighted = bool(weights)
+    config = panel_config(_capability(target), dtype, precision, store_dlogits, weighted)
     config = config.by_row() if "image losses" in weights else config
     constants = {
         "stride_xd": 1,
@@ -113,6 +115,36 @@ def count_source(
     absent += [] if step else ["prefix_ptr"]
     pointers = {"counts_ptr": "*u8"} if constants["TALLIED"] else {}
     return Source(_ast(count_kernel, dtype, constants, absent, pointers=pointers), config)
+
+
+def score_source(
+    target: str,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    kernel: str,
+    ids: bool = False,
+    sides: str = "both",
+    d: int = 768,
+) -> Source:
+    """A kernel that compares similarities: the "best" positives, or the negatives "not below" them.
+
+    sides: "both", or the one whose numbers are wanted: "image" or "text".
+    """
+    config = panel_config(_capability(target), dtype, precision, store_dlogits=False)
+    constants = {
+        "stride_xd": 1,
+        "stride_yd": 1,
+        "D": d,
+        "INPUT_PRECISION": precision,
+        **config.tile_constants(),
+    }
+    absent = [] if ids else ["image_ids_ptr", "text_ids_ptr"]
+    function = best_kernel if kernel == "best" else not_below_kernel
+    values = ("keys",) if kernel == "best" else ("best", "counts")
+    missing = {"both": (), "image": ("text",), "text": ("image",)}[sides]
+    absent += [f"{side}_{value}_ptr" for side in missing for value in values]
+    return Source(_ast(function, dtype, constants, absent), config)
 
 
 def product_source(
@@ -153,6 +185,11 @@ def compile_count(target: str, dtype: torch.dtype, precision: str, **options: ob
     return _compile(count_source(target, dtype, precision, **options), target)
 
 
+def compile_score(target: str, dtype: torch.dtype, precision: str, **options: object) -> Compiled:
+    """Compile a :func:`score_source`."""
+    return _compile(score_source(target, dtype, precision, **options), target)
+
+
 def compile_product(target: str, dtype: torch.dtype, precision: str, **options: object) -> Compiled:
     """Compile a :func:`product_source`."""
     return _compile(product_source(target, dtype, precision, **options), target)
@@ -166,6 +203,7 @@ _POINTERS = {
     "image_ids_ptr": "*i64",
     "text_ids_ptr": "*i64",
     **dict.fromkeys(("image_keys_ptr", "text_keys_ptr", "prefix_ptr"), "*i32"),
+    **dict.fromkeys(("image_counts_ptr", "text_counts_ptr"), "*i32"),
     **dict.fromkeys(("flags_ptr", "lists_ptr", "counts_ptr"), "*i32"),
 }
 
@@ -221,7 +259,10 @@ OTHERS = {
     "no g": partial(compile_panel, store_dlogits=False),
     "negatives by hash": partial(compile_panel, kept="hash"),
     "negatives by logit": partial(compile_panel, kept="logit"),
+    "weights of rows": partial(compile_panel, weights=("rows",)),
     "counting of logits": partial(compile_count, step=1),
+    "best positives": partial(compile_score, kernel="best", ids=True),
+    "negatives not below": partial(compile_score, kernel="not below"),
     "g Y, tiles skipped": partial(compile_product, transposed=False),
     "g^T X, tiles skipped": partial(compile_product, transposed=True),
 }

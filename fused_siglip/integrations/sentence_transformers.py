@@ -24,13 +24,14 @@ from ..loss import siglip_loss
 from ..positives import Positives
 from . import require
 
-require("sentence-transformers", ">=6.0,<7")
+require("sentence-transformers", ">=6.2,<7")
 
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.base.losses import (  # noqa: E402
     CachedLossMixin,
     has_static_embedding_input,
 )
+from sentence_transformers.base.losses.merged_forward import merge_feature_batches  # noqa: E402
 from sentence_transformers.sentence_transformer.losses.adaptive_layer import (  # noqa: E402
     TransformerDecorator,
 )
@@ -54,13 +55,6 @@ from ._sentence_model import (  # noqa: E402
 )
 
 __all__ = ["SCALE_AND_BIAS_FILE", "CachedSigLipLoss", "SigLipLoss"]
-
-try:  # from 6.2 on
-    from sentence_transformers.base.losses.merged_forward import merge_feature_batches
-except ImportError:
-
-    def merge_feature_batches(features_list: list[dict[str, Any]]) -> None:
-        """Earlier releases embed every column by itself."""
 
 
 class SigLipLoss(nn.Module):

@@ -128,6 +128,8 @@ def test_other_outputs_keep_their_bits(model, batch, arguments):
     else:
         assert all(getattr(actual, key) is None for key in LOGITS)
     assert_equal_outputs(actual, own, without=LOGITS)
+    if "output_attentions" in arguments and without.vision_model_output.attentions is None:
+        pytest.skip("this release of transformers returns no attentions itself")
     if "output_attentions" in arguments:
         assert len(actual.vision_model_output.attentions) == 2
 

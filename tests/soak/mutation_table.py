@@ -103,6 +103,7 @@ MUTATIONS = (
     Mutation("negative keys in the wrong order", "triton", "float_key", "~magnitude", "magnitude - _HALF"),
     Mutation("negative keys in the wrong order", "torch", "TorchSelection._keys", "keys.bitwise_xor_(below_zero)", "keys.add_(below_zero * HALF)"),
     Mutation("tiles with gradient are skipped", "triton", "panel_kernel", "tile_loss != 0", "tile_loss > 1"),
+    Mutation("flags of weighted tiles from a sum that cancels", "triton", "panel_kernel", "sums[3]", "loss"),
     Mutation("a tile left out of a line's list", "triton", "list_tiles_kernel", "tl.store(list_ptr, listed)", "tl.store(list_ptr, listed - 1)"),
     Mutation("skipped lines leave what memory held", "triton", "product_kernel", "(not ACCUMULATE) | (steps > 0)", "steps > 0"),
     Mutation("every rank hashes its images from 0", "distributed", "_Batch._selection", "self.exchange.first_image", "0"),
@@ -114,4 +115,15 @@ MUTATIONS = (
     Mutation("ring: what arrived is not added", "distributed", "Ring.for_each", "computed.add_(arriving)", "computed"),
     Mutation("gather: diagonal of the first rank", "distributed", "Gather.for_each", "self.rank * capacity", "0"),
     Mutation("loss divided by the local batch", "distributed", "GroupExchange.divisor", "self.total_images", "self.real_images * self.size"),
+
+    # weights
+    Mutation("no weights of texts", "triton", "weighted_loss", "text_weights_ptr is not None", "False"),
+    Mutation("negatives take the positives' share", "triton", "weighted_loss", "tl.where(positive, alpha, 1.0)", "alpha"),
+    Mutation("aligned pairs share as others do", "triton", "positive_shares", "tl.where(aligned, aligned_share, shares)", "shares"),
+    Mutation("loss of a high target cancels", "triton", "weighted_loss", "tl.where(flipped, alpha - beta, beta)", "beta"),
+    Mutation("dlogits of -z keep their sign", "triton", "weighted_loss", "tl.where(flipped, -dlogits, dlogits)", "dlogits"),
+    Mutation("weights past the edge count", "triton", "weighted_loss", "tl.where(valid, alpha, 0.0)", "alpha"),
+    Mutation("targets of pairs that take no part", "triton", "weighted_loss", "tl.where(valid, beta, 0.0)", "beta"),
+    Mutation("negatives have no target", "triton", "pair_targets", "tl.where(positive, beta, of_negatives)", "tl.where(positive, beta, 0.0)"),
+    Mutation("images' losses of the last tile column alone", "triton", "TritonPanel.__call__", "losses.sum(0)", "losses[-1]"),
 )  # fmt: skip

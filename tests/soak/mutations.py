@@ -32,7 +32,7 @@ QUICK = {
                   "invariants", "loss", "autograd", "negatives", "totals", "torch_panel")),
               "-m", "not interpreter"],
     "triton": [*(f"tests/triton_backend/test_triton_{name}.py" for name in (
-                   "panel", "math", "selection", "products")),
+                   "panel", "math", "selection", "products", "weights")),
                *(f"tests/core/test_{name}.py" for name in (
                    "invariants", "loss", "negatives", "totals")),
                "-m", "interpreter"],

@@ -73,6 +73,13 @@ def make_inputs(
     return Inputs(*tensors, labels)
 
 
+def random_weights(inputs: Inputs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Of images and texts, in [0, 1)."""
+    generator = torch.Generator().manual_seed(9)
+    sides = (("image_weights", inputs.image_features), ("text_weights", inputs.text_features))
+    return {name: torch.rand(len(f), generator=generator).to(f.device, dtype) for name, f in sides}
+
+
 def loss_and_grads(
     loss_function,
     inputs: Inputs,

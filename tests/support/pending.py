@@ -6,7 +6,7 @@ Set a name to True, and drop it once it is True everywhere.
 import pytest
 
 TRITON_TAKES_WEIGHTS = False
-BELOW_RUNS = False
+BELOW_RUNS = True
 
 
 def skip_without_weights(backend: str) -> None:

@@ -20,8 +20,8 @@ from benchmarks.gpu.candidate_checks import check
 from benchmarks.gpu.parts.run import FULL, Point
 from benchmarks.gpu.specialisations import REHEARSED, pretended_gpu, recorded, rehearse
 from benchmarks.gpu.tune_parts import products, small, steps
-from benchmarks.suites.compiled import count_source, panel_source, product_source
-from fused_siglip import Hardest, Random, siglip_loss
+from benchmarks.suites.compiled import count_source, panel_source, product_source, score_source
+from fused_siglip import Hardest, PositiveTarget, Random, retrieval_ranks, siglip_loss
 from fused_siglip.kernels.hopper import HOPPER, suits
 
 # Two panels' worth of one dim: a small batch takes the portable kernel, a large one Hopper's.
@@ -98,8 +98,8 @@ def test_nothing_is_left_behind():
     assert loss.device.type == "cpu" and loss.isfinite()
 
 
-def launched(inputs=(True, True), **options) -> None:
-    """A step on 300 pairs, small enough for the portable kernels."""
+def launched(inputs=(True, True), function=siglip_loss, **options) -> None:
+    """A call on 300 pairs, small enough for the portable kernels."""
     x, y = (torch.randn(300, 768, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     scalars = (torch.tensor(v, device="cuda") for v in (10.0, -10.0))
     for_features, for_scalars = inputs
@@ -108,7 +108,12 @@ def launched(inputs=(True, True), **options) -> None:
     if options.pop("ids", False):
         ids = torch.zeros(300, dtype=torch.int64, device="cuda")
         options |= {"image_ids": ids, "text_ids": ids}
-    siglip_loss(*leaves, **options)
+    if options.pop("weights", False):
+        weights = torch.ones(300, device="cuda")
+        options |= {"image_weights": weights, "text_weights": weights}
+    if function is retrieval_ranks:
+        leaves = leaves[:2]
+    function(*leaves, **options)
 
 
 HASH, LOGIT = Random(0.001), Hardest(0.01)
@@ -124,7 +129,24 @@ SOURCES = {
     "by logit, ids": (
         panel_source, {"kept": "logit", "ids": True}, {"negatives": LOGIT, "ids": True},
     ),
+    "weights": (panel_source, {"weights": ("rows",)}, {"weights": True}),
+    "weights, shares, targets, ids": (
+        panel_source, {"weights": ("rows", "shares", "aligned", "targets"), "ids": True},
+        {"weights": True, "ids": True, "positives": PositiveTarget(0, 0.3, 0.3, aligned=1.0),
+         "label_smoothing": 0.1},
+    ),
+    "image losses": (
+        panel_source,
+        {"weights": ("rows", "image losses"), "store_dlogits": False, "scalar_grads": False},
+        {"weights": True, "reduction": "none"},
+    ),
     **{f"count {step}": (count_source, {"step": step}, {"negatives": LOGIT}) for step in range(3)},
+    **{
+        f"{kernel}, {'ids' if ids else 'diagonal'}": (
+            score_source, {"kernel": kernel, "ids": ids}, {"function": retrieval_ranks, "ids": ids},
+        )
+        for kernel in ("best", "not below") for ids in (False, True)
+    },
     "dX": (product_source, {"transposed": False, "accumulate": False}, {"negatives": LOGIT}),
     "dY": (product_source, {"transposed": True, "accumulate": False}, {"negatives": LOGIT}),
 }  # fmt: skip

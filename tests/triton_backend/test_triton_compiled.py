@@ -21,6 +21,7 @@ from benchmarks.suites.compiled import (
     compile_count,
     compile_panel,
     compile_product,
+    compile_score,
     shipped,
 )
 
@@ -127,11 +128,53 @@ def test_no_spills_where_negatives_are_chosen(target, dtype, precision, kept, id
         assert compiled.occupancy == 2
 
 
+ALL_WEIGHTS = ("rows", "shares", "aligned", "targets")
+NOTHING_STORED = {"store_dlogits": False, "scalar_grads": False}
+WEIGHTED = {
+    "rows": {"weights": ("rows",)},
+    "rows, by logit": {"weights": ("rows",), "kept": "logit"},
+    "all, ids": {"weights": ALL_WEIGHTS, "ids": True},
+    "all, ids, by hash": {"weights": ALL_WEIGHTS, "ids": True, "kept": "hash"},
+    "sums": {"weights": ("rows", "shares", "targets"), "store_dlogits": False},
+    "image losses": {"weights": (*ALL_WEIGHTS, "image losses"), "ids": True, **NOTHING_STORED},
+}
+
+
+@pytest.mark.parametrize("variant", WEIGHTED)
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_no_spills_where_pairs_have_weights(target, variant):
+    """In bf16: the others differ in the product."""
+    compiled = compile_panel(target, torch.bfloat16, "ieee", **WEIGHTED[variant])
+    check(compiled, target)
+    if target.startswith("sm"):
+        assert compiled.occupancy == 2
+
+
 @pytest.mark.parametrize("step", [1, 2], ids=["tallied", "added in memory"])
 @pytest.mark.parametrize("target, dtype, precision", once())
 def test_no_spills_where_logits_are_counted(target, dtype, precision, step):
     """The first step is the second without the bits that are known."""
     check(compile_count(target, dtype, precision, ids=True, step=step), target)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("kernel", ["best", "not below"])
+@pytest.mark.parametrize("target, dtype, precision", once())
+def test_no_spills_where_similarities_are_compared(target, dtype, precision, kernel, ids):
+    compiled = compile_score(target, dtype, precision, kernel=kernel, ids=ids)
+    check(compiled, target)
+    if target == "gfx942" or dtype != torch.float32 or precision == "tf32":
+        assert compiled.tensor_core.startswith(MATRIX_INSTRUCTION[target])
+    if target.startswith("sm") and dtype != torch.float32:
+        assert compiled.occupancy == 2
+
+
+@pytest.mark.parametrize("sides, d", [("image", 768), ("text", 768), ("both", 720)])
+@pytest.mark.parametrize("kernel", ["best", "not below"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_no_spills_in_variants_of_comparing(target, kernel, sides, d):
+    options = {"kernel": kernel, "ids": True, "sides": sides, "d": d}
+    check(compile_score(target, torch.bfloat16, "ieee", **options), target)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -321,7 +321,7 @@ def test_weights_at_odd_addresses_are_moved(monkeypatch):
     odd = [torch.rand(k + 1, device=DEVICE)[1:] for k in (m, n)]
     ids = [torch.arange(k, device=DEVICE) % 50 for k in (m, n)]
     siglip_loss(
-        x, y, *affine(), image_ids=ids[0], text_ids=ids[1], image_weights=odd[0],
+        x.requires_grad_(), y, *affine(), image_ids=ids[0], text_ids=ids[1], image_weights=odd[0],
         text_weights=odd[1], positives=PositiveWeight(0, 0.5, 0.5), backend="triton",
         workspace_bytes=TritonPanel.workspace_bytes(PanelSpec(128, 128, x.dtype, True, True)),
     )  # fmt: skip
