@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.calls import Call
-from support.invariants import INVARIANTS, OF_WEIGHTS, check
-from support.pending import skip_without_weights
+from support.invariants import INVARIANTS, check
 from support.strategies import DEVICE, inputs_of, random_case
 
 # Of those of the profile (conftest.py): in the interpreter a case takes far longer.
@@ -23,9 +22,6 @@ SHARE = {"torch": 1, "triton": 13}
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("law", INVARIANTS)
 def test_law(backend, law):
-    if law in OF_WEIGHTS:
-        skip_without_weights(backend)
-
     @settings(max_examples=max(settings().max_examples // SHARE[backend], 1))
     @given(st.randoms(use_true_random=False).map(lambda r: random_case(r, (backend,))))
     def holds(case):

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from fused_siglip import Below, Hardest, PositiveTarget, PositiveWeight, Random, siglip_loss
 from support.global_batch import assert_global, shard
 from support.inputs import loss_and_grads, make_inputs, random_weights
-from support.pending import BELOW_RUNS
 from support.processes import launch, launch_each, returned
 
 # rows on each rank: equal, uneven, with empty ranks
@@ -30,10 +29,9 @@ CHOICES = {
     "smoothing": {"label_smoothing": 1.0},
     "smoothing of random": {"label_smoothing": 0.1, "negatives": Random(0.5, seed=3)},
     "shares of hardest": {"positives": PositiveWeight(0.0, 1.0), "negatives": Hardest(0.3)},
+    "below": {"negatives": Below(0.1), "positives": PositiveWeight(0.5, 0.5)},
+    "below alone": {"negatives": Below(-0.1)},
 }
-if BELOW_RUNS:
-    CHOICES["below"] = {"negatives": Below(0.1), "positives": PositiveWeight(0.5, 0.5)}
-    CHOICES["below alone"] = {"negatives": Below(-0.1)}
 
 
 def whole_batch(n: int, dtype: torch.dtype, ids: bool, weighted: bool = True):

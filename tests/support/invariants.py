@@ -24,7 +24,6 @@ from support.calls import (
     some_rows,
 )
 from support.inputs import Inputs
-from support.pending import TRITON_TAKES_WEIGHTS
 from support.strategies import DEVICE, Case, inputs_of, upstream_of
 from support.weight_laws import all_ones, left_out, scaled, summed, unique
 
@@ -196,9 +195,6 @@ INVARIANTS: dict[str, Callable[[Case, Call], float]] = {
 }
 
 
-# These give weights to every case.
-OF_WEIGHTS = ("left_out", "summed", "scaled", "unique")
-
 # Negatives are chosen among those of an image, and at random by their indices: these laws change
 # that. They are held with all negatives.
 MOVED = {
@@ -213,7 +209,5 @@ def check(case: Case, law: str) -> dict[str, float]:
     """The share of the loss and of each gradient against float64, and that of the law."""
     if INVARIANTS[law] in MOVED.get(type(case.negatives), ()):
         case = replace(case, negatives=None)
-    if law in OF_WEIGHTS and not TRITON_TAKES_WEIGHTS:
-        case = replace(case, backend="torch")
     call = Call(case, inputs_of(case))
     return call.error_ratios() | {law: INVARIANTS[law](case, call)}

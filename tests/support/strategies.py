@@ -15,7 +15,6 @@ from torch import Tensor
 from fused_siglip import Below, Easiest, Hardest, PositiveTarget, PositiveWeight, Random
 from support.devices import HAS_GPU, INTERPRETED
 from support.inputs import NAMES, Inputs, make_inputs
-from support.pending import BELOW_RUNS, TRITON_TAKES_WEIGHTS
 
 DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -112,9 +111,9 @@ def _with_weights(draw: random.Random, case: Case) -> Case:
     positives = _positives(draw, case.m == case.n)
     label_smoothing = draw.choice((0.0, 0.0, 0.1, 1.0))
     margin = draw.choice((None, None, 0.1, 0.0, -0.2, 1.0))
-    if draw.randint(0, 1) or (case.backend == "triton" and not TRITON_TAKES_WEIGHTS):
+    if draw.randint(0, 1):
         return case
-    if BELOW_RUNS and margin is not None and not case.negative_only:
+    if margin is not None and not case.negative_only:
         case = replace(case, negatives=Below(margin))
     return replace(
         case, reduction=reduction, weights=weights, positives=positives,
