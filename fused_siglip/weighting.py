@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,8 +100,15 @@ class Weighting:
     def add_linear_term(self, x: Tensor, texts: Texts, affine: Affine, out: GradBuffers) -> Tensor:
         """See :func:`add_linear_term`."""
         assert self.uniform is not None
-        weights = self.images, self._of_texts(texts)[0]
-        return add_linear_term((x, texts.features), affine, weights, self.uniform, out)
+        images, texts_side = (
+            _Side(
+                features,
+                features.new_ones(features.shape[0], dtype=self.acc) if w is None else w,
+                texts.ids is not None,
+            )
+            for features, w in ((x, self.images), (texts.features, self._of_texts(texts)[0]))
+        )
+        return add_linear_term(images, texts_side, affine, self.uniform, out)
 
 
 def _shares(
@@ -162,10 +169,34 @@ def _power_of_two(weights: Tensor) -> Tensor:  # (k,) -> ()
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
 
 
+class _Side(NamedTuple):
+    """Images or texts with what they count."""
+
+    features: Tensor  # (m, D)
+    weights: Tensor  # (m,) accumulation dtype
+    padded: bool  # rows of weight 0 may be padding, and hold anything
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:  # (k, D), (k,)
+        """A few rows at a time; padding is 0."""
+        for start in range(0, self.features.shape[0], _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            block, weights = self.features[rows].to(self.weights.dtype), self.weights[rows]
+            yield torch.where(weights[:, None] == 0, 0.0, block) if self.padded else block, weights
+
+    def sum(self) -> Tensor:  # (D,)
+        total = self.features.new_zeros(self.features.shape[1], dtype=self.weights.dtype)
+        for block, weights in self.blocks():
+            total += weights @ block
+        return total
+
+    def products(self, vector: Tensor) -> Tensor:  # (D,) -> (m,)
+        return torch.cat([self.weights[:0], *(block @ vector for block, _ in self.blocks())])
+
+
 def add_linear_term(
-    features: tuple[Tensor, Tensor],  # (M, D), (n, D)
+    images: _Side,  # M rows
+    texts: _Side,  # n rows
     affine: Affine,
-    weights: tuple[Tensor | None, Tensor | None],  # (M,), (n,), 0 for padding
     uniform: Tensor,  # ()
     out: GradBuffers,  # of which x and y hold something already
 ) -> Tensor:  # (3 or 1, 1)
@@ -174,40 +205,15 @@ def add_linear_term(
     sum_ij a_i c_j z_ij = t (sum_i a_i x_i) . (sum_j c_j y_j) + b (sum a) (sum c): no pair is looked
     at. Writes the gradients and returns the sums as :func:`fused_siglip.sweep.sweep` does.
     """
-    (x, y), acc = features, affine.scale.dtype
-    a, c = (
-        side.new_ones(side.shape[0], dtype=acc) if w is None else w
-        for side, w in zip(features, weights, strict=True)
-    )
-    sum_x, sum_y = _weighted_sum(x, a), _weighted_sum(y, c)
+    a, c, sum_x, sum_y = images.weights, texts.weights, images.sum(), texts.sum()
     if out.x is not None:
         out.x.addr_(a, -uniform * sum_y, alpha=out.factor)
     if out.y is not None:
         out.y.addr_(c, -uniform * sum_x, alpha=out.factor)
     if out.image_losses is not None:
-        of_images = affine.scale * _products(x, sum_y, a) + affine.bias * c.sum()
+        of_images = affine.scale * images.products(sum_y) + affine.bias * c.sum()
         out.image_losses.sub_(uniform * a * of_images)
     of_similarities, pairs = sum_x @ sum_y, a.sum() * c.sum()
     loss = affine.scale * of_similarities + affine.bias * pairs
     sums = [loss, of_similarities, pairs] if out.scalars else [loss]
     return -uniform * torch.stack(sums)[:, None]
-
-
-def _blocks(features: Tensor, weights: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """A few rows at a time, and 0 in those of weight 0: these may be padding, and hold anything."""
-    for start in range(0, features.shape[0], _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        block = features[rows].to(weights.dtype)
-        yield rows, torch.where(weights[rows, None] == 0, 0.0, block)
-
-
-def _weighted_sum(features: Tensor, weights: Tensor) -> Tensor:  # (m, D), (m,) -> (D,)
-    total = features.new_zeros(features.shape[1], dtype=weights.dtype)
-    for rows, block in _blocks(features, weights):
-        total += weights[rows] @ block
-    return total
-
-
-def _products(features: Tensor, vector: Tensor, weights: Tensor) -> Tensor:  # -> (m,)
-    """The product of every row with (D,) ``vector``; 0 in rows of weight 0."""
-    return torch.cat([weights[:0], *(block @ vector for _, block in _blocks(features, weights))])

@@ -22,6 +22,7 @@ from .integrations_report import integrations_block
 from .negatives_report import negatives_block
 from .performance import INTRODUCTION, cpu_section, demo_section
 from .readme_report import readme_block
+from .retrieval_report import retrieval_block
 from .weights_report import weights_block
 
 BLOCK = re.compile(r"(<!-- results:begin -->\n).*(<!-- results:end -->)", re.DOTALL)
@@ -33,6 +34,7 @@ FILLED = (
     "docs/negatives.md",
     "docs/weights.md",
     "docs/distributed.md",
+    "docs/retrieval.md",
 )
 
 
@@ -49,6 +51,7 @@ class Pages:
         self.compiled, self.gluon = first("compiled"), first("gluon")
         self.integrations, self.negatives = first("integrations"), first("negatives")
         self.distributed, self.weights = first("distributed"), first("weights")
+        self.retrieval = first("retrieval")
 
     def plots(self) -> dict[str, tuple[Callable, Results]]:
         """File under docs/, what draws it, and of which results."""
@@ -81,6 +84,7 @@ class Pages:
             "docs/negatives.md": (negatives_block, self.negatives),
             "docs/weights.md": (weights_block, self.weights),
             "docs/distributed.md": (distributed_block, self.distributed),
+            "docs/retrieval.md": (retrieval_block, self.retrieval),
         }[name]
         return [] if results is None else make(results)
 

@@ -34,6 +34,7 @@ KS = (1, 5, 10)
 NOISE = 2.45
 ROWS_AT_ONCE = 128  # of topk: 32 MiB of similarities with 65,536 texts
 PANEL = 2048  # of the bare product
+WARM_UP = 4096
 
 Recalls = list[list[float]]  # R@K for each of KS, of images and of texts
 
@@ -91,7 +92,8 @@ METHODS: dict[str, tuple[Callable[[Tensor, Tensor], object], int]] = {  # and ho
 def measure_here(method: str, size: int, dim: int, device: str) -> dict:
     """Seconds, peak memory beside the features, and what the method found."""
     function, _ = METHODS[method]
-    function(*make_features(256, dim, device))  # loads code, fills the libraries' pools
+    # loads code, fills the libraries' pools: with as many rows as are taken at one time
+    function(*make_features(min(size, WARM_UP), dim, device))
     x, y = make_features(size, dim, device)
     start = time.perf_counter()
     peak, found = peak_bytes(lambda: function(x, y), device)

@@ -30,6 +30,13 @@ GIVEN = {
         "logit_scale": 10.0,
         "logit_bias": -10.0,
     },
+    "docs/retrieval.md": {
+        **{name: torch.eye(4) for name in ("image_features", "text_features", "x", "y")},
+        **{name: torch.arange(4) for name in ("image_ids", "text_ids")},
+        "logit_scale": torch.zeros(()),
+        "logit_bias": -10.0,
+        "log": dict,
+    },
 }
 # tests/integrations/test_snippets.py runs these with the stacks.
 ELSEWHERE = sorted(page for page in pages() if page.startswith("docs/integrations/"))
