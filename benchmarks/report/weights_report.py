@@ -17,6 +17,8 @@ NAMES = {
     ("ids, PositiveTarget", None): ("positives by id, `PositiveTarget`", "ids"),
 }
 
+TARGETS = {"rows": 1.10, "none": 1.35}  # times the loss of equal pairs, at most
+
 
 def weights_block(found: Results) -> list[str]:
     """Time beside that of the loss without them, and peak memory, by batch size."""
@@ -37,7 +39,23 @@ def weights_block(found: Results) -> list[str]:
         "over the median of the loss beside it (all pairs alike, or plain positives by id) in the "
         f"same rounds, with the quartiles in parentheses. {found.source('../')}",
         table(header, lines, left=2),
+        " ".join(_beside_target(rows, name) for name in TARGETS),
     ]
+
+
+def _beside_target(rows: list[dict], weights: str) -> str:
+    worst, size = max(
+        (row["seconds"] / base["seconds"], row["batch_size"])
+        for row in select(rows, weights=weights)
+        for base in select(rows, weights=None, negatives=None, batch_size=row["batch_size"])
+        if row["seconds"] is not None
+    )
+    name, _ = NAMES[weights, None]
+    met = "met" if worst <= TARGETS[weights] else "missed"
+    return (
+        f"The target for {name} is {TARGETS[weights]:.2f} at most: {met} ({worst:.2f} at "
+        f"B = {size}, the largest)."
+    )
 
 
 def _relative(row: dict, beside: dict) -> str:

@@ -106,6 +106,16 @@ def test_features_that_are_all_alike_have_the_worst_rank(backend, device, dtype,
             assert (rank == m).all(), rank.unique(return_counts=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("m", [65, 129])
+def test_features_that_are_all_alike_in_a_last_panel_of_one_row(dtype, m):
+    """On a CPU torch's products have other bits there, unless they are filled up to a panel."""
+    row = torch.randn(1, 100, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    x, y = row.repeat(m, 1), row.flip(1).repeat(m, 1)
+    for rank in retrieval_ranks(x, y, workspace_bytes=64 * 64 * 24, backend="torch"):
+        assert (rank == m).all()
+
+
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m, d", [(70, 31), (150, 8), (300, 64)])

@@ -42,6 +42,12 @@ QUICK = {
                     "tests/distributed/test_weights_group.py",
                     "-k", "test_every_split and (2 or 3) or weights_of_1",
                     "-m", "not exhaustive"],
+    "scores": ["tests/core/test_score_panels.py", "tests/core/test_scores.py",
+               "-m", "not interpreter and not exhaustive"],
+    "triton scores": ["tests/core/test_score_panels.py", "tests/core/test_scores.py",
+                      "-m", "interpreter and not exhaustive"],
+    "distributed scores": ["tests/distributed/test_scores_group.py",
+                           "-k", "(test_every_split or alike) and not test_every_split[1]"],
 }  # fmt: skip
 
 
@@ -99,7 +105,7 @@ def first_failure(root: Path, group: str, arguments: list[str]) -> tuple[str, st
     context.set_forkserver_preload(["torch", "hypothesis", "pytest"])
     output = root.parent / "output"
     process = context.Process(
-        target=_run_pytest, args=(str(root), arguments, group == "triton", str(output))
+        target=_run_pytest, args=(str(root), arguments, group.startswith("triton"), str(output))
     )
     process.start()
     process.join()

@@ -22,6 +22,7 @@ from benchmarks.common.reference import (
 from benchmarks.common.results import environment
 from benchmarks.common.timing import floors, interleaved, measure, median, quantile
 from benchmarks.common.workloads import MODES, Case, make_inputs
+from benchmarks.suites import retrieval
 from fused_siglip.testing import eager_siglip_loss
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,3 +168,16 @@ def test_quick_run_writes_its_rows(tmp_path):
         ("eager", "float32"),
     } <= names
     assert all(r["errors"]["image_grad"]["rms"] < 0.05 for r in kinds["accuracy"])
+
+
+def test_retrieval_of_a_small_batch(tmp_path):
+    """Ranks and sorted rows find the same recalls; a row for each method."""
+    output = tmp_path / "retrieval.json"
+    retrieval.main(["--size", "700", "--dim", "64", "--device", "cpu", "--output", str(output)])
+    rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
+    assert set(rows) == set(retrieval.METHODS)
+    recalls = rows["retrieval_ranks"]["recall"]
+    assert recalls == rows["topk"]["recall"]
+    assert all(0 < at_1 < at_5 < at_10 < 1 for at_1, at_5, at_10 in recalls)
+    for row in rows.values():
+        assert row["seconds"] > 0 and 0 <= row["peak_extra_bytes"] < 40 * MIB

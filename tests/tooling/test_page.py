@@ -66,7 +66,7 @@ def test_with_results_of_a_gpu(quick, tmp_path):  # noqa: F811
 def test_what_weights_cost_is_a_line_for_each_case():
     rows = measure(cases(32, 8, "cpu"), 3, memory=False, progress=False)
     environment = {"device": "some CPU", "torch": "2", "date": "2026-01-02", "commit": "0" * 40}
-    _, table = weights_block(Results(Path("some-weights.json"), environment, rows))
+    _, table, targets = weights_block(Results(Path("some-weights.json"), environment, rows))
     _, _, *lines = table.splitlines()
     assert len(lines) == len(rows) == len(WEIGHTS) + 2
     assert lines[0].startswith("| all pairs alike, on the diagonal | alike | 1.00 (")
@@ -74,6 +74,7 @@ def test_what_weights_cost_is_a_line_for_each_case():
         next(row["seconds"] for row in rows if row["weights"] == name)
         for name in ("ids", "ids, PositiveTarget")
     )
+    assert targets.count("The target for ") == 2 and "is 1.35 at most: " in targets
     assert f"`PositiveTarget` | by id | {target / ids:.2f} (" in table
 
 
