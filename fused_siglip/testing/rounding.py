@@ -144,10 +144,12 @@ def _gradient_errors(
     (x, y), (s, ds), (g, d_g, stored), (u, u_sum) = features, similarities, dlogits, units
     m, n = g.shape
     pairs = min(m * n, 128)
+    # dt may be taken from the products, which sum M or N terms where a similarity sums D
+    from_products = 1 + max(m, n) / max(x.shape[1], 1)
     return [
         t.abs() * (stored @ y.abs() + (n + 3) * u_sum * (g @ y.abs())),
         t.abs() * (stored.T @ x.abs() + (m + 3) * u_sum * (g.T @ x.abs())),
-        (s.abs() * d_g + g * ds).sum() + (pairs + 2) * u * (g * s.abs()).sum(),
+        (s.abs() * d_g + from_products * g * ds).sum() + (pairs + 2) * u * (g * s.abs()).sum(),
         d_g.sum() + pairs * u * g.sum(),
     ]
 

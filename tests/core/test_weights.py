@@ -226,6 +226,18 @@ def test_loss_and_gradients(backend, device, dtype, reduction, ids, options):
         assert_exact(inputs, backend, tiles, reduction=reduction, **options)
 
 
+@pytest.mark.parametrize(
+    "ids", [{}, {"image_ids": torch.tensor([3]), "text_ids": torch.tensor([3])}]
+)
+def test_a_target_of_exactly_1_loses_nothing(backend, device, ids):
+    """softplus(30) - 30 is less than what rounding 30 does."""
+    one = torch.ones(1, 1, device=device)
+    ids = {name: value.to(device) for name, value in ids.items()}
+    targets = PositiveTarget(0.5, aligned=1.0)
+    loss = siglip_loss(one, one, 30.0, 0.0, **ids, positives=targets, backend=backend)
+    assert loss.item() == pytest.approx(math.exp(-30), rel=1e-5, abs=0.0)
+
+
 @pytest.mark.parametrize("kind", [PositiveWeight, PositiveTarget])
 def test_aligned_pairs_in_strips_and_wide_panels(kind):
     """Where rows and columns of a block start at different pairs."""

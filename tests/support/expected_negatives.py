@@ -108,7 +108,9 @@ def _below(inputs, negatives: Below) -> tuple[Tensor, Tensor]:  # (M, N) bool ea
     # another positive may be the best one of all within its own rounding
     of_best = torch.where(positive, rounding, 0).amax(1, keepdim=True)
     sums = 4 * unit * (best.abs() + abs(negatives.margin)).nan_to_num(posinf=0)
-    unsure = negative & ((s - limit).abs() <= rounding + of_best + sums)
+    # similarities of equal pairs may differ by this, and are taken for equal
+    ties = 64 * unit * best.abs().nan_to_num(posinf=0)
+    unsure = negative & ((s - limit).abs() <= rounding + of_best + sums + ties)
     return negative & (s <= limit), unsure
 
 
