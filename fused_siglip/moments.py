@@ -25,7 +25,7 @@ from .kernels import Affine, accumulate_dtype, default_backend
 from .rows import RowData
 from .spec import Execution, LossSpec
 
-_ROWS_AT_ONCE = 4096  # features that are converted at one time
+_ROWS_AT_ONCE = 1024  # features that are converted at one time
 # Images, and texts, whose positives are taken from one product. Fewer are multiplied in vain in
 # smaller products, and these take longer to launch.
 _ROWS_OF_POSITIVES = 512
