@@ -72,9 +72,10 @@ class Below:
     """Negatives up to ``margin`` more similar to the image than its best positive take part.
 
     A negative whose similarity s = <x_i, y_j> exceeds that of the image's most similar positive in
-    the global batch by more than ``margin`` is presumed a false negative, and dropped; similarities
-    that rounding alone tells apart (32 units in the last place) count as equal. An image without positives keeps all its negatives. The margin is one of similarities, not of logits;
-    0.1 suits cosines, a negative one also drops negatives that are less similar than the positive.
+    the global batch by more than ``margin`` is presumed a false negative, and dropped. Similarities
+    that rounding alone tells apart (32 units in the last place) count as equal. An image without
+    positives keeps all its negatives. The margin is one of similarities, not of logits: 0.1 suits
+    cosines. A negative one also drops negatives that are less similar than the positive.
 
     Raises:
         TypeError, ValueError: a margin that is not a finite number.
