@@ -29,6 +29,7 @@ _ROWS_AT_ONCE = 1024  # features that are converted at one time
 # Images, and texts, whose positives are taken from one product. Fewer are multiplied in vain in
 # smaller products, and these take longer to launch.
 _ROWS_OF_POSITIVES = 512
+_PARTS = 256  # moments in one tensor
 
 AllReduce = Callable[[Tensor, str], None]
 
@@ -56,15 +57,16 @@ def logit_moments(
     scale, bias = (value.to(acc).reshape(()) for value in affine)
     run = Execution(default_backend(x.device, dtype))
     exchange = open_exchange(x, y, Affine(scale, bias), rows, spec, run)
-    parts: list[Moments] = []
+    parts = _Parts(scale)
     ids = rows.ids
     if ids is None:
-        parts.append(_diagonal(x, y, acc))
+        parts.add(_diagonal(x, y, acc))
     else:
 
         def visit(texts: Texts, _: Tensor | None) -> None:
             assert texts.ids is not None
-            parts.extend(positives_by_id(x, ids.images, texts.features, texts.ids))
+            for part in positives_by_id(x, ids.images, texts.features, texts.ids):
+                parts.add(part)
 
         exchange.for_each(visit)
     image_ids, text_ids = ids or (None, None)
@@ -72,7 +74,7 @@ def logit_moments(
     alone = isinstance(exchange, Local)
     return torch.stack(
         [
-            *_statistics(_joined(parts, scale, exchange.all_reduce), scale, bias),
+            *_statistics(_joined(parts, exchange.all_reduce), scale, bias),
             *_statistics(_all_pairs(images, texts, exchange.all_reduce, alone), scale, bias),
         ]
     )
@@ -84,10 +86,32 @@ def _statistics(moments: Moments, scale: Tensor, bias: Tensor) -> tuple[Tensor, 
     return scale * moments.mean + bias, scale.abs() * deviation
 
 
-def _joined(parts: list[Moments], like: Tensor, all_reduce: AllReduce) -> Moments:
+class _Parts:
+    """Moments of some pairs, side by side.
+
+    Tensors of their own, made between the products and kept, would break up the memory of a CPU, so
+    that every product takes more of it.
+    """
+
+    def __init__(self, like: Tensor):
+        self.tables, self.used = [like.new_zeros(3, _PARTS)], 0
+
+    def add(self, part: Moments) -> None:
+        if self.used == _PARTS:
+            self.tables.append(torch.zeros_like(self.tables[0]))
+            self.used = 0
+        for row, value in zip(self.tables[-1], part, strict=True):
+            row[self.used] = value
+        self.used += 1
+
+    def columns(self) -> Tensor:  # (3, k)
+        """All parts, and some of no pairs."""
+        return torch.cat(self.tables, 1)
+
+
+def _joined(parts: _Parts, all_reduce: AllReduce) -> Moments:
     """The moments of all pairs from those of some, of all ranks; a mean of NaN where none is."""
-    none = like.new_zeros(3, 0)
-    count, mean, squares = torch.stack([torch.stack(p) for p in parts], 1) if parts else none
+    count, mean, squares = parts.columns()
     sums = torch.stack([count.sum(), (count * mean).sum()])
     all_reduce(sums, "SUM")
     total = sums[1] / sums[0]
@@ -109,7 +133,11 @@ def _moments_of(similarities: Tensor, mask: Tensor | None = None) -> Moments:
 
 def _diagonal(x: Tensor, y: Tensor, acc: torch.dtype) -> Moments:
     blocks = zip(_Rows(x, acc).blocks(), _Rows(y, acc).blocks(), strict=True)
-    return _moments_of(torch.cat([x.new_empty(0, dtype=acc), *((a * b).sum(1) for a, b in blocks)]))
+    # written in place: see _Parts
+    similarities = x.new_empty(len(x), dtype=acc)
+    for out, (a, b) in zip(similarities.split(_ROWS_AT_ONCE), blocks, strict=False):
+        torch.sum(a * b, 1, out=out)
+    return _moments_of(similarities)
 
 
 @dataclass(frozen=True)

@@ -211,5 +211,5 @@ MUTATIONS = (
     Mutation("every rank has panels of its own shape", "distributed scores", "GroupExchange.__init__", "max(h.images for h in headers)", "headers[self.rank].images"),
     Mutation("every rank has its own workspace", "distributed scores", "ranks_of_positives", "run._replace(workspace_bytes=largest.workspace_bytes)", "run"),
     Mutation("means of the local features", "distributed scores", "_all_pairs", "all_reduce(sums, 'SUM')", "sums"),
-    Mutation("positives of this rank's own texts alone", "distributed scores", "logit_moments", "parts.extend(ANY1)", "parts.extend(ANY1) if texts.step == 0 else None"),
+    Mutation("positives of this rank's own texts alone", "distributed scores", "logit_moments", "parts.add(part)", "texts.step == 0 and parts.add(part)"),
 )  # fmt: skip
