@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +18,6 @@ from .kernels import (
     RandomMask,
     ScoreNormalizer,
     ScoreThreshold,
-    accumulate_dtype,
-    default_backend,
     panel_class,
 )
 from .ranks import best_of_images
@@ -33,18 +29,10 @@ from .selection.thresholds import (
     search_thresholds,
     text_center_radius,
 )
-from .spec import NO_GRADS, Execution, LossSpec
+from .settled import Settled, settle, without_autocast
+from .spec import NO_GRADS, LossSpec
 from .sweep import GradBuffers, count_negatives, sweep
 from .weighting import Weighting
-
-
-class Settled(NamedTuple):
-    """A call with its dtypes settled."""
-
-    x: Tensor  # (M, D) in the dtype of the products' operands
-    y: Tensor  # (N, D) likewise
-    affine: Affine
-    run: Execution
 
 
 def loss_and_grads(
@@ -62,8 +50,8 @@ def loss_and_grads(
     contributions of all ranks. With the reduction "none" these are of the sum of the images'
     losses, whose weights may then be of either sign.
     """
-    with _without_autocast(x.device.type):
-        call = _settle(x, y, affine, spec)
+    with without_autocast(x.device.type):
+        call = settle(x, y, affine, spec)
         batch = _open(call, rows, spec, spec.reduction != "none")
         sums, grad_x, grad_y = batch.sweep()
         finish = panel_class(call.run.backend).finish
@@ -79,29 +67,12 @@ def image_losses(
     spec: LossSpec,
 ) -> Tensor:  # (M,)
     """The loss of each image: one product, no gradients. Arguments as of loss_and_grads."""
-    with _without_autocast(x.device.type):
-        call = _settle(x, y, affine, spec)
+    with without_autocast(x.device.type):
+        call = settle(x, y, affine, spec)
         batch = _open(call, rows, spec.with_grads(NO_GRADS), True)
         losses = torch.zeros(len(x), dtype=call.affine.scale.dtype, device=x.device)
         batch.sweep(losses)
         return losses if isinstance(batch.divisor, float) else losses.div_(batch.divisor)
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """The dtypes are settled: autocast must not round the products inside once more."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def _settle(x: Tensor, y: Tensor, affine: Affine, spec: LossSpec) -> Settled:
-    dtype = spec.dtype or x.dtype
-    acc = accumulate_dtype(dtype)
-    run = Execution(spec.backend or default_backend(x.device, dtype), spec.workspace_bytes)
-    # every torch call less counts where the batch is small
-    x = x if x.dtype == dtype else x.to(dtype)
-    y = y if y.dtype == dtype else y.to(dtype)
-    return Settled(x, y, Affine(_scalar(affine.scale, acc), _scalar(affine.bias, acc)), run)
 
 
 def _open(call: Settled, rows: RowData, spec: LossSpec, checks: bool) -> _Batch:
@@ -231,12 +202,6 @@ class _Batch:
 
         self.exchange.for_each(visit)
         return counts
-
-
-def _scalar(value: Tensor, dtype: torch.dtype) -> Tensor:  # ()
-    if value.dim() == 0 and value.dtype == dtype:
-        return value
-    return value.to(dtype).reshape(())
 
 
 def _known_factor(logit_scale: Tensor, divisor: float | Tensor) -> float:

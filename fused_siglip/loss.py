@@ -6,9 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import validation
+from . import scalars, validation
 from .distributed import agreement
-from .kernels import accumulate_dtype
 from .negatives import Negatives, choice_of
 from .operator import Inputs, call_operator
 from .positives import Positives, choice_of_positives
@@ -101,12 +100,11 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
 
     Returns:
         A float32 scalar (float64 for float64 features), 0 for an empty batch; with "none" (M,), 0
-        for padding. Logits and sums are
-        float32 (float64) throughout; float32 products are computed as torch's own
-        (``torch.set_float32_matmul_precision``, ``torch.backends``). Gradients arrive in the dtype
-        and shape of their inputs, accumulated in float32 (float64). NaN and Inf pass through as in
-        torch. First derivatives are exact under torch.func.grad, vjp, jacrev and vmap, in
-        torch.compile and after torch.export (docs/transforms.md).
+        for padding. Logits and sums are float32 (float64) throughout; float32 products are computed
+        as torch's own (``torch.set_float32_matmul_precision``, ``torch.backends``). Gradients
+        arrive in the dtype and shape of their inputs, accumulated in float32 (float64). NaN and Inf
+        pass through as in torch. First derivatives are exact under torch.func.grad, vjp, jacrev and
+        vmap, in torch.compile and after torch.export (docs/transforms.md).
 
     Raises:
         TypeError: an argument of the wrong type or dtype, a DTensor, or features of two dtypes
@@ -141,8 +139,8 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
             agreement.report_bad_arguments(group, device)
         raise
 
-    scale = _as_tensor(logit_scale, dtype, device)
-    bias = _as_tensor(logit_bias, dtype, device)
+    scale = scalars.as_tensor(logit_scale, dtype, device)
+    bias = scalars.as_tensor(logit_bias, dtype, device)
     if image_ids is not None and text_ids is not None:
         image_ids, text_ids = image_ids.long(), text_ids.long()
         if negative_only:
@@ -166,12 +164,6 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
         return call_operator("image_losses", inputs, rows, spec)
     loss, *_ = call_operator("loss_and_grads", inputs, rows, spec)
     return loss
-
-
-def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    return torch.full((), float(value), dtype=accumulate_dtype(dtype), device=device)
 
 
 def _detached(weights: Tensor | None) -> Tensor | None:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from .distributed.exchange import Local, Texts, open_exchange
-from .kernels import Affine, accumulate_dtype, default_backend
+from .kernels import Affine, accumulate_dtype
 from .rows import RowData
-from .spec import Execution, LossSpec
+from .settled import settle
+from .spec import LossSpec
 
 _ROWS_AT_ONCE = 1024  # features that are converted at one time
 # Images, and texts, whose positives are taken from one product. Fewer are multiplied in vain in
@@ -51,12 +52,10 @@ def logit_moments(
     spec: LossSpec,
 ) -> Tensor:  # (4,)
     """See :func:`fused_siglip.logit_statistics`."""
-    dtype = spec.dtype or x.dtype
-    acc = accumulate_dtype(dtype)
-    x, y = x.to(dtype), y.to(dtype)
-    scale, bias = (value.to(acc).reshape(()) for value in affine)
-    run = Execution(default_backend(x.device, dtype))
-    exchange = open_exchange(x, y, Affine(scale, bias), rows, spec, run)
+    x, y, affine, run = settle(x, y, affine, spec)
+    scale, bias = affine
+    acc = scale.dtype
+    exchange = open_exchange(x, y, affine, rows, spec, run)
     parts = _Parts(scale)
     ids = rows.ids
     if ids is None:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .distributed.exchange import TextExchange, TextResult, Texts, open_exchange
-from .kernels import Affine, RowValues, accumulate_dtype, default_backend
+from .kernels import Affine, RowValues, accumulate_dtype
 from .kernels.float_keys import FORMATS, exact_keys, exact_values
 from .rows import RowData
 from .score_sweep import ScoreSweep, new_best, restore_infinity
+from .settled import settle
 from .spec import Execution, LossSpec
 
 
@@ -20,12 +21,10 @@ def ranks_of_positives(
     spec: LossSpec,
 ) -> tuple[Tensor, Tensor]:  # (M,), (N,) int64
     """See :func:`fused_siglip.retrieval_ranks`."""
-    ids, dtype = rows.ids, spec.dtype or x.dtype
-    acc = accumulate_dtype(dtype)
-    x, y = x.to(dtype), y.to(dtype)
-    run = Execution(spec.backend or default_backend(x.device, dtype), spec.workspace_bytes)
-    one = torch.ones((), dtype=acc, device=x.device)
-    exchange = open_exchange(x, y, Affine(one, one), rows, spec, run)
+    one = torch.ones((), device=x.device)
+    x, y, affine, run = settle(x, y, Affine(one, one), spec)
+    ids, acc = rows.ids, affine.scale.dtype
+    exchange = open_exchange(x, y, affine, rows, spec, run)
     largest = exchange.largest
     sweep = ScoreSweep(
         x, None if ids is None else ids.images, largest.images, largest.texts,

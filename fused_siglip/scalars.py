@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kernels import accumulate_dtype
+
+
+def as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), float(value), dtype=accumulate_dtype(dtype), device=device)
+
 
 def exp(log_scale: Tensor) -> Tensor:
     """t = exp(t') in float32, or float64 if t' is. In bfloat16 t would be off by up to 0.4%."""

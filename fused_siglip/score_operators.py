@@ -6,7 +6,6 @@ ranks, which is a side effect: a call is not removed where nobody uses its value
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from .kernels import Affine, accumulate_dtype
 from .moments import logit_moments
 from .ranks import ranks_of_positives
 from .rows import RowData
+from .settled import without_autocast
 from .spec import ALL_ALIKE, ALL_NEGATIVES, NO_GRADS, LossSpec
 
 
@@ -38,13 +38,6 @@ def _spec(
     )  # fmt: skip
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The dtypes are settled: autocast must not round products once more."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _ranks(
     x: Tensor,  # (M, D)
     y: Tensor,  # (N, D)
@@ -52,7 +45,7 @@ def _ranks(
     text_ids: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:  # (M,), (N,)
-    with torch.no_grad(), _without_autocast(x.device):
+    with torch.no_grad(), without_autocast(x.device.type):
         spec = _spec("retrieval_ranks", *options)
         return ranks_of_positives(x, y, RowData(image_ids, text_ids), spec)
 
@@ -72,7 +65,7 @@ def _statistics(
     group_name: str | None,
     dtype: torch.dtype,
 ) -> Tensor:  # (4,)
-    with torch.no_grad(), _without_autocast(x.device):
+    with torch.no_grad(), without_autocast(x.device.type):
         affine = Affine(logit_scale, logit_bias)
         spec = _spec("logit_statistics", group_name, dtype)
         return logit_moments(x, y, affine, RowData(image_ids, text_ids), spec)

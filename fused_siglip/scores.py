@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import validation
+from . import scalars, validation
 from .distributed import agreement
-from .kernels import accumulate_dtype
 from .score_operators import LOGIT_STATISTICS, RETRIEVAL_RANKS, call
 
 _ALTERNATIVES = "or image_ids and text_ids"
@@ -145,7 +143,7 @@ def logit_statistics(
         raise
     statistics = call(
         LOGIT_STATISTICS, image_features.detach(), text_features.detach(),
-        _as_tensor(logit_scale, dtype, device), _as_tensor(logit_bias, dtype, device),
+        *(scalars.as_tensor(v, dtype, device).detach() for v in (logit_scale, logit_bias)),
         _int64(image_ids), _int64(text_ids),
         None if group is None else group.group_name, dtype,
     )  # fmt: skip
@@ -161,9 +159,3 @@ def _report(group: dist.ProcessGroup | None, image_features: object) -> None:
 
 def _int64(ids: Tensor | None) -> Tensor | None:
     return None if ids is None else ids.long()
-
-
-def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach()
-    return torch.full((), float(value), dtype=accumulate_dtype(dtype), device=device)

@@ -227,22 +227,6 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
     ) -> None:
         add_product(out, dlogits.T if transposed else dlogits, rhs, alpha, accumulate)
 
-    def _similarities(self, x: Tensor, y: Tensor) -> Tensor:  # (m, n)
-        s = self._view("s", x.shape[0], y.shape[0])
-        if x.dtype == s.dtype:
-            return torch.mm(x, y.T, out=s)
-        # half precision on a GPU: fp32 logits from half operands
-        return torch.mm(x, y.T, out_dtype=s.dtype, out=s)
-
-    def _positive(self, s: Tensor, pairs: Pairs) -> Tensor | int | None:
-        """Which pairs are positive: (m, n) bool, the number of a diagonal, or None."""
-        if pairs.ids is None:
-            return pairs.diagonal
-        # padding is -1 among images and -2 among texts: never a positive pair
-        images = pairs.ids.images.clamp(min=-1)
-        texts = torch.where(pairs.ids.texts < 0, -2, pairs.ids.texts)
-        return torch.eq(images[:, None], texts, out=self._view("positive", *s.shape))
-
     def _add_bias(self, z: Tensor, logit_bias: Tensor, pairs: Pairs) -> None:
         """z += b; -inf (loss 0, gradient 0) in padded rows and columns."""
         if pairs.ids is None or pairs.weights is not None:  # padding has weight 0

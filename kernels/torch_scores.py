@@ -6,27 +6,18 @@ import torch
 from torch import Tensor
 
 from .interface import Pairs, RowValues
-from .torch_workspace import Workspace
+from .torch_similarities import TorchSimilarities
 
 _ADDRESS = 64  # bytes: where torch's own memory starts; libraries may round otherwise elsewhere
 
 
-class TorchScores:
+class TorchScores(TorchSimilarities):
     """The part of a panel that compares similarities with each other, to the bit.
 
     A library's product of the same two vectors has other bits in another shape: on a CPU with few
     rows, with a number of rows that is no multiple of 64, or off an aligned address. So every
     product here has the whole panel's shape, which the caller makes of whole tiles.
     """
-
-    workspace: Workspace
-    strip_rows: int
-
-    def _similarities(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError  # TorchPanel's, as is the next
-
-    def _positive(self, s: Tensor, pairs: Pairs) -> Tensor | int | None:
-        raise NotImplementedError
 
     def best_positives(
         self,

@@ -7,22 +7,14 @@ from torch import Tensor
 
 from .float_keys import FORMATS, HALF, KEY_BITS, key_format
 from .interface import Pairs, RandomMask, ScoreNormalizer, ScoreThreshold
-from .torch_workspace import Workspace
+from .torch_similarities import TorchSimilarities
 
 
-class TorchSelection:
+class TorchSelection(TorchSimilarities):
     """The part of a panel that drops negatives, and counts them by score."""
 
     count_bits: tuple[int, ...] = (10, 10)
-    workspace: Workspace
-    strip_rows: int
     on_cpu: bool
-
-    def _similarities(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError  # TorchPanel's, as is the next
-
-    def _positive(self, s: Tensor, pairs: Pairs) -> Tensor | int | None:
-        raise NotImplementedError
 
     def count(
         self,

@@ -202,7 +202,7 @@ class GroupExchange(abc.ABC):
         """See :class:`TextExchange`."""
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
-        all_reduce(tensor, op, self.group, "search for the range of the texts")
+        all_reduce(tensor, op, self.group, "exchange of sums")
 
     def divisor(self, reduction: str) -> float | Tensor:
         if reduction != "mean":
