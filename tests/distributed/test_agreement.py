@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fused_siglip import Easiest, Hardest, compute, siglip_loss
+from fused_siglip import Easiest, Hardest, settled, siglip_loss
 from fused_siglip.distributed import agreement, exchange
 from fused_siglip.kernels import PanelSpec, panel_class
 from support.devices import INTERPRETED
@@ -87,7 +87,7 @@ def test_unequal_scalars_are_not_read_otherwise():
 
 def another_backend(rank: int, world_size: int, negatives) -> None:
     if rank == 1:  # as where Triton is installed on one machine only
-        compute.default_backend = lambda *args: "triton"
+        settled.default_backend = lambda *args: "triton"
     x, y = (t.detach() for t in make_inputs(4, 4, 8).tensors()[:2])
     siglip_loss(x, y, 10.0, -10.0, negatives=negatives, group="world")
 
