@@ -29,11 +29,11 @@ QUICK_INTERPRETER = HYPOTHESIS_PROFILE=quick TRITON_INTERPRET=1 $(RUN) -m pytest
 # programs run, those that spin would take each other's time, and the fused loss waits most often.
 demo: export OMP_WAIT_POLICY = passive
 demo: $(VENV)/ready
-	$(RUN) -m examples.digits
+	$(RUN) -m examples.emoji
 
 # About five minutes. With `--full --record` by hand it replaces what docs/ shows.
 demo-full: $(VENV)/ready
-	$(RUN) -m examples.digits --full
+	$(RUN) -m examples.emoji --full
 
 # The paper's claims at a small scale: runs what is missing, writes docs/paper.md.
 paper: $(VENV)/ready

@@ -13,17 +13,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..common.results import ROOT
-from . import batch_size, languages, locked, negatives, noise, page, starts
+from . import (
+    batch_size,
+    languages,
+    locked,
+    negatives,
+    noise,
+    page,
+    picture_losses,
+    picture_negatives,
+    starts,
+)
 from .page import FULL, Folders
 from .runner import run
 from .study import Study
 
 STUDIES: list[Study] = [
     batch_size.STUDY,
+    picture_losses.STUDY,
     starts.STUDY,
     locked.STUDY,
     languages.STUDY,
     negatives.STUDY,
+    picture_negatives.STUDY,
     noise.STUDY,
 ]
 

@@ -29,10 +29,10 @@ def spread(
     axis.fill_between(x, lows, highs, color=color, alpha=0.2, linewidth=0)
 
 
-def seeds(axis: Axes, x: float, values: Sequence[float], color: str) -> None:
-    """A dot for every seed, and a bar at their mean."""
+def seeds(axis: Axes, x: float, values: Sequence[float], color: str, half: float = 0.25) -> None:
+    """A dot for every seed, and a bar of width 2 * ``half`` at their mean."""
     axis.plot([x] * len(values), values, "o", color=color, markersize=4, alpha=0.6)
-    axis.plot([x - 0.25, x + 0.25], [mean(values)] * 2, color=color, linewidth=2)
+    axis.plot([x - half, x + half], [mean(values)] * 2, color=color, linewidth=2)
 
 
 def percent(axis: Axes) -> None:

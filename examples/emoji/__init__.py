@@ -1,0 +1,1 @@
+"""Emoji found by their names in fourteen languages: ``python -m examples.emoji`` trains on them."""
