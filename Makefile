@@ -25,13 +25,13 @@ QUICK_INTERPRETER = HYPOTHESIS_PROFILE=quick TRITON_INTERPRET=1 $(RUN) -m pytest
 
 .PHONY: demo demo-full test test-all test-ci paper fuzz mutations longrun soak-gluon coverage test-integrations test-peers test-newest-triton test-newest-triton-ci environments test-oldest test-newest bench bench-integrations docs lint kernel-hub test-kernel-hub release-check release-ready links-elsewhere lint-github test-oldest-stacks test-newest-stacks test-gpu clean
 
-# One to two minutes on two cores; writes to build/demo. Threads sleep while they wait: where other
+# Under two minutes on two cores; writes to build/demo. Threads sleep while they wait: where other
 # programs run, those that spin would take each other's time, and the fused loss waits most often.
 demo: export OMP_WAIT_POLICY = passive
 demo: $(VENV)/ready
 	$(RUN) -m examples.emoji
 
-# About five minutes. With `--full --record` by hand it replaces what docs/ shows.
+# Some minutes: larger batches. With `--full --record` by hand it replaces what docs/ shows.
 demo-full: $(VENV)/ready
 	$(RUN) -m examples.emoji --full
 

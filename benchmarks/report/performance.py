@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..common.markdown import number, table
+from examples.emoji.data import LANGUAGES
+
+from ..common.markdown import table
 from ..common.results import Results, main_shape, select
 from .tables import accuracy_table, cost_table, savings
 
@@ -43,25 +45,22 @@ def demo_section(found: Results | None) -> str:
     title = "## The demo"
     if found is None:
         return f"{title}\n\nNo results file of the demo exists yet."
-    trained = select(found.rows, kind="training")
+    recall = select(found.rows, kind="recall")
     lines = [
-        [
-            f"{row['loss']} {row['dtype']}",
-            number(row["losses"][0], ".3f"),
-            number(row["losses"][-1], ".3f"),
-            *(f"{share:.1%}" for share in row["accuracy"].values()),
-        ]
-        for row in trained
+        [kind, language, str(row["names"]), f"{row['first']:.1%}", f"{row['five']:.1%}"]
+        for key, kind in (("pairs", "of emoji with other names"), ("strangers", "of emoji without"))
+        for language in ("all", "not alike", *LANGUAGES)
+        for row in select(recall, held_out=key, language=language)
+        if key == "pairs" or language == "all"
     ]
-    languages = list(trained[0]["accuracy"]) if trained else []
     cost = select(found.rows, kind="cost")
-    parts = [title, f"`make demo-full`. {found.source('../')}"]
-    if trained:
-        parts += [
-            "The table has the loss at the first and the last step, and zero-shot accuracy by "
-            "language of the prompts:",
-            table(["", "first", "last", *languages], lines),
-        ]
-    if cost:
-        parts += [f"Time and memory, D = {cost[0]['dim']}, {cost[0]['dtype']}:", cost_table(cost)]
-    return "\n\n".join(parts)
+    return "\n\n".join([
+        title,
+        f"`make demo-full`. {found.source('../')}",
+        f"Held-out names, and how often their picture is found among {recall[0]['pictures']}; "
+        '"not alike" leaves out names that another language spells the same:',
+        table(["held-out names", "language", "", "first", "among five"], lines, left=2),
+        f"Time and memory of the loss by the number of names in a batch, each beside the "
+        f"pictures of its emoji; D = {cost[0]['dim']}, {cost[0]['dtype']}:",
+        cost_table(cost),
+    ])  # fmt: skip

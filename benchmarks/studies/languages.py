@@ -64,7 +64,7 @@ def _cell(role: str, seed: int, **changed: object) -> dict:
 
 def cells(quick: bool) -> list[dict]:
     found = [_cell("spelling", SWEEP_SEED)]  # no run: what one finds without a model
-    found += [_cell("sweep", SWEEP_SEED, rate=rate) for rate in RATES]
+    found += [_cell("sweep", SWEEP_SEED, rate=rate) for rate in RATES[: 1 if quick else None]]
     for seed in SEEDS:
         found += [
             _cell("mix", seed),
@@ -83,7 +83,8 @@ def cells(quick: bool) -> list[dict]:
         _cell("alone", seed, language=code, batch_size=SHARE) for seed in FEW for code in languages
     ]
     if quick:
-        found = [{**cell, "steps": 2} for cell in found if cell["seed"] in (*FEW, SWEEP_SEED)]
+        few = [cell for cell in found if cell["seed"] in (*FEW, SWEEP_SEED)]
+        found = [{**cell, "steps": 2} for cell in few if cell["batch_size"] <= BATCH_SIZE]
     return found
 
 

@@ -19,11 +19,10 @@ from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, spread
 from .study import Study, above, claim, interval
 from .towers import (
     DIM,
-    VOCABULARY,
-    Captions,
     ImageTower,
     TextTower,
     accuracy,
+    draw_captions,
     load_pictures,
     optimizer,
 )
@@ -133,21 +132,20 @@ def tune(mode: str, rate: float, steps: int, pretraining: int, captioned: int, s
         slower = SLOWER if mode == "unlocked" else 1
         groups.append({"params": list(image.parameters()), "lr": rate * slower})
     adam, schedule = optimizer(groups, steps)
-    captions = Captions(["English"])
     pictures = load_pictures(seed)[0].first(captioned)
     generator = torch.Generator().manual_seed(seed)
 
     start = time.perf_counter()
     for _ in range(steps):
         images, numbers = pictures.draw(BATCH_SIZE, generator)
-        tokens = captions.draw(numbers, generator)
+        tokens = draw_captions(numbers, generator)
         value = loss(_features(image, images), _features(text, tokens))
         adam.zero_grad()
         value.backward()
         adam.step()
         schedule.step()
     return {
-        "accuracy": accuracy(image, text, "English", seed, VOCABULARY),
+        "accuracy": accuracy(image, text, seed),
         "seconds_tuning": time.perf_counter() - start,
         "seconds_pretraining": seconds_before,
     }

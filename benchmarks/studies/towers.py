@@ -1,8 +1,7 @@
-"""Images of three handwritten digits, two small towers, and their training."""
+"""Images of three handwritten digits with English captions, and two small towers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 from examples.captions import Split, load_splits
 
 from . import words
-from .losses import LOSSES
 
 DIM = 64  # D, shared by both towers
 HIDDEN = 512
@@ -30,16 +28,11 @@ class ImageTower(nn.Sequential):
 
 
 class TextTower(nn.Module):
-    """(B, tokens) -> (B, D), not normalised: a bag of tokens, each through a nonlinearity.
+    """(B, tokens) -> (B, D), not normalised: a bag of tokens, each through a nonlinearity."""
 
-    ``bottleneck``: K of the N x K table and K x W projection that take the place of an N x W table.
-    """
-
-    def __init__(self, vocabulary: int = VOCABULARY, bottleneck: int | None = None):
+    def __init__(self):
         super().__init__()
-        table = nn.Embedding(vocabulary, bottleneck or WIDTH, padding_idx=0)
-        widen = [] if bottleneck is None else [nn.Linear(bottleneck, WIDTH, bias=False)]
-        self.tokens = nn.Sequential(table, *widen, nn.ReLU())
+        self.tokens = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH, padding_idx=0), nn.ReLU())
         self.head = nn.Sequential(
             nn.LayerNorm(WIDTH), nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM)
         )
@@ -70,18 +63,11 @@ def load_pictures(seed: int) -> tuple[Pictures, Pictures]:
     return Pictures(train), Pictures(test)
 
 
-class Captions:
-    """Draws a caption of a number, in one of the languages."""
-
-    def __init__(self, languages: list[str], vocabulary: int = VOCABULARY):
-        # (language, start, number, L)
-        self.tokens = words.training_tokens(tuple(languages), vocabulary)
-
-    def draw(self, numbers: Tensor, generator: torch.Generator) -> Tensor:  # (B,) -> (B, L)
-        languages, starts, *_ = self.tokens.shape
-        language = torch.randint(languages, numbers.shape, generator=generator)
-        start = torch.randint(starts, numbers.shape, generator=generator)
-        return self.tokens[language, start, numbers]
+def draw_captions(numbers: Tensor, generator: torch.Generator) -> Tensor:  # (B,) -> (B, L)
+    """A caption of each number, with one of the beginnings at random."""
+    tokens = words.training_tokens(VOCABULARY)
+    start = torch.randint(len(tokens), numbers.shape, generator=generator)
+    return tokens[start, numbers]
 
 
 def optimizer(groups: list[dict], steps: int) -> tuple[torch.optim.Optimizer, OneCycleLR]:
@@ -92,44 +78,11 @@ def optimizer(groups: list[dict], steps: int) -> tuple[torch.optim.Optimizer, On
     return adam, schedule
 
 
-def train(
-    loss: str,
-    rate: float,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    captions: Captions,
-    text: TextTower,
-    corrupt: Callable[..., tuple[Tensor, Tensor]] | None = None,
-) -> ImageTower:
-    """Both towers from scratch, on pairs that are drawn anew at every step; trains ``text``.
-
-    Each image has one positive, its own caption, as in the paper: that some other caption of the
-    batch may mean the same number is not told to the loss.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    pictures, _ = load_pictures(seed)
-    image, value_of = ImageTower(), LOSSES[loss]()
-    parameters = [p for module in (image, text, value_of) for p in module.parameters()]
-    adam, schedule = optimizer([{"params": parameters, "lr": rate}], steps)
-    for _ in range(steps):
-        images, numbers = pictures.draw(batch_size, generator)
-        tokens = captions.draw(numbers, generator)
-        if corrupt is not None:
-            images, tokens = corrupt(images, tokens, generator)
-        value = value_of(normalize(image(images)), normalize(text(tokens)))
-        adam.zero_grad()
-        value.backward()
-        adam.step()
-        schedule.step()
-    return image
-
-
 @torch.no_grad()
-def accuracy(image: nn.Module, text: nn.Module, language: str, seed: int, vocabulary: int) -> float:
+def accuracy(image: nn.Module, text: nn.Module, seed: int) -> float:
     """Share of test images whose most similar prompt, of the 1000 numbers', names their digits."""
     _, pictures = load_pictures(seed)
     images, numbers = pictures.draw(TEST_IMAGES, torch.Generator().manual_seed(seed))
-    prompts = normalize(text(words.test_tokens(language, vocabulary)))
+    prompts = normalize(text(words.test_tokens(VOCABULARY)))
     predicted = (normalize(image(images)) @ prompts.T).argmax(dim=1)
     return (predicted == numbers).float().mean().item()

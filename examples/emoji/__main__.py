@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("texts", nargs="*", help="what to look for, in any of the languages")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="few steps: does it run at all?")
-    length.add_argument("--full", action="store_true", help="longer training, larger batches")
+    length.add_argument("--full", action="store_true", help="more repeats and larger batches")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
         "--output-dir",

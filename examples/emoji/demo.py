@@ -31,7 +31,7 @@ from .data import (
 from .ngrams import bags
 from .search import MODEL, make_index
 from .show import QUERIES, contact_sheet, lines
-from .training import LONG, PLAN, TINY, Model, Plan, draw_batches, ranks, train
+from .training import PLAN, TINY, Model, Plan, draw_batches, ranks, train
 
 SEED = 0
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ class Length:
 LENGTHS = {
     "quick": Length(TINY, {256: 2, 512: 2}),
     "short": Length(PLAN, {2048: 5, 4096: 3, 8192: 3, 16384: 2}),
-    "full": Length(LONG, {2048: 20, 4096: 10, 8192: 5, 16384: 5, 32768: 3}),
+    "full": Length(PLAN, {2048: 20, 4096: 10, 8192: 5, 16384: 5, 32768: 3}),
 }
 
 

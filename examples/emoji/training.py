@@ -24,7 +24,6 @@ WEIGHT_DECAY = 1e-2
 DROPPED = 0.2  # share of the runs of letters that a batch does without
 Plan = Sequence[tuple[int, int]]  # (steps, batch size): as the rate falls the batch grows
 PLAN = ((500, 2048), (8, 16384))
-LONG = ((1500, 2048), (20, 16384))
 ValueOf = Callable[..., Tensor]
 TINY = ((20, 256), (2, 512))
 
