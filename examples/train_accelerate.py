@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m examples.train_accelerate --steps 300 --resume
 
 Processes on a CPU, with gloo; ``accelerate launch --cpu`` starts only one, whatever its
-``--num_processes``. The data are scikit-learn's digits with captions, as in examples/digits.py.
+``--num_processes``. The data are scikit-learn's digits with captions, as in examples/captions.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python -m examples.train_lightning --devices 2 --steps 300 --resume
 
 Processes on a CPU, with gloo. The data are scikit-learn's digits with captions, as in
-examples/digits.py.
+examples/captions.py.
 """
 
 from __future__ import annotations

@@ -17,15 +17,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from .baselines import LOSSES
 from .results import ROOT
 from .workloads import Case
 
 WARM_UP_BATCH = 256
+Result = TypeVar("Result")
 
 
 def peak_extra_bytes(case: Case) -> int:
@@ -60,9 +61,7 @@ def _measure(case: Case) -> int:
     return extra - sum(g.nbytes for g in gradients)
 
 
-def peak_bytes(
-    function: Callable[[], tuple[Tensor, ...]], device: str = "cpu"
-) -> tuple[int, tuple[Tensor, ...]]:
+def peak_bytes(function: Callable[[], Result], device: str = "cpu") -> tuple[int, Result]:
     """Call ``function``; return its peak memory above the state just before, and its result."""
     gc.collect()
     if torch.device(device).type == "cuda":

@@ -48,17 +48,21 @@ def demo_section(found: Results | None) -> str:
     recall = select(found.rows, kind="recall")
     lines = [
         [kind, language, str(row["names"]), f"{row['first']:.1%}", f"{row['five']:.1%}"]
-        for key, kind in (("pairs", "of emoji with other names"), ("strangers", "of emoji without"))
-        for language in ("all", "not alike", *LANGUAGES)
-        for row in select(recall, held_out=key, language=language)
-        if key == "pairs" or language == "all"
+        for key, kind in (
+            ("held_out", "of emoji with other names"),
+            ("unseen_emoji", "of emoji without"),
+        )
+        for language in ("all", "no tone", "not alike", *LANGUAGES)
+        for row in select(recall, split=key, language=language)
+        if key == "held_out" or language == "all"
     ]
     cost = select(found.rows, kind="cost")
     return "\n\n".join([
         title,
         f"`make demo-full`. {found.source('../')}",
         f"Held-out names, and how often their picture is found among {recall[0]['pictures']}; "
-        '"not alike" leaves out names that another language spells the same:',
+        '"no tone" leaves out emoji that are another one in a tone of skin, and "not alike" names '
+        "that another language spells the same:",
         table(["held-out names", "language", "", "first", "among five"], lines, left=2),
         f"Time and memory of the loss by the number of names in a batch, each beside the "
         f"pictures of its emoji; D = {cost[0]['dim']}, {cost[0]['dtype']}:",

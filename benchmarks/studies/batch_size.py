@@ -10,8 +10,8 @@ from ..common.markdown import table
 from . import retrieval
 from .functions import NEAR, PACKAGES
 from .losses import LOSSES
-from .plots import COLORS, mean, percent, plt, save, spread
-from .study import NOT_SEEN, SEEN, Study, above, claim, interval, within
+from .plots import COLORS, percent, plt, save, spread
+from .study import NOT_SEEN, SEEN, Study, above, claim, interval, mean_and_range, minus, within
 
 BATCH_SIZES = (64, 256, 1024, 4096, 8192)
 EXAMPLES = 48 * 8192  # seen by every run: 39 times all pairs
@@ -82,16 +82,12 @@ def _values(rows: list[dict], loss: str, batch_size: int, metric: str = "mrr") -
     return [row["test"][metric] for row in sorted(found, key=lambda row: row["seed"])]
 
 
-def _minus(a: list[float], b: list[float]) -> list[float]:
-    return [x - y for x, y in zip(a, b, strict=True)]
-
-
 def _claims(rows: list[dict], sizes: list[int]) -> list[str]:
-    gaps = {b: _minus(_values(rows, "sigmoid", b), _values(rows, "softmax", b)) for b in sizes}
+    gaps = {b: minus(_values(rows, "sigmoid", b), _values(rows, "softmax", b)) for b in sizes}
     small, large, last = sizes[0], sizes[len(sizes) // 2], sizes[-1]
     sigmoid = {b: _values(rows, "sigmoid", b) for b in sizes}
-    growth = _minus(sigmoid[large], sigmoid[small])
-    end = _minus(sigmoid[sizes[-2]], sigmoid[last])
+    growth = minus(sigmoid[large], sigmoid[small])
+    end = minus(sigmoid[sizes[-2]], sigmoid[last])
     grows = above(growth)
     return [
         claim(
@@ -161,7 +157,7 @@ def _tables(rows: list[dict], sizes: list[int]) -> tuple[list[tuple], list[tuple
 
     def share(loss: str, batch: int, metric: str) -> str:
         values = _values(rows, loss, batch, metric)
-        return f"{mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
+        return mean_and_range(values)
 
     steps = {row["batch_size"]: row["steps"] for row in rows}
     ranks = [
@@ -170,7 +166,7 @@ def _tables(rows: list[dict], sizes: list[int]) -> tuple[list[tuple], list[tuple
             str(steps[batch]),
             *(share(loss, batch, "mrr") for loss in LOSSES),
             interval(
-                _minus(_values(rows, "sigmoid", batch), _values(rows, "softmax", batch))
+                minus(_values(rows, "sigmoid", batch), _values(rows, "softmax", batch))
             ).points(),
         )
         for batch in sizes

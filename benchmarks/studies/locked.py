@@ -16,7 +16,7 @@ from fused_siglip import LearnableSigLipLoss, siglip_loss
 from ..common.markdown import table
 from ..common.timing import interleaved, median
 from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, spread
-from .study import Study, above, claim, interval
+from .study import Study, above, claim, interval, mean_and_range
 from .towers import (
     DIM,
     ImageTower,
@@ -234,7 +234,7 @@ def _plot(rows: list[dict], path: Path) -> None:
 
 def _quality_table(rows: list[dict], steps: list[int]) -> str:
     def share(values: list[float]) -> str:
-        return f"{mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
+        return mean_and_range(values)
 
     def tuning(mode: str) -> str:
         taken = [r["seconds_tuning"] / r["steps"] for r in rows if r["mode"] == mode]

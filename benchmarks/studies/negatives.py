@@ -14,7 +14,7 @@ from ..common.markdown import table
 from . import retrieval
 from .functions import PACKAGES
 from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, spread
-from .study import Study, above, above_unless, claim, interval
+from .study import Study, above, above_unless, claim, interval, mean_and_range, minus
 
 BATCH_SIZE = 512
 STEPS = 128
@@ -105,16 +105,12 @@ def _base(rows: list[dict]) -> int:
     return min(row["steps"] for row in rows)
 
 
-def _minus(a: list[float], b: list[float], share: float = 1.0) -> list[float]:
-    return [x - share * y for x, y in zip(a, b, strict=True)]
-
-
 def _claims(rows: list[dict]) -> list[str]:
     base = _base(rows)
     everything = _values(rows, "all", 1.0, base)
     few = min(MATCHED)
-    lost = _minus(everything, _values(rows, "random", few, base))
-    poor = [-x for x in _minus(_values(rows, "easiest", few, base), everything, 0.5)]
+    lost = minus(everything, _values(rows, "random", few, base))
+    poor = [-x for x in minus(_values(rows, "easiest", few, base), everything, 0.5)]
     return [
         claim(
             above(lost),
@@ -138,8 +134,8 @@ def _claims_of_hardest(rows: list[dict], base: int, everything: list[float]) -> 
     found = []
     for keep in (*MATCHED, min(KEEPS)):
         hardest, ratio = _values(rows, "hardest", keep, base), _ratio(keep, rows)
-        kept = _minus(hardest, everything)
-        ahead = _minus(hardest, _values(rows, "random", keep, base))
+        kept = minus(hardest, everything)
+        ahead = minus(hardest, _values(rows, "random", keep, base))
         idle = retrieval.nothing_learned(hardest, rows[0]["pairs"]["test"])
         verdict, rule = above_unless(idle, ahead)
         found += [
@@ -161,7 +157,7 @@ def _claims_of_hardest(rows: list[dict], base: int, everything: list[float]) -> 
             continue
         longer = round(base / keep)
         long = _values(rows, "hardest", keep, longer)
-        more, control = _minus(long, hardest), _minus(long, _values(rows, "all", 1.0, longer))
+        more, control = minus(long, hardest), minus(long, _values(rows, "all", 1.0, longer))
         found.append(
             claim(
                 above(more),
@@ -177,7 +173,7 @@ def _claims_of_hardest(rows: list[dict], base: int, everything: list[float]) -> 
 
 
 def _claim_of_bias(rows: list[dict], base: int) -> str:
-    biases = _minus(
+    biases = minus(
         [row["bias"] for row in _of(rows, "random", min(KEEPS), base)],
         [row["bias"] for row in _of(rows, "all", 1.0, base)],
     )
@@ -235,7 +231,7 @@ def _lines(rows: list[dict], base: int) -> list[tuple]:
             kind,
             _ratio(keep, rows),
             str(steps),
-            f"{mean(values):.1%} ({min(values):.1%} to {max(values):.1%})",
+            mean_and_range(values),
             *(f"{value:.1f}" for value in averages),
         )
 

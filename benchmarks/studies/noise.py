@@ -17,7 +17,7 @@ from ..common.markdown import table
 from . import pictures
 from .losses import SoftmaxLoss
 from .plots import COLORS, percent, plt, save, seeds
-from .study import Study, above, claim, interval
+from .study import Study, above_unless, claim, interval, mean_and_range, minus
 
 
 def noisy_images(images: Tensor, p: float, random: np.random.Generator) -> Tensor:
@@ -28,7 +28,7 @@ def noisy_images(images: Tensor, p: float, random: np.random.Generator) -> Tenso
 
 
 def noisy_texts(texts: Bags, p: float, buckets: int, random: np.random.Generator) -> Bags:
-    """With probability p a text is random runs, of a random number up to the largest here."""
+    """With probability p a text is random n-grams, of a random number up to the largest here."""
     hit = random.random(len(texts.sizes)) < p
     drawn = random.integers(1, texts.sizes.max() + 1, len(texts.sizes))
     sizes = np.where(hit, drawn, texts.sizes)
@@ -58,10 +58,12 @@ KINDS = {
 def corrupting(kind: str, p: float, seed: int) -> ValueOf:
     """The loss of a batch of different emoji, corrupted."""
     image, text, batch = KINDS[kind]
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng([seed, 2])
 
-    def value(model: Model, images: Tensor, shown: Tensor, texts: Bags, meant: Tensor) -> Tensor:
-        images = images[torch.searchsorted(shown, meant)]
+    def value(
+        model: Model, images: Tensor, image_ids: Tensor, texts: Bags, text_ids: Tensor
+    ) -> Tensor:
+        images = pictures.beside_texts(images, image_ids, text_ids)
         if image:
             images = noisy_images(images, p, random)
         if text:
@@ -76,13 +78,13 @@ def corrupting(kind: str, p: float, seed: int) -> ValueOf:
 BATCH_SIZE = 256
 STEPS = 300
 SEEDS = (0, 1, 2, 3)
-RATE = 6e-3  # good for either loss on clean pairs: see picture_losses
-CHANCES = (0.5,)
+RATE = 6e-3  # near the best of either loss on clean pairs: see picture_losses
+P = 0.2
 CLEAN = "none"
 
 
 def cells(quick: bool) -> list[dict]:
-    noise = [(CLEAN, 0.0), *((kind, p) for kind in KINDS for p in CHANCES)]
+    noise = [(CLEAN, 0.0), *((kind, P) for kind in KINDS)]
     return [
         {
             "loss": loss,
@@ -112,43 +114,47 @@ def run(cell: dict) -> dict:
     return {**pictures.quality(model, emoji, parts.test), "pairs": pictures.counts()}
 
 
-def _lead(rows: list[dict], kind: str, p: float) -> dict[int, float]:
-    """Mean reciprocal rank with the sigmoid loss minus that with the softmax loss, by seed."""
-    of = {(r["loss"], r["seed"]): r["mrr"] for r in rows if (r["kind"], r["p"]) == (kind, p)}
-    seeds = sorted({seed for _, seed in of})
-    return {seed: of["sigmoid", seed] - of["softmax", seed] for seed in seeds}
+def _values(rows: list[dict], kind: str, loss: str) -> list[float]:
+    """Mean reciprocal ranks, one a seed."""
+    found = [row for row in rows if (row["kind"], row["loss"]) == (kind, loss)]
+    return [row["mrr"] for row in sorted(found, key=lambda row: row["seed"])]
 
 
-def _mean_lead(rows: list[dict], kinds: list[str], chances: list[float]) -> list[float]:
-    """The same, averaged over kinds and chances; one value a seed."""
-    leads = [_lead(rows, kind, p) for kind in kinds for p in chances]
-    return [sum(lead[seed] for lead in leads) / len(leads) for seed in leads[0]]
+def _lead(rows: list[dict], kind: str) -> list[float]:
+    """Of the sigmoid over the softmax loss, one value a seed."""
+    return minus(_values(rows, kind, "sigmoid"), _values(rows, kind, "softmax"))
+
+
+def _nothing_learned(rows: list[dict], kind: str) -> bool:
+    both = [value for loss in COLORS for value in _values(rows, kind, loss)]
+    return pictures.nothing_learned(both, rows[0]["pairs"]["emoji"])
 
 
 def _claims(rows: list[dict]) -> list[str]:
-    chances = sorted({row["p"] for row in rows} - {0.0})
     lines = []
     for kind in KINDS:
-        lead = _mean_lead(rows, [kind], chances)
+        lead = _lead(rows, kind)
+        verdict, rule = above_unless(_nothing_learned(rows, kind), lead)
         lines.append(
             claim(
-                above(lead),
+                verdict,
                 f"with corrupted {kind}, the sigmoid loss stays ahead of the softmax loss",
                 "section 4.10",
-                f"Lead: {interval(lead).points()}.",
+                f"Lead: {interval(lead).points()}; {rule}",
             )
         )
-    clean = _mean_lead(rows, [CLEAN], [0.0])
-    noisy = _mean_lead(rows, list(KINDS), chances[-1:])
-    growth = [b - a for a, b in zip(clean, noisy, strict=True)]
+    leads = [_lead(rows, kind) for kind in KINDS]
+    noisy = [sum(several) / len(KINDS) for several in zip(*leads, strict=True)]
+    growth = minus(noisy, _lead(rows, CLEAN))
+    verdict, rule = above_unless(any(_nothing_learned(rows, kind) for kind in KINDS), growth)
     return [
         *lines,
         claim(
-            above(growth),
+            verdict,
             "the lead of the sigmoid loss grows with the corruption",
             "section 4.10",
-            f"Lead at p = {chances[-1]}, mean of the five kinds, minus lead on clean pairs: "
-            f"{interval(growth).points()}.",
+            f"Lead, mean of the five kinds, minus lead on clean pairs: "
+            f"{interval(growth).points()}; {rule}",
         ),
     ]
 
@@ -157,8 +163,7 @@ def _plot(rows: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     for x, kind in enumerate((CLEAN, *KINDS)):
         for (loss, color), shift in zip(COLORS.items(), (-0.12, 0.12), strict=True):
-            values = [r["mrr"] for r in rows if (r["kind"], r["loss"]) == (kind, loss)]
-            seeds(axis, x + shift, values, color)
+            seeds(axis, x + shift, _values(rows, kind, loss), color)
     axis.set_xticks(range(len(KINDS) + 1), [CLEAN, *KINDS])
     axis.set_ylabel("mean reciprocal rank")
     for x, (loss, color) in zip((0.7, 0.85), COLORS.items(), strict=True):
@@ -168,22 +173,13 @@ def _plot(rows: list[dict], path: Path) -> None:
 
 
 def _lines(rows: list[dict]) -> list[tuple[str, ...]]:
-    """The table: a line for each kind and probability of corruption."""
-
-    def cell(kind: str, p: float, loss: str) -> str:
-        found = [r["mrr"] for r in rows if (r["kind"], r["p"], r["loss"]) == (kind, p, loss)]
-        return f"{sum(found) / len(found):.1%} ({min(found):.1%} to {max(found):.1%})"
-
-    order = [CLEAN, *KINDS]
     return [
         (
             kind,
-            f"{p:g}",
-            cell(kind, p, "sigmoid"),
-            cell(kind, p, "softmax"),
-            interval(_lead(rows, kind, p).values()).points(),
+            *(mean_and_range(_values(rows, kind, loss)) for loss in COLORS),
+            interval(_lead(rows, kind)).points(),
         )
-        for kind, p in sorted({(r["kind"], r["p"]) for r in rows}, key=lambda k: order.index(k[0]))
+        for kind in (CLEAN, *KINDS)
     ]
 
 
@@ -199,14 +195,14 @@ the stronger the corruption (figure 7: M/16 towers, batch 16384, 3.6 billion exa
 **Here** pictures, names and towers are those under
 [sigmoid against softmax](#pictures-sigmoid-against-softmax). Every run takes {first["steps"]}
 batches of {first["batch_size"]} different emoji, on {len({row["seed"] for row in rows})} seeds. The
-sigmoid loss starts from b = -log {first["batch_size"]}, which that section finds best at a small
-batch, and both losses take a rate of {first["rate"]:g}. There are the paper's five kinds of
-corruption: an image becomes uniform noise; a text becomes random runs of letters, of a random
-number; a share of the batch has its texts shuffled; image and text are each corrupted with
-probability p; all three happen. Quality is the mean reciprocal rank of the right picture among all
-{first["pairs"]["emoji"]}, by {first["pairs"]["test"]} held-out names.
+sigmoid loss starts from b = -log {first["batch_size"]}, a start that section finds better at 128
+and 1024, and both losses take a rate of {first["rate"]:g}, near the best there. There are the
+paper's five kinds of corruption, with p = {P:g}: an image becomes uniform noise; a text becomes
+random n-grams, of a random number; a share p of the batch has its texts shuffled; image and text
+are each corrupted with probability p; all three happen. Quality is the mean reciprocal rank of the
+right picture among all {first["pairs"]["emoji"]}, by {first["pairs"]["test"]} held-out names.
 
-{table(("corrupted", "p", "sigmoid", "softmax", "lead of sigmoid"), _lines(rows), left=1)}
+{table(("corrupted", *COLORS, "lead of sigmoid"), _lines(rows))}
 
 ![Mean reciprocal rank by kind of corruption, both losses](paper_noise.png)
 
@@ -216,7 +212,8 @@ plot is a seed.
 {chr(10).join(f"- {line}" for line in _claims(rows))}
 
 The rule of the verdicts: differences are paired by seed. A claim is seen where the 95% interval
-(Student's t) lies above 0, opposite where it lies below, and otherwise not seen.
+(Student's t) lies above 0, opposite where it lies below, and otherwise not seen. It is undecided,
+and counts as not seen, where both losses end within three times chance.
 
 Limits: there are hundreds of steps where the paper takes hundreds of thousands, and the rate was
 tuned on clean pairs only."""

@@ -21,7 +21,7 @@ HIDDEN = 256
 DIM = 64  # D, shared by both towers
 CODE_TOKENS, TEXT_TOKENS = 96, 40  # the first different ones of each
 STOP = 0.1  # share of the pairs to train with; what is in more of them tells none apart
-DROPPED = 0.3  # share of the tokens that a batch does without: too few pairs to learn by heart
+DROPOUT = 0.3  # share of the tokens that a batch does without: too few pairs to learn by heart
 QUICK_PACKAGES = ("numpy",)
 
 
@@ -128,7 +128,7 @@ def train(
 
 
 def _drop(tokens: Tensor) -> Tensor:
-    return tokens * (torch.rand(tokens.shape) >= DROPPED)
+    return tokens * (torch.rand(tokens.shape) >= DROPOUT)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from ..common.markdown import table
 from . import retrieval
 from .functions import PACKAGES
 from .plots import BLUE, GREEN, GREY, ORANGE, mean, percent, plt, save, seeds
-from .study import Study, above_unless, claim, interval
+from .study import Study, above_unless, claim, interval, mean_and_range
 
 RATE = 3e-3  # at a batch of 1024; it grows with the root of the batch
 SCHEDULES = {1024: 384, 256: 1536}  # batch size: steps, few or many for as many examples
@@ -164,7 +164,7 @@ def _lines(rows: list[dict]) -> list[tuple[str, ...]]:
 
     def share(start: Start, metric: str) -> str:
         values = _values(rows, start, metric)
-        return f"{mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
+        return mean_and_range(values)
 
     lines = []
     for start in STARTS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,17 @@ class Interval:
     def points(self) -> str:
         """A difference of shares, in percentage points."""
         return f"{self.mean * 100:+.1f} ± {self.half * 100:.1f} points"
+
+
+def minus(a: Iterable[float], b: Iterable[float], factor: float = 1.0) -> list[float]:
+    """a - factor * b, seed by seed."""
+    return [x - factor * y for x, y in zip(a, b, strict=True)]
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+    """Of shares, one a seed."""
+    mean = sum(values) / len(values)
+    return f"{mean:.1%} ({min(values):.1%} to {max(values):.1%})"
 
 
 def interval(values: Iterable[float]) -> Interval:

@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.record and not args.full:
         parser.error("--record: expected --full beside it, since docs/ shows the full run")
+    if args.texts and (args.quick or args.full):
+        parser.error("--quick, --full: expected without texts, which ask a trained model")
     # a terminal that cannot show a letter gets its number
     sys.stdout.reconfigure(errors="backslashreplace")
     try:

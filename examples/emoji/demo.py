@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from benchmarks.common.workloads import Inputs, step
 from ..report import cost_table, plot_costs
 from .data import (
     LANGUAGES,
+    TONES,
     Emoji,
     Split,
-    captions_of,
     load_emoji,
+    names_of,
     plain,
     seen_elsewhere,
     split,
@@ -60,19 +62,31 @@ def run(length: str, output: Path, record: bool) -> None:
     print(introduction(emoji, parts), flush=True)
     torch.manual_seed(SEED)
     batches = draw_batches(parts.train, chosen.training, SEED)
-    model = train(Model(), emoji, batches, seed=SEED)
+    start = time.perf_counter()
+    peak, model = peak_bytes(lambda: train(Model(), emoji, batches, seed=SEED))
+    training = {
+        "kind": "training",
+        "steps": len(batches),
+        "batch_size": max(map(len, batches)),
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": peak,
+    }
     index = make_index(model, emoji)
     output.mkdir(parents=True, exist_ok=True)
     index.save(output / MODEL)
 
     found = recall(model, emoji, parts)
     print("\n" + recall_table(found))
-    known = {plain(name) for name in captions_of(emoji, parts.train)}
+    known = {plain(name) for name in names_of(emoji, parts.train)}
     notes = [f"  ({q.says}{'; trained with' if plain(q.text) in known else ''})" for q in QUERIES]
     print("\n" + lines(index, [query.text for query in QUERIES], notes), flush=True)
 
     costs = measure(model, emoji, parts, chosen.repeats)
     print("\n" + cost_table(costs))
+    print(
+        f"training held {peak >> 20} MiB at most, with towers, optimizer and activations, in "
+        f"batches of up to {training['batch_size']} names"
+    )
     folder = ROOT / "docs" if record else output
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "demo_emoji.png", folder / "demo_memory.png"]
@@ -80,7 +94,7 @@ def run(length: str, output: Path, record: bool) -> None:
     plot_costs(costs, where, written[1])
     # without a path of its own the file goes to benchmarks/results/
     path = None if record else output / "demo.json"
-    written.append(write_results("demo", where, found + costs, path))
+    written.append(write_results("demo", where, [training, *found, *costs], path))
     print("\nwritten: " + ", ".join(os.path.relpath(path) for path in written))
     print('ask it: python -m examples.emoji "red car" "猫"')
 
@@ -89,8 +103,8 @@ def introduction(emoji: Emoji, parts: Split) -> str:
     return (
         f"{len(emoji)} emoji by OpenMoji, named in {len(emoji.languages)} languages: "
         f"{len(parts.train)} names to train with\n"
-        f"held out: {len(parts.pairs)} names whose emoji have other names to train with, and all "
-        f"{len(parts.strangers)} names of some emoji"
+        f"held out: {len(parts.held_out)} names of emoji that have others to train with, and all "
+        f"{len(parts.unseen_emoji)} names of some emoji"
     )
 
 
@@ -98,17 +112,19 @@ def recall(model: Model, emoji: Emoji, parts: Split) -> list[dict]:
     """How often the right one of all pictures is first, and among the first five: one row for each
     language and one for all, of held-out names and of emoji without any name to train with."""
     rows = []
-    for kind in ("pairs", "strangers"):
-        captions = getattr(parts, kind)
-        rank = ranks(model, emoji, captions).numpy()
-        alike = seen_elsewhere(emoji, captions, parts.train)
-        language = captions % len(emoji.languages)
-        everything = np.ones(len(captions), dtype=bool)
+    for kind in ("held_out", "unseen_emoji"):
+        names = getattr(parts, kind)
+        rank = ranks(model, emoji, names).numpy()
+        alike = seen_elsewhere(emoji, names, parts.train)
+        toned = np.array([bool(TONES.search(character)) for character in emoji.characters])
+        language, everything = names % len(emoji.languages), np.ones(len(names), dtype=bool)
         wanted = {code: language == i for i, code in enumerate(emoji.languages)}
-        for code, here in {**wanted, "all": everything, "not alike": ~alike}.items():
+        wanted |= {"all": everything, "not alike": ~alike}
+        wanted["no tone"] = ~toned[names // len(emoji.languages)]
+        for code, here in wanted.items():
             rows.append({
                 "kind": "recall",
-                "held_out": kind,
+                "split": kind,
                 "language": code,
                 "names": int(here.sum()),
                 "pictures": len(emoji),
@@ -120,8 +136,8 @@ def recall(model: Model, emoji: Emoji, parts: Split) -> list[dict]:
 
 def recall_table(rows: list[dict]) -> str:
     line = "{:<12} {:>6} {:>8} {:>11}".format
-    pairs = {row["language"]: row for row in rows if row["held_out"] == "pairs"}
-    (strange,) = (r for r in rows if (r["held_out"], r["language"]) == ("strangers", "all"))
+    held_out = {row["language"]: row for row in rows if row["split"] == "held_out"}
+    (unseen,) = (r for r in rows if (r["split"], r["language"]) == ("unseen_emoji", "all"))
     lines = [
         "held-out names by language: how often their picture is found",
         line("", "names", "first", "among five"),
@@ -129,15 +145,17 @@ def recall_table(rows: list[dict]) -> str:
     names = {**LANGUAGES, "all": "all"}
     lines += [
         line(names[code], row["names"], f"{row['first']:.1%}", f"{row['five']:.1%}")
-        for code, row in pairs.items()
+        for code, row in held_out.items()
         if code in names
     ]
-    unlike = pairs["not alike"]
+    unlike, plain_skin = held_out["not alike"], held_out["no tone"]
     lines += [
-        f"without those that another language spells alike, {unlike['names']} are left: "
+        f"the {plain_skin['names']} of emoji that are not a tone of skin of another: "
+        f"{plain_skin['first']:.1%} first, {plain_skin['five']:.1%} among five",
+        f"without those that another language spells the same, {unlike['names']} are left: "
         f"{unlike['first']:.1%} first, {unlike['five']:.1%} among five",
-        f"emoji none of whose names was trained with: {strange['first']:.1%} first, "
-        f"{strange['five']:.1%} among five",
+        f"emoji none of whose names was trained with: {unseen['first']:.1%} first, "
+        f"{unseen['five']:.1%} among five",
     ]
     return "\n".join(lines)
 
@@ -148,16 +166,16 @@ def measure(model: Model, emoji: Emoji, parts: Split, repeats: dict[int, int]) -
     scalars = model.loss.factor().detach(), model.loss.logit_bias.detach()
     rows = []
     for size, count in tqdm(repeats.items(), desc="measuring", unit="batch size", leave=False):
-        captions = random.permutation(parts.train)[:size]
-        meant = torch.from_numpy(captions // len(emoji.languages))
-        shown = meant.unique()
+        names = random.permutation(parts.train)[:size]
+        text_ids = torch.from_numpy(names // len(emoji.languages))
+        image_ids = text_ids.unique()
         with torch.no_grad():
             inputs = Inputs(
-                model.image(torch.from_numpy(emoji.pictures)[shown]),
-                model.text(bags(captions_of(emoji, captions))),
+                model.image(torch.from_numpy(emoji.pictures)[image_ids]),
+                model.text(bags(names_of(emoji, names))),
                 *scalars,
             )
-        ids = {"image_ids": shown, "text_ids": meant}
+        ids = {"image_ids": image_ids, "text_ids": text_ids}
         steps = {
             name: step(functools.partial(LOSSES[name].loss, **ids), inputs)
             for name in ("fused_torch", "eager")
@@ -170,7 +188,7 @@ def measure(model: Model, emoji: Emoji, parts: Split, repeats: dict[int, int]) -
                 "loss": name,
                 "mode": "full",
                 "batch_size": size,
-                "images": len(shown),
+                "images": len(image_ids),
                 "dim": inputs.x.shape[1],
                 "dtype": "float32",
                 "repeats": count,

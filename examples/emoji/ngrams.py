@@ -1,4 +1,4 @@
-"""Texts as bags of hashed runs of letters, without a vocabulary: any script, any language."""
+"""Texts as bags of hashed character n-grams, without a vocabulary: any script, any language."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from .data import plain
 
 BUCKETS = 1 << 16
-LONGEST = 4  # letters of a run
+LONGEST = 4  # letters of an n-gram
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, as in splitmix64
 # of murmur3's finaliser
 MIX = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
@@ -42,10 +42,10 @@ def readings(text: str) -> list[str]:
 
 
 def bags(texts: Sequence[str], buckets: int = BUCKETS) -> Bags:
-    """Every run of 1 to LONGEST letters of each text's readings, spaces around words included.
+    """Every n-gram of 1 to LONGEST letters of each text's readings, spaces around it included.
 
-    The longest runs count once more with the half of the text that they are in: "light, dark" is
-    not "dark, light".
+    The longest count once more with the half of the text that they are in: "light, dark" is not
+    "dark, light".
     """
     read = [(row, f" {reading} ") for row, text in enumerate(texts) for reading in readings(text)]
     letters = np.frombuffer("".join(r for _, r in read).encode("utf-32-le"), np.uint32)

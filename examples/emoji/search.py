@@ -67,16 +67,16 @@ def load_index(path: Path) -> Index:
 def make_index(model: Model, emoji: Emoji) -> Index:
     import torch
 
-    _, hidden, _, last, centred = model.text.layers
+    _, hidden, _, last, standardized = model.text.layers
     with torch.no_grad():
-        spread = (centred.running_var + centred.eps).sqrt()
+        spread = (standardized.running_var + standardized.eps).sqrt()
         tensors = {
             "pictures": model.image(torch.from_numpy(emoji.pictures)),
             "table": model.text.table.weight,
             "hidden_weight": hidden.weight,
             "hidden_bias": hidden.bias,
             "weight": last.weight / spread[:, None],
-            "bias": (last.bias - centred.running_mean) / spread,
+            "bias": (last.bias - standardized.running_mean) / spread,
         }
     return Index(
         characters=np.array(emoji.characters),

@@ -21,8 +21,9 @@ COLUMN, ROW, MARGIN, FOOT = 620, 72, 20, 36
 LABEL, PICTURE = 230, 72
 ZOOM = 2
 GREY = "#666"
-# For scripts that DejaVu has not, whatever the machine has: what a query says is in English below.
-FAMILIES = "DejaVu Sans, Noto Sans CJK SC, Noto Sans JP, Noto Sans KR, sans-serif"
+# DejaVu comes with matplotlib. Where a machine has no font for Chinese, Japanese or Korean, the
+# line below the query still says in English what it means.
+FONTS = "DejaVu Sans, Noto Sans CJK SC, Noto Sans JP, Noto Sans KR, sans-serif"
 
 
 class Query(NamedTuple):
@@ -117,5 +118,5 @@ def _row(query: Query, characters: Sequence[str], x: int, y: int) -> list[str]:
 def _text(text: str, x: int, y: int, size: int, color: str) -> str:
     return (
         f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" '
-        f'font-family="{FAMILIES}">{escape(text)}</text>'
+        f'font-family="{FONTS}">{escape(text)}</text>'
     )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fused_siglip import LearnableSigLipLoss, retrieval_ranks
 
-from .data import Emoji, captions_of
+from .data import Emoji, names_of
 from .ngrams import BUCKETS, Bags, bags
 
 DIM = 256  # D, shared by both towers
@@ -21,15 +21,16 @@ TEXT_WIDTH = 128
 HIDDEN = 512
 RATE = 1.2e-2
 WEIGHT_DECAY = 1e-2
-DROPPED = 0.2  # share of the runs of letters that a batch does without
+STATISTICS = 4096  # names that the statistics of the batch norm are of in the end
+DROPOUT = 0.2  # share of the n-grams that a batch does without
 Plan = Sequence[tuple[int, int]]  # (steps, batch size): as the rate falls the batch grows
-PLAN = ((500, 2048), (8, 16384))
+PLAN = ((550, 2048), (8, 16384))
 ValueOf = Callable[..., Tensor]
 TINY = ((20, 256), (2, 512))
 
 
-def centred(dim: int) -> nn.Module:
-    """Features around 0. Without, all of them are alike at first, and dozens of steps go by until
+def standardized(dim: int) -> nn.Module:
+    """Features around 0. Without it all of them are alike at first, and dozens of steps go by until
     the sigmoid loss at b = -10 has told them apart."""
     return nn.BatchNorm1d(dim, affine=False)
 
@@ -48,7 +49,7 @@ class ImageTower(nn.Module):
             nn.Linear(64 * 4 * 4, HIDDEN),
             nn.GELU(),
             nn.Linear(HIDDEN, dim),
-            centred(dim),
+            standardized(dim),
         )
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Bags of hashed runs of letters -> (B, D) of length 1."""
+    """Bags of hashed n-grams -> (B, D) of length 1."""
 
     def __init__(self, dim: int, width: int, buckets: int):
         super().__init__()
@@ -67,7 +68,7 @@ class TextTower(nn.Module):
             nn.Linear(width, HIDDEN),
             nn.ReLU(),
             nn.Linear(HIDDEN, dim),
-            centred(dim),
+            standardized(dim),
         )
 
     def forward(self, texts: Bags) -> Tensor:
@@ -85,46 +86,61 @@ class Model(nn.Module):
         self.text = TextTower(dim, width, buckets)
         self.loss = LearnableSigLipLoss()
 
-    def forward(self, pictures: Tensor, shown: Tensor, texts: Bags, meant: Tensor) -> Tensor:  # ()
-        """The loss of pictures of the emoji ``shown`` (M,) with texts that mean ``meant`` (N,).
+    def forward(
+        self, pictures: Tensor, image_ids: Tensor, texts: Bags, text_ids: Tensor
+    ) -> Tensor:  # ()
+        """The loss of pictures of the emoji ``image_ids`` (M,) with names of ``text_ids`` (N,).
 
         Each text is a positive of the picture of its emoji, in whatever language it is.
         """
         features = self.image(pictures), self.text(texts)
-        return self.loss(*features, image_ids=shown, text_ids=meant)
+        return self.loss(*features, image_ids=image_ids, text_ids=text_ids)
 
 
 def train(
     model: Model,
     emoji: Emoji,
-    batches: Sequence[np.ndarray],  # indices of captions, as Split has them
+    batches: Sequence[np.ndarray],  # indices of names, as Split has them
     *,
     rate: float = RATE,
     seed: int = 0,
     value_of: ValueOf | None = None,
     progress: bool = True,
 ) -> Model:
-    """Train on these batches; ``seed`` decides which runs of letters each does without.
+    """Train on these batches; ``seed`` decides which n-grams each does without.
 
     ``value_of`` takes the model and what :meth:`Model.forward` takes, and gives the loss.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng([seed, 1])
     optimizer = make_optimizer(model, rate)
     schedule = OneCycleLR(optimizer, rate, len(batches), pct_start=0.1, cycle_momentum=False)
     texts = bags([name for names in emoji.names for name in names], model.buckets)
     pictures = torch.from_numpy(emoji.pictures)
     bar = tqdm(batches, desc="training", unit="step", leave=False, disable=not progress)
     for batch in bar:
-        meant = torch.from_numpy(batch // len(emoji.languages))
-        shown = meant.unique()
-        inputs = pictures[shown], shown, dropped(texts.take(batch), DROPPED, random), meant
+        text_ids = torch.from_numpy(batch // len(emoji.languages))
+        image_ids = text_ids.unique()
+        names = dropped(texts.take(batch), DROPOUT, random)
+        inputs = pictures[image_ids], image_ids, names, text_ids
         value = model(*inputs) if value_of is None else value_of(model, *inputs)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"batch {len(batch)}, loss {value.item():.2f}", refresh=False)
+    last = np.concatenate(batches)[-STATISTICS:]
+    settle_batch_norm(model, pictures[last // len(emoji.languages)], texts.take(last))
     return model.eval()
+
+
+@torch.no_grad()
+def settle_batch_norm(model: Model, pictures: Tensor, texts: Bags) -> None:
+    """Statistics of the finished towers, on whole names; those of training lag behind."""
+    for norm in (model.image.layers[-1], model.text.layers[-1]):
+        norm.reset_running_stats()
+        norm.momentum = None  # an average, of one batch
+    model.image(pictures)
+    model.text(texts)
 
 
 def make_optimizer(model: Model, rate: float) -> torch.optim.AdamW:
@@ -137,12 +153,12 @@ def make_optimizer(model: Model, rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, rate, fused=True)
 
 
-def draw_batches(captions: np.ndarray, plan: Plan, seed: int) -> list[np.ndarray]:
-    """Captions in random order, all of them before any comes again."""
-    random = np.random.default_rng(seed)
+def draw_batches(names: np.ndarray, plan: Plan, seed: int) -> list[np.ndarray]:
+    """Names in random order, all of them before any comes again."""
+    random = np.random.default_rng([seed, 0])
     sizes = [size for steps, size in plan for _ in range(steps)]
-    epochs = -(-sum(sizes) // len(captions))
-    order = np.concatenate([random.permutation(captions) for _ in range(epochs)])
+    epochs = -(-sum(sizes) // len(names))
+    order = np.concatenate([random.permutation(names) for _ in range(epochs)])
     return np.split(order[: sum(sizes)], np.cumsum(sizes)[:-1])
 
 
@@ -154,12 +170,12 @@ def dropped(texts: Bags, share: float, random: np.random.Generator) -> Bags:
 
 
 @torch.no_grad()
-def ranks(model: Model, emoji: Emoji, captions: np.ndarray) -> Tensor:  # (captions,) int64
-    """The rank of each caption's own picture among those of all emoji: 1 is first."""
+def ranks(model: Model, emoji: Emoji, names: np.ndarray) -> Tensor:  # (names,) int64
+    """The rank of each name's own picture among those of all emoji: 1 is first."""
     _, found = retrieval_ranks(
         model.image(torch.from_numpy(emoji.pictures)),
-        model.text(bags(captions_of(emoji, captions), model.buckets)),
+        model.text(bags(names_of(emoji, names), model.buckets)),
         image_ids=torch.arange(len(emoji)),
-        text_ids=torch.from_numpy(captions // len(emoji.languages)),
+        text_ids=torch.from_numpy(names // len(emoji.languages)),
     )
     return found
