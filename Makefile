@@ -27,7 +27,7 @@ QUICK_INTERPRETER = HYPOTHESIS_PROFILE=quick TRITON_INTERPRET=1 $(RUN) -m pytest
 
 # Under two minutes on two cores; writes to build/demo. Threads sleep while they wait: where other
 # programs run, those that spin would take each other's time, and the fused loss waits most often.
-demo: export OMP_WAIT_POLICY = passive
+demo demo-full: export OMP_WAIT_POLICY = passive
 demo: $(VENV)/ready
 	$(RUN) -m examples.emoji
 

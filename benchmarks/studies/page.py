@@ -41,9 +41,9 @@ what came out here, and why. Section numbers are those of the paper unless anoth
 two CPU cores train small towers for seconds, on data that ships with packages or the interpreter:
 OpenMoji's pictures of emoji with their names in fourteen languages, scikit-learn's 8 x 8
 handwritten digits with captions written for this page, and the functions and docstrings of
-installed packages. Anyone can look into what is seen here and run it again. What is
-not seen here says little about the paper. No result is left out: each verdict comes from all seeds,
-by the rule that its section states.
+installed packages. (One study, of more than a hundred languages, needs names from npm.) Anyone can
+look into what is seen here and run it again. What is not seen here says little about the paper. No
+result is left out: each verdict comes from all seeds, by the rule that its section states.
 
     python -m benchmarks.studies --all    # runs what is missing, writes this page: under 40 minutes
     python -m benchmarks.studies --page   # only writes this page, from benchmarks/studies/results/

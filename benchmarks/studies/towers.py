@@ -16,7 +16,6 @@ from . import words
 DIM = 64  # D, shared by both towers
 HIDDEN = 512
 WIDTH = 64  # of a token's embedding
-VOCABULARY = 4096  # of hashed tokens, padding among them
 TEST_IMAGES = 1000
 
 
@@ -32,7 +31,7 @@ class TextTower(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.tokens = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH, padding_idx=0), nn.ReLU())
+        self.tokens = nn.Sequential(nn.Embedding(words.VOCABULARY, WIDTH, padding_idx=0), nn.ReLU())
         self.head = nn.Sequential(
             nn.LayerNorm(WIDTH), nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM)
         )
@@ -65,7 +64,7 @@ def load_pictures(seed: int) -> tuple[Pictures, Pictures]:
 
 def draw_captions(numbers: Tensor, generator: torch.Generator) -> Tensor:  # (B,) -> (B, L)
     """A caption of each number, with one of the beginnings at random."""
-    tokens = words.training_tokens(VOCABULARY)
+    tokens = words.training_tokens()
     start = torch.randint(len(tokens), numbers.shape, generator=generator)
     return tokens[start, numbers]
 
@@ -83,6 +82,6 @@ def accuracy(image: nn.Module, text: nn.Module, seed: int) -> float:
     """Share of test images whose most similar prompt, of the 1000 numbers', names their digits."""
     _, pictures = load_pictures(seed)
     images, numbers = pictures.draw(TEST_IMAGES, torch.Generator().manual_seed(seed))
-    prompts = normalize(text(words.test_tokens(VOCABULARY)))
+    prompts = normalize(text(words.test_tokens()))
     predicted = (normalize(image(images)) @ prompts.T).argmax(dim=1)
     return (predicted == numbers).float().mean().item()

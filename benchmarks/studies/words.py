@@ -14,6 +14,7 @@ NUMBERS = list(itertools.product(range(10), repeat=3))  # 0 0 0 to 9 9 9, as the
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PLACES = ["left", "middle", "right"]
 TRAINING = ("a photo of digits:", "handwritten:")  # what a caption begins with
+VOCABULARY = 4096  # of hashed tokens, padding among them
 TEST = "three numbers on paper:"  # what a test's prompt begins with: in no training caption
 
 
@@ -35,23 +36,23 @@ def _parts(word: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _token(feature: str, vocabulary: int) -> int:
+def _token(feature: str) -> int:
     """The same on every machine and in every process, unlike Python's hash; 0 is padding."""
-    return 1 + zlib.crc32(feature.encode()) % (vocabulary - 1)
+    return 1 + zlib.crc32(feature.encode()) % (VOCABULARY - 1)
 
 
-def tokenize(texts: list[str], vocabulary: int) -> Tensor:  # (texts, longest) int64
-    rows = [torch.tensor([_token(f, vocabulary) for f in features(text)]) for text in texts]
+def tokenize(texts: list[str]) -> Tensor:  # (texts, longest) int64
+    rows = [torch.tensor([_token(f) for f in features(text)]) for text in texts]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 @functools.cache
-def training_tokens(vocabulary: int) -> Tensor:
+def training_tokens() -> Tensor:
     """(start, number, longest) int64: every caption to train with."""
     texts = [caption(number, start) for start in TRAINING for number in NUMBERS]
-    return tokenize(texts, vocabulary).view(len(TRAINING), len(NUMBERS), -1)
+    return tokenize(texts).view(len(TRAINING), len(NUMBERS), -1)
 
 
-def test_tokens(vocabulary: int) -> Tensor:
+def test_tokens() -> Tensor:
     """(number, longest) int64: a prompt for each number, worded as no training caption is."""
-    return tokenize([caption(number, TEST) for number in NUMBERS], vocabulary)
+    return tokenize([caption(number, TEST) for number in NUMBERS])
