@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib", reason="the demo needs the [demo] extra")
 import torch
 from PIL import Image
 
+from benchmarks.common.results import MIB, load, select
 from examples.emoji import data, demo, search, show
 from examples.emoji.__main__ import main
 from examples.emoji.data import Emoji
@@ -98,6 +99,19 @@ def test_the_same_seed_gives_the_same_model(drawn):
         states.append(train(Model(), drawn, batches, seed=0, progress=False).state_dict())
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
+
+
+def test_statistics_are_those_of_the_finished_towers(drawn):
+    torch.manual_seed(0)
+    batches = draw_batches(np.arange(80), [(4, 20)], seed=0)  # every name once
+    model = train(Model(), drawn, batches, seed=0, progress=False)
+    last = np.concatenate(batches)
+    with torch.no_grad():
+        pictures = torch.from_numpy(drawn.pictures[last // 2]).float() / 127.5 - 1
+        expected = model.image.layers[:-1](pictures)
+    norm = model.image.layers[-1]
+    torch.testing.assert_close(norm.running_mean, expected.mean(dim=0))
+    torch.testing.assert_close(norm.running_var, expected.var(dim=0))
 
 
 # Data
@@ -227,7 +241,8 @@ def test_questions_are_answered_from_what_the_run_saved(quick):
     first, second = done.stdout.splitlines()
     assert first.startswith("red car ") and first.count(",") >= 4
     assert second.startswith("\\u732b")
-    assert "| numpy\n" in done.stderr and "| torch\n" not in done.stderr  # that takes a second
+    imported = set(re.findall(r"\| +(\w+)\n", done.stderr))
+    assert "numpy" in imported and "torch" not in imported  # that takes a second
 
 
 @pytest.mark.parametrize(
@@ -290,3 +305,20 @@ def test_outputs_go_to_an_ignored_folder_by_default(capsys):
     assert "(default: build/demo)" in " ".join(capsys.readouterr().out.split())
     assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
     assert demo.ROOT == ROOT
+
+
+def test_readme_has_the_figures_of_the_recorded_run():
+    (found,) = load()["demo"]
+    text = " ".join((ROOT / "README.md").read_text().split("### `make demo`")[1].split())
+    assert found.path.name in text
+    recall = {(r["split"], r["language"]): r for r in select(found.rows, kind="recall")}
+    for key in [("held_out", kind) for kind in ("all", "no tone", "not alike")]:
+        row = recall[key]
+        assert f"{row['first']:.1%} and" in text and f"{row['five']:.1%}" in text, key
+    unseen = recall["unseen_emoji", "all"]
+    assert f"for {unseen['first']:.1%} and among five for {unseen['five']:.1%}" in text
+    assert f"asked {recall['held_out', 'all']['names']:,} names" in text
+    for row in select(found.rows, kind="cost", batch_size=16384):
+        assert (
+            f"{row['peak_extra_bytes'] / MIB:.0f} MiB and {row['ratio_to_floor']:.2f} times" in text
+        )
