@@ -84,8 +84,8 @@ def run(length: str, output: Path, record: bool) -> None:
     costs = measure(model, emoji, parts, chosen.repeats)
     print("\n" + cost_table(costs))
     print(
-        f"training held {peak >> 20} MiB at most, with towers, optimizer and activations, in "
-        f"batches of up to {training['batch_size']} names"
+        f"training in batches of up to {training['batch_size']} names held {peak >> 20} MiB at "
+        "most, all included"
     )
     folder = ROOT / "docs" if record else output
     folder.mkdir(parents=True, exist_ok=True)
