@@ -115,12 +115,10 @@ def run(cell: dict) -> dict:
     batches = draw_batches(captions, [(cell["steps"], cell["batch_size"])], cell["seed"])
     train(model, emoji, batches, rate=cell["rate"], seed=cell["seed"], progress=False)
     return {
-        f"recall_of_{kind}": {
-            code: pictures.quality(model, emoji, names[_language(names) == i])["recall_at_1"]
-            for i, code in enumerate(emoji.languages)
-        }
-        for kind, names in (("pairs", held_out), ("unseen_emoji", parts.unseen_emoji))
-    } | {"pairs": pictures.counts()}
+        "recall_of_pairs": pictures.recall_by_language(model, emoji, held_out),
+        "recall_of_unseen_emoji": pictures.recall_by_language(model, emoji, parts.unseen_emoji),
+        "pairs": pictures.counts(),
+    }
 
 
 def _language(captions: np.ndarray) -> np.ndarray:

@@ -90,11 +90,7 @@ def run(cell: dict) -> dict:
         names = names[_in_fourteen(emoji, names)]
     batches = draw_batches(names, [(cell["steps"], cell["batch_size"])], cell["seed"])
     train(model, emoji, batches, rate=cell["rate"], seed=cell["seed"], progress=False)
-    language = parts.held_out % len(emoji.languages)
-    recall = {
-        code: pictures.quality(model, emoji, parts.held_out[language == i])["recall_at_1"]
-        for i, code in enumerate(emoji.languages)
-    }
+    recall = pictures.recall_by_language(model, emoji, parts.held_out)
     sizes = {"emoji": len(emoji), "train": len(parts.train), "test": len(parts.held_out)}
     return {"recall": recall, "pairs": {**sizes, "languages": len(emoji.languages)}}
 

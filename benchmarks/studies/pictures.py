@@ -93,6 +93,13 @@ def quality(model: Model, emoji: Emoji, names: np.ndarray) -> dict[str, float]:
     }
 
 
+def recall_by_language(model: Model, emoji: Emoji, names: np.ndarray) -> dict[str, float]:
+    """How often the right picture is first, by the language of the names."""
+    first = (ranks(model, emoji, names) == 1).numpy()
+    language = names % len(emoji.languages)
+    return {code: first[language == i].mean().item() for i, code in enumerate(emoji.languages)}
+
+
 def nothing_learned(ranks: list[float], emoji: int) -> bool:
     """Whether mean reciprocal ranks lie within three times chance, on average."""
     return sum(ranks) / len(ranks) < 3 * sum(1 / rank for rank in range(1, emoji + 1)) / emoji

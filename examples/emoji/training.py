@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -114,7 +115,7 @@ def train(
     random = np.random.default_rng([seed, 1])
     optimizer = make_optimizer(model, rate)
     schedule = OneCycleLR(optimizer, rate, len(batches), pct_start=0.1, cycle_momentum=False)
-    texts = bags([name for names in emoji.names for name in names], model.buckets)
+    texts = _bags_of_all(tuple(name for names in emoji.names for name in names), model.buckets)
     pictures = torch.from_numpy(emoji.pictures)
     bar = tqdm(batches, desc="training", unit="step", leave=False, disable=not progress)
     for batch in bar:
@@ -131,6 +132,11 @@ def train(
     last = np.concatenate(batches)[-STATISTICS:]
     settle_batch_norm(model, pictures[last // len(emoji.languages)], texts.take(last))
     return model.eval()
+
+
+@functools.lru_cache(maxsize=2)  # a study trains many models on the same names
+def _bags_of_all(names: tuple[str, ...], buckets: int) -> Bags:
+    return bags(names, buckets)
 
 
 @torch.no_grad()
