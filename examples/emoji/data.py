@@ -2,7 +2,7 @@
 
 - Pictures: OpenMoji 17, https://openmoji.org, CC BY-SA 4.0. What shows one carries `ATTRIBUTION`.
 - Names: those of Unicode's CLDR (Unicode License v3) that the package ``emoji`` (BSD) brings.
-- Rendering: ``resvg_py`` (MIT or Apache-2.0).
+- Rendering: ``resvg_py`` (MIT).
 
 Nothing is downloaded. The first call renders all pictures, in some seconds, and keeps them in the
 user's cache folder in a file that is named after the versions it was made from.
