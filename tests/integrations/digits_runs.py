@@ -6,7 +6,6 @@ A run is {"losses": (batches,), "parameters": {name: tensor}, "tested": (loss, a
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from examples.trainers import SEED, load_pairs
 from examples.training import EagerSigLipLoss, TwoTowers
 from fused_siglip import LearnableSigLipLoss
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
+from support.launched import run_ranks
 from support.tolerances import error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,13 +88,9 @@ def command_line(folder: Path, *arguments: str) -> str:
         "from torchvision_on_cpu import define_schemas\ndefine_schemas()\n"
     )
     path = os.pathsep.join([str(site), str(Path(__file__).parent)])
-    done = subprocess.run(
+    return run_ranks(
         arguments,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
         timeout=180,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
