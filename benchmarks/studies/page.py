@@ -45,7 +45,7 @@ installed packages. (One study, of more than a hundred languages, needs names fr
 look into what is seen here and run it again. What is not seen here says little about the paper. No
 result is left out: each verdict comes from all seeds, by the rule that its section states.
 
-    python -m benchmarks.studies --all    # runs what is missing, writes this page: about 50 minutes
+    python -m benchmarks.studies --all    # runs what is missing, writes this page: about 40 minutes
     python -m benchmarks.studies --page   # only writes this page, from benchmarks/studies/results/
 
 An interrupted run goes on where it stopped. To run a study anew, delete its file of results."""
