@@ -1,46 +1,18 @@
-"""A small image tower and a small text tower, trained with a sigmoid contrastive loss."""
+"""A small image tower and a small text tower for digits, and how good they are."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from fused_siglip import LearnableSigLipLoss
-from fused_siglip.testing import eager_siglip_loss
 
-from .captions import LANGUAGES, Split, Tokenizer, test_prompts, tokenize_captions
+from .captions import LANGUAGES, Split, Tokenizer, test_prompts
 
 EMBED_DIM = 64  # D, shared by both towers
 HIDDEN = 512  # of the image tower
-BATCH_SIZE = 512
 LEARNING_RATE = 2e-3
-
-
-class EagerSigLipLoss(LearnableSigLipLoss):
-    """The same scale and bias in the eager loss, which knows no group: that of this process."""
-
-    def __init__(self):
-        super().__init__()
-
-    def forward(
-        self,
-        image_features: Tensor,  # (M, D)
-        text_features: Tensor,  # (N, D)
-        *,
-        image_ids: Tensor,  # (M,)
-        text_ids: Tensor,  # (N,)
-    ) -> Tensor:  # ()
-        # without a dimension, as open_clip's parameters are: they do not widen half precision
-        scalars = self.factor().squeeze(), self.logit_bias.squeeze()
-        ids = {"image_ids": image_ids, "text_ids": text_ids}
-        return eager_siglip_loss(image_features, text_features, *scalars, **ids)
-
-
-LOSSES = {"fused": LearnableSigLipLoss, "eager": EagerSigLipLoss}
 
 
 class TwoTowers(nn.Module):
@@ -70,46 +42,6 @@ class TwoTowers(nn.Module):
 
     def encode_texts(self, tokens: Tensor) -> Tensor:  # (B, words) -> (B, D)
         return normalize(self.text(tokens), dim=-1)
-
-
-@dataclass(frozen=True)
-class Run:
-    loss: str
-    dtype: str
-    losses: list[float]  # one a step
-    accuracy: dict[str, float]  # zero-shot on the test images, by language of the prompts
-
-
-def train(
-    loss: str,
-    dtype: torch.dtype,
-    splits: tuple[Split, Split],
-    steps: int,
-    seed: int,
-    device: str,
-) -> Run:
-    """Train from ``seed``: first weights, batches and captions depend on nothing else."""
-    torch.manual_seed(seed)
-    train_split, test_split = (split.to(device, dtype) for split in splits)
-    tokenizer, tokens = tokenize_captions()
-    tokens = tokens.to(device)
-    model = TwoTowers(len(tokenizer), LOSSES[loss]()).to(device, dtype)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-
-    losses = []
-    dtype_name = str(dtype).removeprefix("torch.")
-    for _ in tqdm(range(steps), desc=f"train, {loss} {dtype_name}", unit="step", leave=False):
-        # drawn on the CPU: the same on every device
-        batch = torch.randperm(len(train_split.digits))[:BATCH_SIZE].to(device)
-        choice = torch.randint(tokens.shape[1], (BATCH_SIZE,)).to(device)
-        digits = train_split.digits[batch]
-        value = model(train_split.images[batch], tokens[digits, choice], digits)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-
-    return Run(loss, dtype_name, losses, zero_shot_accuracy(model, tokenizer, test_split))
 
 
 @torch.no_grad()

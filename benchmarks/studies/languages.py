@@ -219,9 +219,8 @@ def _plot(rows: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def section(rows: list[dict], folder: Path) -> str:
-    _plot(rows, folder / "paper_languages.png")
-    first = next(row for row in rows if row["role"] == "mix")
+def _tables(rows: list[dict]) -> tuple[list[tuple], ...]:
+    """Recall by language, by the size of the table, by batch size, and by the rates tried."""
     alone = _one_language(rows)
     lines = [
         (LANGUAGES[code], mean_and_range(_of(rows, "mix", codes=[code])), mean_and_range(values))
@@ -250,8 +249,14 @@ def section(rows: list[dict], folder: Path) -> str:
         for row in rows
         if row["role"] == "sweep"
     ]
+    return lines, tables, batches, tried
+
+
+def section(rows: list[dict], folder: Path) -> str:
+    _plot(rows, folder / "paper_languages.png")
+    first = next(row for row in rows if row["role"] == "mix")
+    lines, tables, batches, tried = _tables(rows)
     pairs = first["pairs"]
-    few = len(next(iter(alone.values())))
     return f"""## Languages: one batch of fourteen
 
 **The paper** (section 4.3) trains mSigLIP on the pairs of over 100 languages at once; a vocabulary
@@ -271,8 +276,8 @@ of the same emoji is spelled the same, accents aside.
 
 A run takes {first["steps"]} batches of {first["batch_size"]} names, on {len(SEEDS)} seeds, with
 positives by id and b = {BIAS:g} at the start. The control is a model for each language, on as many
-names of that language in as many steps (batches of {SHARE}, {few} seeds): the held-out names are of
-emoji that it never saw named at all, so what it finds it finds by what words of one language share.
+names of that language in as many steps (batches of {SHARE}, {len(FEW)} seeds): the held-out names
+are of emoji that it never saw named at all, so it finds by what words of one language share.
 
 {table(("language", "trained on all", "on this language alone"), lines)}
 

@@ -14,11 +14,33 @@ from torch.utils.data import TensorDataset
 
 from examples.captions import Tokenizer
 from examples.trainers import SEED, load_pairs
-from examples.training import EagerSigLipLoss, TwoTowers
+from examples.training import TwoTowers
 from fused_siglip import LearnableSigLipLoss
+from fused_siglip.testing import eager_siglip_loss
 from fused_siglip.testing.rounding import UNIT_ROUNDOFF
 from support.launched import run_ranks
 from support.tolerances import error
+
+
+class EagerSigLipLoss(LearnableSigLipLoss):
+    """The same scale and bias in the eager loss, which knows no group: that of this process."""
+
+    def __init__(self):
+        super().__init__()
+
+    def forward(
+        self,
+        image_features: Tensor,  # (M, D)
+        text_features: Tensor,  # (N, D)
+        *,
+        image_ids: Tensor,  # (M,)
+        text_ids: Tensor,  # (N,)
+    ) -> Tensor:  # ()
+        # without a dimension, as open_clip's parameters are: they do not widen half precision
+        scalars = self.factor().squeeze(), self.logit_bias.squeeze()
+        ids = {"image_ids": image_ids, "text_ids": text_ids}
+        return eager_siglip_loss(image_features, text_features, *scalars, **ids)
+
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 16  # of all ranks
