@@ -13,6 +13,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from . import transforms
 from .rows import RowData
+from .settled import Inputs
 from .spec import LossSpec
 
 # The loss, its factors, and the gradients of the features: see operator.py.
@@ -48,7 +49,7 @@ class SigLipFunction(torch.autograd.Function):
         spec: LossSpec,
         function: Callable[..., Outputs],
     ) -> Outputs:
-        inputs = x, y, logit_scale, logit_bias
+        inputs = Inputs(x, y, logit_scale, logit_bias)
         if torch._C._are_functorch_transforms_active():
             # With gradients enabled: an outer torch.func transform differentiates this call, and
             # turns them off where its caller has.
@@ -61,7 +62,10 @@ class SigLipFunction(torch.autograd.Function):
         ctx.grads = spec.grads
         # compute.py may have put the factor into the products: see _known_factor there
         ctx.factor_may_be_one = x.is_cpu and spec.backend != "triton" and spec.group_name is None
-        ctx.like = [(t.shape, t.dtype) for t in inputs]
+        ctx.dtypes = x.dtype, y.dtype
+        ctx.scalars_like = (
+            (logit_scale.shape, logit_scale.dtype), (logit_bias.shape, logit_bias.dtype),
+        )  # fmt: skip
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -69,15 +73,17 @@ class SigLipFunction(torch.autograd.Function):
     def backward(
         ctx: Any,
         upstream: Tensor | None,  # ()
-        *of_gradients: Tensor | None,  # of the other outputs
+        of_factors: Tensor | None,
+        of_grad_x: Tensor | None,
+        of_grad_y: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        if any(g is not None for g in of_gradients):
+        if not (of_factors is None and of_grad_x is None and of_grad_y is None):
             raise RuntimeError(transforms.NO_SECOND_DERIVATIVE)
         if upstream is None:
             return (None,) * 8
         factors, grad_x, grad_y, _ = ctx.saved_tensors
         *scalar_grads, factor = (upstream * factors).unbind()
-        (_, x_dtype), (_, y_dtype), *scalars_like = ctx.like
+        x_dtype, y_dtype = ctx.dtypes
         slots = (None,) * 4
         if not torch.is_grad_enabled() and is_eager(upstream, factors):
             slots = ctx._raw_saved_tensors
@@ -91,7 +97,7 @@ class SigLipFunction(torch.autograd.Function):
         if ctx.grads.scalars:
             grads[2:] = [
                 g if g.shape == shape and g.dtype == dtype else g.reshape(shape).to(dtype)
-                for g, (shape, dtype) in zip(scalar_grads, scalars_like, strict=True)
+                for g, (shape, dtype) in zip(scalar_grads, ctx.scalars_like, strict=True)
             ]
         return (*grads, None, None, None, None)
 
@@ -142,13 +148,14 @@ _PLAIN = functools.reduce(
 )
 
 
-def is_eager(*tensors: Tensor) -> bool:
+def is_eager(*tensors: Tensor | None) -> bool:
     """Whether torch runs what it is told, and neither compiles, traces, batches nor counts it."""
     if torch.compiler.is_compiling():
         return False
     keys = torch._C._dispatch_tls_local_include_set().raw_repr()
     for tensor in tensors:
-        keys |= torch._C._dispatch_keys(tensor).raw_repr()
+        if tensor is not None:
+            keys |= torch._C._dispatch_keys(tensor).raw_repr()
     return keys | _PLAIN == _PLAIN
 
 

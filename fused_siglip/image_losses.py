@@ -11,6 +11,7 @@ from torch import Tensor
 from .function import Outputs, below_autograd, is_eager
 from .kernels import accumulate_dtype
 from .rows import RowData
+from .settled import Inputs
 from .spec import GradMask, LossSpec
 
 
@@ -34,7 +35,7 @@ class ImageLossesFunction(torch.autograd.Function):
         function: Callable[..., Tensor],
         gradients: Callable[..., Outputs],
     ) -> Tensor:  # (M,)
-        inputs = x, y, logit_scale, logit_bias
+        inputs = Inputs(x, y, logit_scale, logit_bias)
         ctx.save_for_backward(*inputs, *rows)
         ctx.spec, ctx.gradients = spec, gradients
         ctx.set_materialize_grads(False)
@@ -51,10 +52,10 @@ class ImageLossesFunction(torch.autograd.Function):
         if upstream is None:
             return (None,) * 8
         saved = ctx.saved_tensors  # once: a checkpoint computes them again for every look
-        inputs, rows = saved[:4], RowData(*saved[4:])
+        inputs, rows = Inputs(*saved[:4]), RowData(*saved[4:])
         x_needed, y_needed, *scalars_needed = ctx.needs_input_grad[:4]
         spec = ctx.spec.with_grads(GradMask(x_needed, y_needed, any(scalars_needed)))
-        acc = accumulate_dtype(spec.dtype or inputs[0].dtype)
+        acc = accumulate_dtype(spec.dtype or inputs.x.dtype)
         weights = upstream.to(acc)
         if rows.image_weights is not None:
             weights = weights * rows.image_weights.to(acc)

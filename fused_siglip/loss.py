@@ -9,9 +9,10 @@ from torch import Tensor
 from . import scalars, validation
 from .distributed import agreement
 from .negatives import Negatives, choice_of
-from .operator import Inputs, call_operator
+from .operator import call_operator
 from .positives import Positives, choice_of_positives
 from .rows import RowData
+from .settled import Inputs
 from .spec import NO_GRADS, LossSpec
 
 
@@ -145,7 +146,7 @@ def siglip_loss(  # noqa: PLR0913, the package's one call
         image_ids, text_ids = image_ids.long(), text_ids.long()
         if negative_only:
             image_ids, text_ids = _never_equal(image_ids, text_ids)
-    rows = RowData(image_ids, text_ids, *(_detached(w) for w in (image_weights, text_weights)))
+    rows = RowData(image_ids, text_ids, _detached(image_weights), _detached(text_weights))
     spec = LossSpec(
         grads=NO_GRADS,  # operator.py fills in what requires grad
         negative_only=negative_only,

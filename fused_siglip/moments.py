@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from .distributed.exchange import Local, Texts, open_exchange
-from .kernels import Affine, accumulate_dtype
+from .kernels import accumulate_dtype
 from .rows import RowData
-from .settled import settle
+from .settled import Inputs, settle
 from .spec import LossSpec
 
 _ROWS_AT_ONCE = 1024  # features that are converted at one time
@@ -44,15 +44,9 @@ class Moments(NamedTuple):
     squares: Tensor
 
 
-def logit_moments(
-    x: Tensor,  # (M, D)
-    y: Tensor,  # (N, D)
-    affine: Affine,  # () or (1,), of any floating dtype
-    rows: RowData,
-    spec: LossSpec,
-) -> Tensor:  # (4,)
+def logit_moments(inputs: Inputs, rows: RowData, spec: LossSpec) -> Tensor:  # (4,)
     """See :func:`fused_siglip.logit_statistics`."""
-    x, y, affine, run = settle(x, y, affine, spec)
+    x, y, affine, run = settle(inputs, spec)
     scale, bias = affine
     acc = scale.dtype
     exchange = open_exchange(x, y, affine, rows, spec, run)

@@ -14,26 +14,17 @@ from . import transforms
 from .compute import image_losses, loss_and_grads
 from .function import Outputs, SigLipFunction, below_autograd, is_eager
 from .image_losses import ImageLossesFunction
-from .kernels import Affine, accumulate_dtype
+from .kernels import accumulate_dtype
 from .rows import RowData
+from .settled import Inputs
 from .spec import SCHEMA, GradMask, LossSpec
 
 # Operators come in pairs that compute the same. The second exchanges tensors with other ranks, a
-# side effect: it is not removed where nobody uses its value. They take the inputs as the caller has
-# them. Of the outputs of compute.loss_and_grads a gradient that is not needed has no elements.
+# side effect: it is not removed where nobody uses its value.
 _ARGUMENTS = (
     "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, "
     f"Tensor? text_ids, Tensor? image_weights, Tensor? text_weights, {SCHEMA})"
 )
-
-
-class Inputs(NamedTuple):
-    """What is differentiated, as the caller has it."""
-
-    x: Tensor  # (M, D)
-    y: Tensor  # (N, D)
-    logit_scale: Tensor  # () or (1,)
-    logit_bias: Tensor  # likewise
 
 
 def _bundled(*flat: Any, **named: Any) -> tuple[Inputs, RowData, LossSpec]:
@@ -57,17 +48,6 @@ class _Operator(NamedTuple):
     differentiable: Callable[[Callable[..., Any], Inputs, RowData, LossSpec], Any]
 
 
-def _compute(inputs: Inputs, rows: RowData, spec: LossSpec) -> Outputs:
-    x, y, logit_scale, logit_bias = inputs
-    affine = Affine(logit_scale, logit_bias)
-    loss, factors, grad_x, grad_y = loss_and_grads(x, y, affine, rows, spec)
-    if grad_x is None:
-        grad_x = loss.new_empty(0)
-    if grad_y is None:
-        grad_y = loss.new_empty(0)
-    return loss, factors, grad_x, grad_y
-
-
 def _fake(inputs: Inputs, rows: RowData, spec: LossSpec) -> Outputs:
     x, y, *_ = inputs
     acc = accumulate_dtype(spec.dtype or x.dtype)
@@ -86,19 +66,18 @@ def _differentiable(
     transforms.register_flops()
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
         return below_autograd(function, inputs, rows, spec)
-    image, text, scale, bias = (t.requires_grad for t in inputs)
+    x, y, scale, bias = inputs
     asked = spec.grads  # by an inner torch.func transform
-    grads = GradMask(image or asked.image, text or asked.text, scale or bias or asked.scalars)
+    grads = GradMask(
+        x.requires_grad or asked.image,
+        y.requires_grad or asked.text,
+        scale.requires_grad or bias.requires_grad or asked.scalars,
+    )
     with enable_single_level_autograd_function():
         # without what Function adds for torch.func, which is dealt with by now
         return super(torch.autograd.Function, SigLipFunction).apply(
             *inputs, rows.image_weights, rows, spec.with_grads(grads), function
         )
-
-
-def _compute_losses(inputs: Inputs, rows: RowData, spec: LossSpec) -> Tensor:  # (M,)
-    x, y, logit_scale, logit_bias = inputs
-    return image_losses(x, y, Affine(logit_scale, logit_bias), rows, spec)
 
 
 def _fake_losses(inputs: Inputs, rows: RowData, spec: LossSpec) -> Tensor:  # (M,)
@@ -119,23 +98,23 @@ def _differentiable_losses(
         )
 
 
-def _call_gradients(inputs: tuple[Tensor, ...], rows: RowData, spec: LossSpec) -> Outputs:
-    return call_operator("loss_and_grads", Inputs(*inputs), rows, spec)
+def _call_gradients(inputs: Inputs, rows: RowData, spec: LossSpec) -> Outputs:
+    return call_operator("loss_and_grads", inputs, rows, spec)
 
 
 _OPERATORS = {
     "loss_and_grads": _Operator(
         "(Tensor loss, Tensor factors, Tensor grad_x, Tensor grad_y)",
-        _compute, _fake, _differentiable,
+        loss_and_grads, _fake, _differentiable,
     ),
-    "image_losses": _Operator("Tensor", _compute_losses, _fake_losses, _differentiable_losses),
+    "image_losses": _Operator("Tensor", image_losses, _fake_losses, _differentiable_losses),
 }  # fmt: skip
 
 
 def call_operator(name: str, inputs: Inputs, rows: RowData, spec: LossSpec) -> Any:
     """The operator's outputs. Where torch would go straight to its two kernels, they are called
     here: its way there takes longer than a small batch."""
-    if is_eager(*inputs, *(t for t in rows if t is not None)):
+    if is_eager(*inputs, *rows):
         operator = _OPERATORS[name]
         return operator.differentiable(operator.compute, inputs, rows, spec)
     name = name if spec.group_name is None else f"global_{name}"

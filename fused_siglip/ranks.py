@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from .distributed.exchange import TextExchange, TextResult, Texts, open_exchange
-from .kernels import Affine, RowValues, accumulate_dtype
+from .kernels import RowValues, accumulate_dtype
 from .kernels.float_keys import FORMATS, exact_keys, exact_values
 from .rows import RowData
 from .score_sweep import ScoreSweep, new_best, restore_infinity
-from .settled import settle
+from .settled import Inputs, settle
 from .spec import Execution, LossSpec
 
 
@@ -22,7 +22,7 @@ def ranks_of_positives(
 ) -> tuple[Tensor, Tensor]:  # (M,), (N,) int64
     """See :func:`fused_siglip.retrieval_ranks`."""
     one = torch.ones((), device=x.device)
-    x, y, affine, run = settle(x, y, Affine(one, one), spec)
+    x, y, affine, run = settle(Inputs(x, y, one, one), spec)
     ids, acc = rows.ids, affine.scale.dtype
     exchange = open_exchange(x, y, affine, rows, spec, run)
     largest = exchange.largest

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from .function import is_eager
-from .kernels import Affine, accumulate_dtype
+from .kernels import accumulate_dtype
 from .moments import logit_moments
 from .ranks import ranks_of_positives
 from .rows import RowData
-from .settled import without_autocast
+from .settled import Inputs, without_autocast
 from .spec import ALL_ALIKE, ALL_NEGATIVES, NO_GRADS, LossSpec
 
 
@@ -66,9 +66,9 @@ def _statistics(
     dtype: torch.dtype,
 ) -> Tensor:  # (4,)
     with torch.no_grad(), without_autocast(x.device.type):
-        affine = Affine(logit_scale, logit_bias)
+        inputs = Inputs(x, y, logit_scale, logit_bias)
         spec = _spec("logit_statistics", group_name, dtype)
-        return logit_moments(x, y, affine, RowData(image_ids, text_ids), spec)
+        return logit_moments(inputs, RowData(image_ids, text_ids), spec)
 
 
 def _fake_statistics(x: Tensor, *rest: Any) -> Tensor:

@@ -12,6 +12,15 @@ from .kernels import Affine, accumulate_dtype, default_backend
 from .spec import Execution, LossSpec
 
 
+class Inputs(NamedTuple):
+    """What is differentiated, as the caller has it."""
+
+    x: Tensor  # (M, D)
+    y: Tensor  # (N, D)
+    logit_scale: Tensor  # () or (1,), of any floating dtype
+    logit_bias: Tensor  # likewise
+
+
 class Settled(NamedTuple):
     """A call with its dtypes settled."""
 
@@ -28,14 +37,15 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
     return contextlib.nullcontext()
 
 
-def settle(x: Tensor, y: Tensor, affine: Affine, spec: LossSpec) -> Settled:
+def settle(inputs: Inputs, spec: LossSpec) -> Settled:
+    x, y, scale, bias = inputs
     dtype = spec.dtype or x.dtype
     acc = accumulate_dtype(dtype)
     run = Execution(spec.backend or default_backend(x.device, dtype), spec.workspace_bytes)
     # every torch call less counts where the batch is small
     x = x if x.dtype == dtype else x.to(dtype)
     y = y if y.dtype == dtype else y.to(dtype)
-    return Settled(x, y, Affine(_scalar(affine.scale, acc), _scalar(affine.bias, acc)), run)
+    return Settled(x, y, Affine(_scalar(scale, acc), _scalar(bias, acc)), run)
 
 
 def _scalar(value: Tensor, dtype: torch.dtype) -> Tensor:  # ()

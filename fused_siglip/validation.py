@@ -87,16 +87,16 @@ def check_features(image_features: Tensor, text_features: Tensor) -> torch.dtype
             f"text_features has D = {text_features.shape[1]} and image_features D = "
             f"{image_features.shape[1]}: expected the same"
         )
-    dtypes = {image_features.dtype, text_features.dtype}
+    dtype, text_dtype = image_features.dtype, text_features.dtype
     device_type = image_features.device.type
-    if torch.is_autocast_enabled(device_type) and torch.float64 not in dtypes:
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in (dtype, text_dtype):
         return torch.get_autocast_dtype(device_type)
-    if len(dtypes) > 1:
+    if dtype != text_dtype:
         raise TypeError(
-            f"text_features has dtype {text_features.dtype} and image_features "
-            f"{image_features.dtype}: expected the same (or autocast, which casts both)"
+            f"text_features has dtype {text_dtype} and image_features {dtype}: expected the same "
+            "(or autocast, which casts both)"
         )
-    return image_features.dtype
+    return dtype
 
 
 def check_scalar(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,13 +21,10 @@ from .torch_products import add_product
 from .torch_scores import TorchScores
 from .torch_selection import TorchSelection
 from .torch_totals import TorchTotals, numbers
-from .torch_weights import SOFTPLUS_THRESHOLD, WeightedStrip
+from .torch_weights import WeightedStrip, softplus
 from .torch_workspace import Workspace, workspace_bytes
 
-# Up to this logit softplus is taken from four pairs at a time: see _grouped_strip. Their product
-# of 1 - sigmoid is at least 0.28, and its logarithm errs little more than its argument.
-GROUPED_LOGIT = -1.0
-_FOLDED = 1 << 16  # pairs from which on that is the faster way
+_GROUPED = 1 << 16  # pairs from which on one logarithm for four of them is the faster way
 
 # On a CPU, the share of pairs that take part below which sparse products are the faster ones.
 # Elsewhere the host would have to wait for their number.
@@ -73,9 +72,7 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
         image_losses: Tensor | None = None,  # (m,)
     ) -> Tensor | None:  # (m, n)
         m, step = x.shape[0], self.strip_rows
-        plain = pairs.ids is None and selection is None
-        # similarities (or logits already), which become logits and dlogits in place
-        values, are_logits = self._product(x, y, affine, plain)
+        values = self._similarities(x, y)  # which become dlogits in place
         stores_half = self.store_dlogits and x.dtype != self.acc
         dlogits = self._view("dlogits", *values.shape) if stores_half else values
         parts, dropped = [], 0  # sums of each strip, and the number of pairs that take no part
@@ -87,7 +84,7 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
             positive = self._positive(s, in_strip)
             if selected is not None:
                 dropped += self._drop(s, positive, selected)
-            z = s if are_logits else self._logits(s, affine, in_strip)
+            z = self._logits(s, affine, in_strip)
             out = None if image_losses is None else image_losses[rows]
             loss = self._loss(z, positive, in_strip, selected, out)
             strip_dlogits = z  # its memory holds them now
@@ -106,21 +103,6 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
             return dlogits.to_sparse() if share < _SPARSE_SHARE else dlogits
         return dlogits
 
-    def _product(
-        self, x: Tensor, y: Tensor, affine: Affine, plain: bool
-    ) -> tuple[Tensor, bool]:  # (m, n)
-        """Logits and True, or similarities and False.
-
-        On a CPU scale and bias go into the product; elsewhere the host would wait for them.
-        """
-        scales = self.on_cpu and x.dtype == self.acc
-        scales &= plain and (self.dscale_from_products or not self.scalar_grads)
-        scale = affine.scale.item() if scales else 0.0
-        if not scale:  # with 0 the product would not be looked at, NaN or not
-            return self._similarities(x, y), False
-        values = self._view("s", x.shape[0], y.shape[0])
-        return torch.addmm(affine.bias, x, y.t(), alpha=scale, out=values), True
-
     def _sums(self, loss: Tensor, s: Tensor, dlogits: Tensor) -> list[Tensor]:
         """A strip's sums of the loss and, where they are needed, of dlogits * s and dlogits."""
         if not self.scalar_grads:
@@ -134,7 +116,10 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
     def _add_up(self, parts: list[list[Tensor]], sums: Tensor | None) -> None:
         """The strips' sums, to ``sums`` or to be asked for."""
         if self.on_cpu:  # the host may look at them
-            self.totals = [sum(total.item() for total in of_strips) for of_strips in zip(*parts)]  # noqa: B905
+            totals = [total.item() for total in parts[0]]
+            for of_strip in parts[1:]:
+                totals = [a + b.item() for a, b in zip(totals, of_strip, strict=True)]
+            self.totals = totals
             if self.scalar_grads and self.dscale_from_products:
                 self.totals.insert(1, 0.0)
             if sums is not None:
@@ -151,7 +136,8 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
         return numbers(self.totals, self.acc)[:, None]
 
     def _logits(self, s: Tensor, affine: Affine, pairs: Pairs) -> Tensor:  # (m, n)
-        z = self._view("z", *s.shape) if self.scalar_grads else s
+        needs_s = self.scalar_grads and not self.dscale_from_products
+        z = self._view("z", *s.shape) if needs_s else s
         if self.on_cpu and (pairs.ids is None or pairs.weights is not None):
             return torch.add(affine.bias, s, alpha=affine.scale.item(), out=z)
         torch.mul(s, affine.scale, out=z)
@@ -159,14 +145,19 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
         return z
 
     def _strip(self, z: Tensor, positive: Tensor | int | None, drops: bool) -> Tensor:  # ()
-        """The loss of some rows, in full: their logits become u, then sigmoid(u), then dlogits."""
+        """The loss of some rows. Their logits become u, then sigmoid(u), then dlogits."""
         self._negate_positives(z, positive)
+        u = z
         if drops:  # loss 0, gradient 0
-            torch.where(self._view("dropped", *z.shape), z.new_full((), -torch.inf), z, out=z)
-        terms = self._view("terms", *z.shape)
-        loss = torch.ops.aten.softplus.out(z, 1.0, SOFTPLUS_THRESHOLD, out=terms).sum()
-        if self.store_dlogits or self.scalar_grads:
-            self._negate_positives(z.sigmoid_(), positive)
+            torch.where(self._view("dropped", *u.shape), u.new_full((), -torch.inf), u, out=u)
+        derives = self.store_dlogits or self.scalar_grads
+        loss = self._grouped(u, derives) if self._can_group(u) else None
+        if loss is None:
+            loss = softplus(u, self._view("terms", *u.shape)).sum()
+            if derives:
+                u.sigmoid_()
+        if derives:
+            self._negate_positives(u, positive)
         return loss
 
     def _loss(
@@ -179,8 +170,6 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
     ) -> Tensor:  # ()
         """The loss of some rows, by the shortest way that is right."""
         if pairs.weights is None:
-            if pairs.ids is None and selection is None and self._can_group(z):
-                return self._grouped_strip(z, pairs.diagonal)
             return self._strip(z, positive, selection is not None)
         dropped = None if selection is None else self._view("dropped", *z.shape)
         needs = self.losses, self.store_dlogits or self.scalar_grads
@@ -193,27 +182,24 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
             image_losses += losses
         return losses.sum()
 
-    def _can_group(self, z: Tensor) -> bool:
-        """Whether all logits are so low, and so many, that the shorter way is right and faster."""
-        if not self.on_cpu or z.numel() < _FOLDED or z.numel() % 4:
-            return False
-        return z.amax().item() <= GROUPED_LOGIT  # which NaN is not
+    def _can_group(self, u: Tensor) -> bool:
+        return self.on_cpu and u.numel() >= _GROUPED and u.numel() % 4 == 0
 
-    def _grouped_strip(self, z: Tensor, diagonal: int | None) -> Tensor:  # ()
-        """What _strip does, with one logarithm for four pairs: no sigmoid is near 1.
+    def _grouped(self, u: Tensor, derives: bool) -> Tensor | None:  # ()
+        """The sum of softplus(u), with one logarithm for four pairs; u becomes sigmoid(u).
 
-        softplus(z) = -log(1 - sigmoid(z)), and (1 - a) (1 - b) = 1 - (b + a (1 - b)), where nothing
-        cancels. All pairs are taken for negatives first; a positive's loss is less by
-        z, its dlogits by 1.
+        softplus(u) = log(1 + e^u), and (1 + a) (1 + b) - 1 = a + b + ab, where nothing cancels.
+        None, and u as it is, where such a product does not fit the dtype, or something is NaN.
         """
-        positives = None if diagonal is None else z.diagonal(diagonal)
-        loss = 0.0 if positives is None else -positives.sum()
-        sigmoid, one = z.sigmoid_().view(2, 2, -1), z.new_ones(())
-        terms = self._view("terms", 2, sigmoid.shape[2])
-        a, b = torch.lerp(sigmoid[1], one, sigmoid[0], out=terms)
-        loss = loss - torch.lerp(b, one, a, out=a).neg_().log1p_().sum()
-        if positives is not None:
-            positives.sub_(1)
+        exp = torch.exp(u, out=self._view("terms", *u.shape))
+        a, b = exp.view(2, 2, -1)
+        groups = torch.addcmul(a, a, b, out=self._view("groups", *a.shape)).add_(b)
+        a, b = groups
+        loss = a.add_(b.addcmul_(a, b)).log1p_().sum()
+        if not math.isfinite(loss.item()):
+            return None
+        if derives:
+            torch.div(exp, torch.add(exp, 1, out=u), out=u)
         return loss
 
     def add_product(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .pair_weights import PairWeights, PositiveShares
@@ -14,6 +15,10 @@ SOFTPLUS_THRESHOLD = 40.0
 
 # Up to this logit log1p(exp(z)) is exact too, and half the work of torch's softplus on a CPU.
 _MODERATE_LOGIT = 40.0
+
+
+def softplus(u: Tensor, out: Tensor) -> Tensor:
+    return F.softplus(u, 1.0, SOFTPLUS_THRESHOLD, out=out)  # type: ignore[call-arg]
 
 
 class WeightedStrip:
@@ -147,7 +152,7 @@ def _losses(
     if z.is_cpu and z.numel() > 0 and z.amax().item() <= _MODERATE_LOGIT:  # which NaN is not
         torch.exp(z, out=out).log1p_()
     else:
-        torch.ops.aten.softplus.out(z, 1.0, SOFTPLUS_THRESHOLD, out=out)
+        softplus(z, out)
     if alpha is not None:
         out.mul_(alpha)
     return out if beta is None else out.addcmul_(z, beta, value=-1)

@@ -13,9 +13,9 @@ from .interface import PanelSpec, accumulate_dtype
 _STRIP = 1 << 18
 
 
-@functools.cache
-def _buffers(spec: PanelSpec) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
-    """The dtypes of the buffers for a whole panel, and for a strip."""
+@functools.lru_cache(maxsize=512)  # steps of a training ask for the same again
+def _layout(spec: PanelSpec) -> tuple[int, dict[str, tuple[int, torch.dtype]]]:
+    """The rows of a strip, and the rows and dtype of every buffer. All have the panel's columns."""
     acc = accumulate_dtype(spec.dtype)
     whole = {"s": acc}  # which becomes dlogits where the dtypes agree
     if spec.store_dlogits and spec.dtype != acc:
@@ -27,23 +27,18 @@ def _buffers(spec: PanelSpec) -> tuple[dict[str, torch.dtype], dict[str, torch.d
         strip |= {"bits": torch.int32, "dropped": torch.bool}
     if spec.weighted:
         strip |= {"alpha": acc, "beta": acc}
-    return whole, strip
-
-
-def _strip_rows(rows: int, cols: int) -> int:
-    """Rows of a panel that are taken at one time: few strips, or what fits a core's cache."""
-    return min(rows, max(_STRIP // max(cols, 1), -(-rows // 16), 1))
-
-
-def _kind(spec: PanelSpec) -> PanelSpec:
-    """A spec without sizes."""
-    return spec._replace(rows=0, cols=0, wide=False, losses=True)
+    # few strips, or what fits a core's cache
+    strip_rows = min(spec.rows, max(_STRIP // max(spec.cols, 1), -(-spec.rows // 16), 1))
+    buffers = {name: (spec.rows, dtype) for name, dtype in whole.items()}
+    buffers |= {name: (strip_rows, dtype) for name, dtype in strip.items()}
+    buffers["groups"] = (-(-strip_rows // 2), acc)
+    return strip_rows, buffers
 
 
 def workspace_bytes(spec: PanelSpec) -> int:
     """Bytes of all buffers."""
-    whole, strip = (sum(d.itemsize for d in buffers.values()) for buffers in _buffers(_kind(spec)))
-    return spec.cols * (spec.rows * whole + _strip_rows(spec.rows, spec.cols) * strip)
+    _, buffers = _layout(spec)
+    return spec.cols * sum(rows * dtype.itemsize for rows, dtype in buffers.values())
 
 
 class Workspace:
@@ -51,20 +46,15 @@ class Workspace:
 
     def __init__(self, spec: PanelSpec, device: torch.device):
         self.shape, self.device = (spec.rows, spec.cols), device
-        self.strip_rows = _strip_rows(*self.shape)
-        self.whole, self.strip = _buffers(_kind(spec))
+        self.strip_rows, self.layout = _layout(spec)
         self.buffers: dict[str, Tensor] = {}
 
     def view(self, name: str, m: int, n: int) -> Tensor:  # (m, n)
         """A buffer for m x n pairs. Panels at the edge are smaller, and contiguous too."""
         buffer = self.buffers.get(name)
         if buffer is None:
-            rows, cols = self.shape
-            if name in self.strip:
-                rows, dtype = self.strip_rows, self.strip[name]
-            else:
-                dtype = self.whole[name]
-            buffer = torch.empty(rows, cols, dtype=dtype, device=self.device)
+            rows, dtype = self.layout[name]
+            buffer = torch.empty(rows, self.shape[1], dtype=dtype, device=self.device)
             self.buffers[name] = buffer
         if buffer.shape == (m, n):
             return buffer

@@ -62,8 +62,7 @@ class TextResult(NamedTuple):
     op: str = "SUM"  # or "MAX": what the ranks' parts become
 
     def empty(self, rows: int, device: torch.device) -> Tensor:
-        # not new_empty, which takes twice as long
-        return torch.empty((rows, *self.shape), dtype=self.dtype, device=device)
+        return torch.empty(rows, *self.shape, dtype=self.dtype, device=device)
 
 
 class Largest(NamedTuple):
@@ -78,10 +77,14 @@ class TextExchange(Protocol):
     """Brings all texts of the global batch to this rank's images."""
 
     first_image: int  # index of this rank's first image in the global batch
-    largest: Largest  # over the ranks
     images_at_once: int | None  # how many images search thresholds together; None: all of them
     text_grad: bool  # whether any rank needs the gradient of its texts
     all_ones: bool  # whether no rank's weights say anything
+
+    @property
+    def largest(self) -> Largest:
+        """Over the ranks."""
+        ...
 
     def for_each(
         self,
@@ -121,7 +124,7 @@ class Local:
 
     def __init__(self, x: Tensor, y: Tensor, rows: RowData, spec: LossSpec):
         self.images, self.y, self.ids = x.shape[0], y, rows.ids
-        self.largest = Largest(x.shape[0], y.shape[0], spec.workspace_bytes)
+        self.workspace_bytes = spec.workspace_bytes
         self.text_grad, self.all_ones = spec.grads.text, all_ones(rows)
         self._divisor: float | Tensor | None = None
 
@@ -137,6 +140,10 @@ class Local:
         ids = None if self.ids is None else self.ids.texts
         visit(Texts(y, ids, 0, 0, 0, extras), out)
         return out
+
+    @property
+    def largest(self) -> Largest:
+        return Largest(self.images, self.y.shape[0], self.workspace_bytes)
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
         pass

@@ -1,28 +1,30 @@
-"""The torch backend on a CPU: strips, low logits four at a time, sums from products."""
+"""The torch backend on a CPU: strips, four pairs at a time, sums from products."""
 
 import pytest
 import torch
 
 from fused_siglip import siglip_loss
 from fused_siglip.kernels import Affine, Pairs, PanelSpec
-from fused_siglip.kernels.torch_panel import GROUPED_LOGIT, TorchPanel
+from fused_siglip.kernels.torch_panel import TorchPanel
 from fused_siglip.spec import Execution
 from fused_siglip.sweep import GradBuffers, sweep
+from fused_siglip.testing import eager_siglip_loss
 from support.inputs import loss_and_grads, make_inputs
 from support.tolerances import error_ratios
 
 
 @pytest.fixture
 def grouped_strips(monkeypatch):
-    """How many strips took the short path."""
+    """Of every strip whose pairs were taken four at a time, whether that had a result."""
     seen = []
-    grouped_strip = TorchPanel._grouped_strip
+    grouped = TorchPanel._grouped
 
-    def spy(self, z, diagonal):
-        seen.append(z.shape)
-        return grouped_strip(self, z, diagonal)
+    def spy(self, *args):
+        loss = grouped(self, *args)
+        seen.append(loss is not None)
+        return loss
 
-    monkeypatch.setattr(TorchPanel, "_grouped_strip", spy)
+    monkeypatch.setattr(TorchPanel, "_grouped", spy)
     return seen
 
 
@@ -30,30 +32,51 @@ def grouped_strips(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("d", [8, 1100], ids=["N > D", "N < D"])
 @pytest.mark.parametrize(
-    "t,b,saturated", [(10, -11.1, 3), (100, -101.1, 3), (10, -10, None), (100, -10, 0)]
+    "t,b,fit",
+    [
+        (10, -11.1, {True}),
+        (10, -10, {True}),
+        (100, -101.1, None),
+        (100, -10, None),
+        (100, 150, {False}),
+    ],
 )
-def test_within_the_rounding_bound(grouped_strips, t, b, saturated, d, dtype):
-    """1044 pairs square: strips of 251 rows. Logits up to the limit, from both sides."""
+def test_within_the_rounding_bound(grouped_strips, t, b, fit, d, dtype):
+    """1044 pairs square: strips of 251 rows. e^(4 * 50) does not fit float32."""
     inputs = make_inputs(1044, 1044, d, dtype, t=t, b=b)
     actual = loss_and_grads(siglip_loss, inputs)
     found = error_ratios(actual, inputs, g_dtype=torch.promote_types(dtype, torch.float32))
     assert max(found.values()) <= 1, found
-    assert saturated is None or (
-        len(grouped_strips) >= saturated if saturated else not grouped_strips
-    )
+    assert len(grouped_strips) >= 3
+    assert fit is None or dtype == torch.float64 or set(grouped_strips) == fit
 
 
 @pytest.mark.parametrize("negative_only", [False, True])
 @pytest.mark.parametrize("d", [1, 8])
-def test_equal_terms_are_the_worst_of_sums(grouped_strips, d, negative_only):
-    """All pairs alike, at the limit: every rounding goes the same way."""
+@pytest.mark.parametrize("b", [-11.371, -2.371, -1.371, 18.629])
+def test_equal_terms_are_the_worst_of_sums(grouped_strips, b, d, negative_only):
+    """All pairs alike, up to where four of them just fit: every rounding goes the same way."""
     x = torch.full((1000, d), d**-0.5)
-    inputs = make_inputs(1000, 1000, d, t=1.37, b=GROUPED_LOGIT - 1.371)
+    inputs = make_inputs(1000, 1000, d, t=1.37, b=b)
     inputs.image_features, inputs.text_features = (x.clone().requires_grad_() for _ in range(2))
     actual = loss_and_grads(siglip_loss, inputs, negative_only=negative_only)
     found = error_ratios(actual, inputs, negative_only=negative_only)
     assert max(found.values()) <= 1, found
-    assert grouped_strips
+    assert all(grouped_strips) and grouped_strips
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_passes_through_as_in_torch(grouped_strips, value):
+    inputs = make_inputs(600, 600, 8)
+    with torch.no_grad():
+        inputs.image_features[3, 2] = value
+    actual = loss_and_grads(siglip_loss, inputs)
+    expected = loss_and_grads(eager_siglip_loss, inputs)
+    assert False in grouped_strips
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+        finite = theirs.isfinite()
+        torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("frozen", ["none", "images", "texts"])

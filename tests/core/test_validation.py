@@ -69,7 +69,7 @@ BAD_CALLS = [
     ("group of another name", {"group": "all"}, TypeError, "group is 'all': expected None, 'world' or a torch.distributed.ProcessGroup"),
     ("group this rank is not in", {"group": dist.GroupMember.NON_GROUP_MEMBER}, TypeError, "group is a int: expected a torch.distributed.ProcessGroup this rank is in"),
     ("dist_impl in a list", {"dist_impl": ["ring"]}, TypeError, "dist_impl is a list: expected None, 'ring' or 'gather'"),
-    ("workspace below one tile", {"workspace_bytes": 100, "backend": "torch"}, ValueError, "workspace_bytes=100 cannot hold one 4 x 4 tile of the torch backend: expected at least 144"),
+    ("workspace below one tile", {"workspace_bytes": 100, "backend": "torch"}, ValueError, "workspace_bytes=100 cannot hold one 4 x 4 tile of the torch backend: expected at least 176"),
     ("float64 on triton", {"image_features": X.double(), "text_features": X.double(), "backend": "triton"}, ValueError, "backend='triton' cannot run here:"),
 ]  # fmt: skip
 
