@@ -150,14 +150,11 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
         u = z
         if drops:  # loss 0, gradient 0
             torch.where(self._view("dropped", *u.shape), u.new_full((), -torch.inf), u, out=u)
-        derives = self.store_dlogits or self.scalar_grads
-        loss = self._grouped(u, derives) if self._can_group(u) else None
+        loss = self._grouped(u)
         if loss is None:
             loss = softplus(u, self._view("terms", *u.shape)).sum()
-            if derives:
-                u.sigmoid_()
-        if derives:
-            self._negate_positives(u, positive)
+        if self.store_dlogits or self.scalar_grads:
+            self._negate_positives(u.sigmoid_(), positive)
         return loss
 
     def _loss(
@@ -182,25 +179,20 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
             image_losses += losses
         return losses.sum()
 
-    def _can_group(self, u: Tensor) -> bool:
-        return self.on_cpu and u.numel() >= _GROUPED and u.numel() % 4 == 0
-
-    def _grouped(self, u: Tensor, derives: bool) -> Tensor | None:  # ()
-        """The sum of softplus(u), with one logarithm for four pairs; u becomes sigmoid(u).
+    def _grouped(self, u: Tensor) -> Tensor | None:  # ()
+        """The sum of softplus(u) with one logarithm for four pairs, where that is right and faster.
 
         softplus(u) = log(1 + e^u), and (1 + a) (1 + b) - 1 = a + b + ab, where nothing cancels.
-        None, and u as it is, where such a product does not fit the dtype, or something is NaN.
+        None where such a product does not fit the dtype, or something is NaN.
         """
+        if not self.on_cpu or u.numel() < _GROUPED or u.numel() % 4:
+            return None
         exp = torch.exp(u, out=self._view("terms", *u.shape))
         a, b = exp.view(2, 2, -1)
         groups = torch.addcmul(a, a, b, out=self._view("groups", *a.shape)).add_(b)
         a, b = groups
         loss = a.add_(b.addcmul_(a, b)).log1p_().sum()
-        if not math.isfinite(loss.item()):
-            return None
-        if derives:
-            torch.div(exp, torch.add(exp, 1, out=u), out=u)
-        return loss
+        return loss if math.isfinite(loss.item()) else None
 
     def add_product(
         self,

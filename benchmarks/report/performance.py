@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from examples.emoji.data import LANGUAGES
 
-from ..common.markdown import table
+from ..common.markdown import number, table
 from ..common.results import Results, main_shape, select
 from .tables import accuracy_table, cost_table, savings
 
@@ -34,11 +34,39 @@ def cpu_section(found: Results | None, plot: str) -> str:
             f"![x GEMM floor against the batch size]({plot})",
             cost_table(cost),
             savings(rows),
+            *_late(cost),
+            *_breakdown(rows),
             "The next table has the gradients' error against float64 (root mean square, relative; "
             "the worse of both towers):",
             accuracy_table(rows),
         ])
     )  # fmt: skip
+
+
+def _late(cost: list[dict]) -> list[str]:
+    """Times at the largest t, where there are others."""
+    late = max(row["logit_scale"] for row in cost)
+    if late == cost[0]["logit_scale"]:
+        return []
+    return [
+        f"Late in training, at t = {late:g}:",
+        cost_table(select(cost, logit_scale=late), columns=("x floor", "ms")),
+    ]
+
+
+def _breakdown(rows: list[dict]) -> list[str]:
+    """What a step takes beside the floor, by the profiler."""
+    chosen = select(rows, kind="breakdown")
+    if not chosen:
+        return []
+    fields = ("ratio_to_floor", "products", "passes", "host")
+    lines = [[str(row["batch_size"]), *(number(row[field]) for field in fields)] for row in chosen]
+    return [
+        "The next table says where a step's time goes, in shares of the floor. The passes are all "
+        "that torch's operators do to pairs and features beside the products. The host's share is "
+        "what is left: Python, torch's dispatch and autograd.",
+        table(["B", "x floor", "products", "passes", "host"], lines, left=0),
+    ]
 
 
 def demo_section(found: Results | None) -> str:

@@ -7,13 +7,15 @@ README.md here says how each number is measured.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from ..common.baselines import BASELINES, default_fused, obstacles
 from ..common.markdown import aligned, number
@@ -25,10 +27,10 @@ from ..common.reference import (
     sampled_reference,
 )
 from ..common.results import MIB, environment, write_results
-from ..common.timing import measure, obstacle
+from ..common.timing import beside_floor, floors, measure, obstacle
 from ..common.workloads import Case, make_inputs
 
-PARTS = ("time", "memory", "accuracy")
+PARTS = ("time", "memory", "breakdown", "accuracy")
 SCALES = (10.0, 100.0)  # t at the start of training, and where it ends up
 BIAS = -10.0
 
@@ -43,14 +45,17 @@ class Plan:
     accuracy_sizes: Sequence[int]
     accuracy_dtypes: Sequence[str]
     dims: Sequence[int] = (768,)
-    repeats: int = 5
+    late_sizes: Sequence[int] = ()  # time at the t of late training
+    repeats: int = 8  # calls of each function, at least
+    rows: int = 1 << 16  # in all calls of a function, at least: a small batch has more of them
     left_out: Sequence[str] = ()  # baselines
 
 
 PLANS = {
     "cpu": Plan(
-        batch_sizes=(1024, 4096, 8192),
+        batch_sizes=(512, 1024, 2048, 4096, 8192),
         dtypes=("float32",),
+        late_sizes=(1024, 4096),
         memory_sizes=(32768,),
         accuracy_sizes=(1024, 2048),
         accuracy_dtypes=("float32", "bfloat16"),
@@ -67,10 +72,12 @@ PLANS = {
 }
 QUICK = {
     "batch_sizes": (256,),
+    "late_sizes": (256,),
     "memory_sizes": (512,),
     "accuracy_sizes": (128,),
     "dims": (64,),
     "repeats": 2,
+    "rows": 0,
     "left_out": ("compiled",),  # it takes longer to compile than all the rest to run
 }
 
@@ -117,10 +124,44 @@ def _accuracy_row(
     }
 
 
+def breakdown(case: Case, calls: int) -> dict:
+    """A step on a CPU in shares of the floor: its products, torch's other operators, and the rest.
+
+    The profiler says how long operators take. The rest is the host's: Python, torch's dispatch and
+    autograd. Every share is of the floor in the same rounds.
+    """
+    inputs = case.inputs()
+    step = case.step(inputs)
+    whole = beside_floor({"step": step}, inputs, calls)["step"]["ratio_to_floor"]
+    (m, d), n = inputs.x.shape, len(inputs.y)
+    floor = floors(m, n, d, inputs.x.dtype, case.device)[3]
+    floor_seconds = 0.0
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(calls):
+            start = time.perf_counter()
+            floor()
+            floor_seconds += time.perf_counter() - start
+            step()
+    own = {event.key: 1e-6 * event.self_cpu_time_total for event in profiler.key_averages()}
+    in_products = sum(own.get(name, 0.0) for name in ("aten::mm", "aten::addmm"))
+    in_operators = sum(seconds for name, seconds in own.items() if name.startswith("aten::"))
+    products = in_products / floor_seconds - 1  # without the floor's own
+    passes = (in_operators - in_products) / floor_seconds
+    return {
+        "kind": "breakdown",
+        **asdict(case),
+        "calls": calls,
+        "ratio_to_floor": whole,
+        "products": products,
+        "passes": passes,
+        "host": whole - products - passes,
+    }
+
+
 def heading(row: dict) -> str:
-    text = f"B = {row['batch_size']}, D = {row['dim']}, {row['dtype']}"
+    text = f"B = {row['batch_size']}, D = {row['dim']}, {row['dtype']}, t = {row['logit_scale']:g}"
     if row["kind"] == "accuracy":
-        text += f", t = {row['logit_scale']:g}, b = {row['logit_bias']:g}: error against float64"
+        text += f", b = {row['logit_bias']:g}: error against float64"
     return text
 
 
@@ -144,6 +185,12 @@ def cost_table(rows: list[dict], fused: str) -> str:
     return "\n".join([aligned(header, lines), *left_out])
 
 
+def breakdown_table(rows: list[dict]) -> str:
+    fields = ("ratio_to_floor", "products", "passes", "host")
+    lines = [[str(r["batch_size"]), *(number(r[field]) for field in fields)] for r in rows]
+    return aligned(["B", "x floor", "products", "passes", "host"], lines)
+
+
 def accuracy_table(rows: list[dict]) -> str:
     feature_grads = product(("image_grad", "text_grad"), ("max", "rms"))
     columns = [("loss", "max"), *feature_grads, ("scale_grad", "max"), ("bias_grad", "max")]
@@ -151,45 +198,73 @@ def accuracy_table(rows: list[dict]) -> str:
     return aligned(["", "loss", "dX max", "dX rms", "dY max", "dY rms", "dt", "db"], lines)
 
 
-def run(plan: Plan, device: str, parts: Sequence[str]) -> list[dict]:
-    """Measure everything in the plan, printing each table when its rows are there."""
-    reasons = {name: reason for name, reason in obstacles(device).items() if reason}
-    reasons |= dict.fromkeys(plan.left_out, "not in a quick run")
-    names = [name for name in BASELINES if name not in reasons]
-    backends = [name for name in names if name.startswith("fused_")]
-    fused = default_fused(device)
-    for name, reason in reasons.items():
-        print(f"left out: {name} ({reason})")
-    rows: list[dict] = []
+class _Run:
+    """The parts of a run: each measures, and prints its tables as they come."""
 
-    def show(table: str, new: list[dict]) -> None:
+    def __init__(self, plan: Plan, device: str):
+        reasons = {name: reason for name, reason in obstacles(device).items() if reason}
+        reasons |= dict.fromkeys(plan.left_out, "not in a quick run")
+        for name, reason in reasons.items():
+            print(f"left out: {name} ({reason})")
+        self.plan, self.device, self.fused = plan, device, default_fused(device)
+        self.names = [name for name in BASELINES if name not in reasons]
+        self.backends = [name for name in self.names if name.startswith("fused_")]
+        self.rows: list[dict] = []
+
+    def _show(self, table: str, new: list[dict]) -> None:
         print(f"\n{heading(new[0])}\n{table}", flush=True)
-        rows.extend(new)
+        self.rows.extend(new)
 
-    time, memory = "time" in parts, "memory" in parts
-    if time or memory:
-        for dim, dtype, size in product(plan.dims, plan.dtypes, plan.batch_sizes):
-            cases = [Case(name, size, dim, dtype, device) for name in names]
-            cases += [
-                Case(name, size, dim, dtype, device, mode)
-                for name in backends
-                for mode in ("frozen", "no_grad")
-            ]
-            new = measure(cases, plan.repeats if time else 0, memory=memory)
-            show(cost_table(new, fused), new)
-    if memory:
-        for dim, dtype, size in product(plan.dims, plan.dtypes, plan.memory_sizes):
-            cases = [Case(name, size, dim, dtype, device) for name in backends]
-            new = measure(cases, 0)
-            show(cost_table(new, fused), new)
-    if "accuracy" in parts:
+    def _shapes(self, sizes: Sequence[int]) -> Iterator[tuple[int, int, str, str]]:
+        """What a Case starts with, after its loss."""
+        for dim, dtype, size in product(self.plan.dims, self.plan.dtypes, sizes):
+            yield size, dim, dtype, self.device
+
+    def _calls(self, size: int) -> int:
+        return max(self.plan.repeats, self.plan.rows // size)
+
+    def costs(self, timed: bool, memory: bool) -> None:
+        for shape in self._shapes(self.plan.batch_sizes):
+            cases = [Case(name, *shape) for name in self.names]
+            modes = product(self.backends, ("frozen", "no_grad"))
+            cases += [Case(name, *shape, mode) for name, mode in modes]
+            new = measure(cases, self._calls(shape[0]) if timed else 0, memory=memory)
+            self._show(cost_table(new, self.fused), new)
+        for shape in self._shapes(self.plan.late_sizes if timed else ()):
+            cases = [Case(name, *shape, logit_scale=SCALES[1]) for name in self.names]
+            new = measure(cases, self._calls(shape[0]), memory=False)
+            self._show(cost_table(new, self.fused), new)
+        for shape in self._shapes(self.plan.memory_sizes if memory else ()):
+            new = measure([Case(name, *shape) for name in self.backends], 0)
+            self._show(cost_table(new, self.fused), new)
+
+    def breakdowns(self) -> None:
+        if torch.device(self.device).type != "cpu":
+            return  # the device run has its own
+        shapes = self._shapes(self.plan.batch_sizes)
+        new = [breakdown(Case(self.fused, *shape), self._calls(shape[0])) for shape in shapes]
+        self._show(breakdown_table(new), new)
+
+    def accuracies(self) -> None:
+        plan = self.plan
         for dim, dtype, size, t in product(
             plan.dims, plan.accuracy_dtypes, plan.accuracy_sizes, SCALES
         ):
-            cases = [Case(name, size, dim, dtype, device) for name in names]
+            cases = [Case(name, size, dim, dtype, self.device) for name in self.names]
             new = accuracy([case for case in cases if obstacle(case) is None], t, BIAS)
-            show(accuracy_table(new), new)
-    return rows
+            self._show(accuracy_table(new), new)
+
+
+def run(plan: Plan, device: str, parts: Sequence[str]) -> list[dict]:
+    """Measure everything in the plan, printing each table when its rows are there."""
+    this = _Run(plan, device)
+    if "time" in parts or "memory" in parts:
+        this.costs("time" in parts, "memory" in parts)
+    if "breakdown" in parts:
+        this.breakdowns()
+    if "accuracy" in parts:
+        this.accuracies()
+    return this.rows
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
@@ -208,15 +283,16 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
     if args.quick:
         plan = replace(plan, **QUICK)
     if args.batch_sizes:
+        sizes = args.batch_sizes
         plan = replace(
-            plan, batch_sizes=args.batch_sizes, memory_sizes=(), accuracy_sizes=args.batch_sizes
+            plan, batch_sizes=sizes, late_sizes=sizes, memory_sizes=(), accuracy_sizes=sizes
         )
     if args.dtypes:
         plan = replace(plan, dtypes=args.dtypes, accuracy_dtypes=args.dtypes)
     if args.dims:
         plan = replace(plan, dims=args.dims)
     if args.repeats:
-        plan = replace(plan, repeats=args.repeats)
+        plan = replace(plan, repeats=args.repeats, rows=0)
     return args, plan
 
 

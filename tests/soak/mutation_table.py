@@ -22,7 +22,7 @@ MUTATIONS = (
     Mutation("positives keep the sign of negatives", "torch", "_negate_positives", "values.diagonal(positive).neg_()", "values.diagonal(positive)"),
     Mutation("positives by id keep the sign", "torch", "_negate_positives", "torch.where(positive, *ANY, out=values)", "values.copy_(values)"),
     Mutation("bias subtracted", "torch", "_add_bias", "z.add_(logit_bias)", "z.sub_(logit_bias)"),
-    Mutation("dlogits of positives not negated", "torch", "TorchPanel._strip", "self._negate_positives(u, positive)", "pass"),
+    Mutation("dlogits of positives not negated", "torch", "TorchPanel._strip", "self._negate_positives(u.sigmoid_(), positive)", "u.sigmoid_()"),
     Mutation("sign of a positive logit", "triton", "epilogue", "tl.where(positive, -u, u)", "u"),
     Mutation("sign of a positive's dlogits", "triton", "epilogue", "tl.where(positive, -dlogits, dlogits)", "dlogits"),
     Mutation("branches of the sigmoid swapped", "triton", "softplus_sigmoid", "tl.where(u >= 0, 1.0, e)", "tl.where(u >= 0, e, 1.0)"),
@@ -52,7 +52,7 @@ MUTATIONS = (
     # precision
     Mutation("gradients accumulated in the features' dtype", "torch", "_Batch.sweep", "torch.empty(*x.shape, dtype=acc, device=x.device)", "torch.empty(*x.shape, dtype=x.dtype, device=x.device)"),
     Mutation("logits rounded to bfloat16", "torch", "TorchPanel._logits", "torch.add(affine.bias, s, alpha=ANY1, out=z)", "torch.add(affine.bias, s, alpha=ANY1, out=z).copy_(z.bfloat16())"),
-    Mutation("four pairs at a time where they do not fit", "torch", "_grouped", "not math.isfinite(loss.item())", "False"),
+    Mutation("four pairs at a time where they do not fit", "torch", "_grouped", "math.isfinite(loss.item())", "True"),
     Mutation("two of four pairs left out", "torch", "_grouped", "a.add_(b.addcmul_(a, b))", "a"),
     Mutation("panel sums added up in bfloat16", "torch", "finish", "partials.tolist()", "partials.bfloat16().tolist()"),
     Mutation("default threshold of softplus", "torch", "", "SOFTPLUS_THRESHOLD = 40.0", "SOFTPLUS_THRESHOLD = 20.0"),

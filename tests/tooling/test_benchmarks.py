@@ -153,14 +153,20 @@ def test_quick_run_writes_its_rows(tmp_path):
     results = json.loads(path.read_text())
     assert results["environment"].keys() == ENVIRONMENT
     kinds = {
-        kind: [r for r in results["rows"] if r["kind"] == kind] for kind in ("cost", "accuracy")
+        kind: [r for r in results["rows"] if r["kind"] == kind]
+        for kind in ("cost", "breakdown", "accuracy")
     }
-    fused = {r["mode"]: r for r in kinds["cost"] if r["loss"] == "fused_torch" and r["seconds"]}
+    costs = [r for r in kinds["cost"] if r["loss"] == "fused_torch" and r["seconds"]]
+    assert [r["mode"] for r in costs if r["logit_scale"] == 100] == ["full"]
+    fused = {r["mode"]: r for r in costs if r["logit_scale"] == 10}
     assert fused.keys() == {"full", "frozen", "no_grad"}
     for row in fused.values():
         assert row["seconds_p10"] <= row["seconds"] <= row["seconds_p90"]
         assert row["ratio_to_floor"] == row["seconds"] / row["floor_seconds"]
         assert row["peak_extra_bytes"] > 0
+    (parts,) = kinds["breakdown"]
+    shares = [parts[name] for name in ("products", "passes", "host")]
+    assert min(shares[:2]) > 0 and sum(shares) == pytest.approx(parts["ratio_to_floor"])
     names = {(r["loss"], r["dtype"]) for r in kinds["accuracy"]}
     assert {
         ("one_rounding", "bfloat16"),
