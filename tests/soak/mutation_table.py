@@ -21,7 +21,7 @@ MUTATIONS = (
     # signs
     Mutation("positives keep the sign of negatives", "torch", "_negate_positives", "values.diagonal(positive).neg_()", "values.diagonal(positive)"),
     Mutation("positives by id keep the sign", "torch", "_negate_positives", "torch.where(positive, *ANY, out=values)", "values.copy_(values)"),
-    Mutation("bias subtracted", "torch", "_add_bias", "z.add_(logit_bias)", "z.sub_(logit_bias)"),
+    Mutation("bias subtracted", "torch", "TorchPanel._logits", "torch.add(affine.bias, s, alpha=ANY1, out=z)", "torch.add(-affine.bias, s, alpha=ANY1, out=z)"),
     Mutation("dlogits of positives not negated", "torch", "TorchPanel._strip", "self._negate_positives(u.sigmoid_(), positive)", "u.sigmoid_()"),
     Mutation("sign of a positive logit", "triton", "epilogue", "tl.where(positive, -u, u)", "u"),
     Mutation("sign of a positive's dlogits", "triton", "epilogue", "tl.where(positive, -dlogits, dlogits)", "dlogits"),
