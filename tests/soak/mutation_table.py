@@ -32,7 +32,7 @@ MUTATIONS = (
     Mutation("id 0 is padding", "torch", "_add_bias", "pairs.ids.images < 0", "pairs.ids.images <= 0"),
     Mutation("padding pairs with padding", "torch", "TorchSimilarities._positive", "torch.where(ANY1, -2, ANY2)", "torch.where(ANY1, -1, ANY2)"),
     Mutation("padded features are not blanked", "torch", "_operand", "copy.masked_fill_(*ANY)", "copy"),
-    Mutation("features at an odd address are not copied", "torch", "aligned", "dense and at_aligned_address(features)", "dense"),
+    Mutation("features at an odd address are not copied", "triton", "aligned", "dense and at_aligned_address(features)", "dense"),
     Mutation("ids compared in 32 bits", "torch", "TorchSimilarities._positive", "torch.eq(ANY1, ANY2, out=ANY3)", "torch.eq((ANY1).int(), (ANY2).int(), out=ANY3)"),
     Mutation("negative_only forgotten with ids", "torch", "_never_equal", "torch.where(text_ids < 0, -1, 1)", "torch.where(text_ids < 0, -1, 0)"),
     Mutation("padded texts take part", "triton", "pair_masks", "text_ids >= 0", "text_ids >= -1"),
