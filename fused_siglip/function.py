@@ -16,7 +16,7 @@ from .rows import RowData
 from .settled import Inputs
 from .spec import LossSpec
 
-# The loss, its factors, and the gradients of the features: see operator.py.
+# The loss, its factors, and the gradients of the features: see loss_and_grads in compute.py.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 _Out = TypeVar("_Out")
 

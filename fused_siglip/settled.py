@@ -13,7 +13,7 @@ from .spec import Execution, LossSpec
 
 
 class Inputs(NamedTuple):
-    """What is differentiated, as the caller has it."""
+    """Features, scale and bias, whose dtypes are not settled yet."""
 
     x: Tensor  # (M, D)
     y: Tensor  # (N, D)
@@ -42,7 +42,7 @@ def settle(inputs: Inputs, spec: LossSpec) -> Settled:
     dtype = spec.dtype or x.dtype
     acc = accumulate_dtype(dtype)
     run = Execution(spec.backend or default_backend(x.device, dtype), spec.workspace_bytes)
-    # every torch call less counts where the batch is small
+    # where the batch is small each torch call saved counts
     x = x if x.dtype == dtype else x.to(dtype)
     y = y if y.dtype == dtype else y.to(dtype)
     return Settled(x, y, Affine(_scalar(scale, acc), _scalar(bias, acc)), run)

@@ -158,7 +158,7 @@ class Panel(Protocol):
 
     @staticmethod
     def workspace_bytes(spec: PanelSpec) -> int:
-        """Bytes that the constructor allocates."""
+        """Bytes that a panel allocates at most."""
         ...
 
     def __init__(self, spec: PanelSpec, device: torch.device): ...

@@ -24,7 +24,7 @@ from .torch_totals import TorchTotals, numbers
 from .torch_weights import WeightedStrip, softplus
 from .torch_workspace import Workspace, workspace_bytes
 
-_GROUPED = 1 << 16  # pairs from which on one logarithm for four of them is the faster way
+GROUPED = 1 << 16  # from this many pairs on, one logarithm for four of them is faster
 
 # On a CPU, the share of pairs that take part below which sparse products are the faster ones.
 # Elsewhere the host would have to wait for their number.
@@ -93,7 +93,7 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
                 torch.mul(strip_dlogits, GRAD_SCALE.get(x.dtype, 1.0), out=dlogits[rows])
             elif m <= step:
                 dlogits = strip_dlogits
-            elif strip_dlogits is not s:
+            elif self.store_dlogits and strip_dlogits is not s:
                 s.copy_(strip_dlogits)
         self._add_up(parts, sums)
         if not self.store_dlogits:
@@ -138,11 +138,14 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
     def _logits(self, s: Tensor, affine: Affine, pairs: Pairs) -> Tensor:  # (m, n)
         needs_s = self.scalar_grads and not self.dscale_from_products
         z = self._view("z", *s.shape) if needs_s else s
-        if self.on_cpu and (pairs.ids is None or pairs.weights is not None):
-            return torch.add(affine.bias, s, alpha=affine.scale.item(), out=z)
-        torch.mul(s, affine.scale, out=z)
-        self._add_bias(z, affine.bias, pairs)
-        return z
+        ids, scale, bias = pairs.ids, affine.scale, affine.bias
+        if ids is None or pairs.weights is not None:  # padding has weight 0
+            if self.on_cpu:
+                return torch.add(bias, s, alpha=scale.item(), out=z)
+            return torch.mul(s, scale, out=z).add_(bias)
+        # -inf (loss 0, gradient 0) in padded rows and columns
+        torch.mul(s, scale, out=z).add_(torch.where(ids.texts < 0, -torch.inf, bias))
+        return z.add_(torch.where(ids.images < 0, -torch.inf, 0.0).to(z.dtype)[:, None])
 
     def _strip(self, z: Tensor, positive: Tensor | int | None, drops: bool) -> Tensor:  # ()
         """The loss of some rows. Their logits become u, then sigmoid(u), then dlogits."""
@@ -165,7 +168,7 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
         selection: RandomMask | ScoreThreshold | None,
         image_losses: Tensor | None,  # (m,), added to
     ) -> Tensor:  # ()
-        """The loss of some rows, by the shortest way that is right."""
+        """The loss of some rows, whose logits become dlogits."""
         if pairs.weights is None:
             return self._strip(z, positive, selection is not None)
         dropped = None if selection is None else self._view("dropped", *z.shape)
@@ -185,7 +188,7 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
         softplus(u) = log(1 + e^u), and (1 + a) (1 + b) - 1 = a + b + ab, where nothing cancels.
         None where such a product does not fit the dtype, or something is NaN.
         """
-        if not self.on_cpu or u.numel() < _GROUPED or u.numel() % 4:
+        if not self.on_cpu or u.numel() < GROUPED or u.numel() % 4:
             return None
         exp = torch.exp(u, out=self._view("terms", *u.shape))
         a, b = exp.view(2, 2, -1)
@@ -204,14 +207,6 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
         transposed: bool,
     ) -> None:
         add_product(out, dlogits.T if transposed else dlogits, rhs, alpha, accumulate)
-
-    def _add_bias(self, z: Tensor, logit_bias: Tensor, pairs: Pairs) -> None:
-        """z += b; -inf (loss 0, gradient 0) in padded rows and columns."""
-        if pairs.ids is None or pairs.weights is not None:  # padding has weight 0
-            z.add_(logit_bias)
-            return
-        z.add_(torch.where(pairs.ids.texts < 0, -torch.inf, logit_bias))
-        z.add_(torch.where(pairs.ids.images < 0, -torch.inf, 0.0).to(z.dtype)[:, None])
 
     def _negate_positives(self, values: Tensor, positive: Tensor | int | None) -> None:
         """Turn the sign of positives: logits become u, sigmoids dlogits."""

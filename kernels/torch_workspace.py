@@ -31,7 +31,8 @@ def _layout(spec: PanelSpec) -> tuple[int, dict[str, tuple[int, torch.dtype]]]:
     strip_rows = min(spec.rows, max(_STRIP // max(spec.cols, 1), -(-spec.rows // 16), 1))
     buffers = {name: (spec.rows, dtype) for name, dtype in whole.items()}
     buffers |= {name: (strip_rows, dtype) for name, dtype in strip.items()}
-    buffers["groups"] = (-(-strip_rows // 2), acc)
+    if not spec.weighted:
+        buffers["groups"] = (-(-strip_rows // 2), acc)
     return strip_rows, buffers
 
 

@@ -150,7 +150,7 @@ def measure(
 ) -> list[dict]:
     """One row a case: its time, the time of the floor in the same rounds, its peak extra memory.
 
-    The cases share batch size, dim, dtype and device. A row is the case's fields and
+    The cases share batch size, dim, dtype, device and t. A row is the case's fields and
 
     - matmul_precision: how float32 products are computed ("highest": exactly; else as tf32)
     - seconds, seconds_p10, p25, p75, p90: median and quantiles of ``repeats`` calls

@@ -7,7 +7,6 @@ README.md here says how each number is measured.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..common.baselines import BASELINES, default_fused, obstacles
 from ..common.markdown import aligned, number
@@ -127,26 +127,28 @@ def _accuracy_row(
 def breakdown(case: Case, calls: int) -> dict:
     """A step on a CPU in shares of the floor: its products, torch's other operators, and the rest.
 
-    The profiler says how long operators take. The rest is the host's: Python, torch's dispatch and
-    autograd. Every share is of the floor in the same rounds.
+    torch's profiler says how long operators take, the floor's in the same rounds. It slows Python
+    down, so that the host's share is what is left of the ratio that was timed without it.
     """
     inputs = case.inputs()
     step = case.step(inputs)
     whole = beside_floor({"step": step}, inputs, calls)["step"]["ratio_to_floor"]
     (m, d), n = inputs.x.shape, len(inputs.y)
     floor = floors(m, n, d, inputs.x.dtype, case.device)[3]
-    floor_seconds = 0.0
+    floor()  # its outputs' pages
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(calls):
-            start = time.perf_counter()
-            floor()
-            floor_seconds += time.perf_counter() - start
-            step()
-    own = {event.key: 1e-6 * event.self_cpu_time_total for event in profiler.key_averages()}
-    in_products = sum(own.get(name, 0.0) for name in ("aten::mm", "aten::addmm"))
-    in_operators = sum(seconds for name, seconds in own.items() if name.startswith("aten::"))
-    products = in_products / floor_seconds - 1  # without the floor's own
-    passes = (in_operators - in_products) / floor_seconds
+            with record_function("floor"):
+                floor()
+            with record_function("step"):
+                step()
+    seconds = dict.fromkeys(("floor", "products", "passes"), 0.0)
+    for event in profiler.events():
+        if event.name.startswith("aten::"):
+            product = event.name in ("aten::mm", "aten::addmm")
+            what = "products" if product else "passes"
+            seconds[what if _outermost(event) == "step" else "floor"] += event.self_cpu_time_total
+    products, passes = (seconds[what] / seconds["floor"] for what in ("products", "passes"))
     return {
         "kind": "breakdown",
         **asdict(case),
@@ -158,10 +160,18 @@ def breakdown(case: Case, calls: int) -> dict:
     }
 
 
+def _outermost(event: FunctionEvent) -> str:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+    return event.name
+
+
 def heading(row: dict) -> str:
     text = f"B = {row['batch_size']}, D = {row['dim']}, {row['dtype']}, t = {row['logit_scale']:g}"
     if row["kind"] == "accuracy":
         text += f", b = {row['logit_bias']:g}: error against float64"
+    if row["kind"] == "breakdown":
+        text += ": shares of the floor"
     return text
 
 
@@ -185,10 +195,9 @@ def cost_table(rows: list[dict], fused: str) -> str:
     return "\n".join([aligned(header, lines), *left_out])
 
 
-def breakdown_table(rows: list[dict]) -> str:
+def breakdown_table(row: dict) -> str:
     fields = ("ratio_to_floor", "products", "passes", "host")
-    lines = [[str(r["batch_size"]), *(number(r[field]) for field in fields)] for r in rows]
-    return aligned(["B", "x floor", "products", "passes", "host"], lines)
+    return aligned(["step", *fields[1:]], [[number(row[field]) for field in fields]])
 
 
 def accuracy_table(rows: list[dict]) -> str:
@@ -241,9 +250,9 @@ class _Run:
     def breakdowns(self) -> None:
         if torch.device(self.device).type != "cpu":
             return  # the device run has its own
-        shapes = self._shapes(self.plan.batch_sizes)
-        new = [breakdown(Case(self.fused, *shape), self._calls(shape[0])) for shape in shapes]
-        self._show(breakdown_table(new), new)
+        for shape in self._shapes(self.plan.batch_sizes):
+            new = breakdown(Case(self.fused, *shape), self._calls(shape[0]))
+            self._show(breakdown_table(new), [new])
 
     def accuracies(self) -> None:
         plan = self.plan

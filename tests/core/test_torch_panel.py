@@ -5,7 +5,7 @@ import torch
 
 from fused_siglip import siglip_loss
 from fused_siglip.kernels import Affine, Pairs, PanelSpec
-from fused_siglip.kernels.torch_panel import TorchPanel
+from fused_siglip.kernels.torch_panel import GROUPED, TorchPanel
 from fused_siglip.spec import Execution
 from fused_siglip.sweep import GradBuffers, sweep
 from fused_siglip.testing import eager_siglip_loss
@@ -21,7 +21,7 @@ def grouped_strips(monkeypatch):
 
     def spy(self, u):
         loss = grouped(self, u)
-        if u.numel() >= 1 << 16:
+        if u.numel() >= GROUPED:
             seen.append(loss is not None)
         return loss
 

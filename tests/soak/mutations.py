@@ -31,12 +31,12 @@ QUICK = {
     "torch": [*(f"tests/core/test_{name}.py" for name in (
                   "weights", "weights_validation",
                   "invariants", "loss", "autograd", "negatives", "totals", "torch_panel")),
-              "-m", "not interpreter"],
+              "-m", "not interpreter and not exhaustive"],
     "triton": [*(f"tests/triton_backend/test_triton_{name}.py" for name in (
                    "panel", "math", "selection", "products", "weights")),
                *(f"tests/core/test_{name}.py" for name in (
                    "invariants", "loss", "negatives", "totals")),
-               "-m", "interpreter"],
+               "-m", "interpreter and not exhaustive"],
     "distributed": ["tests/distributed/test_distributed.py",
                     "tests/distributed/test_negatives_group.py",
                     "tests/distributed/test_weights_group.py",

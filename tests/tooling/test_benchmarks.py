@@ -165,8 +165,7 @@ def test_quick_run_writes_its_rows(tmp_path):
         assert row["ratio_to_floor"] == row["seconds"] / row["floor_seconds"]
         assert row["peak_extra_bytes"] > 0
     (parts,) = kinds["breakdown"]
-    shares = [parts[name] for name in ("products", "passes", "host")]
-    assert min(shares[:2]) > 0 and sum(shares) == pytest.approx(parts["ratio_to_floor"])
+    assert parts["products"] > 0 and parts["passes"] > 0 and parts["host"] < parts["ratio_to_floor"]
     names = {(r["loss"], r["dtype"]) for r in kinds["accuracy"]}
     assert {
         ("one_rounding", "bfloat16"),
