@@ -255,6 +255,6 @@ def test_extras_that_pages_install_exist():
     extras = set(project()["optional-dependencies"])
     named = set()
     for text in texts().values():
-        for group in re.findall(r"(?:fused-siglip|\"?\.)\[([\w,-]+)\]", text):
+        for group in re.findall(r"(?:fused-siglip|\"?\.)\[([a-z][\w,-]*)\]", text):
             named |= set(group.split(","))
     assert {"transformers", "demo"} <= named and named - extras == set()
