@@ -74,10 +74,13 @@ def test_what_is_not_finite_passes_through_as_in_torch(grouped_strips, value):
     actual = loss_and_grads(siglip_loss, inputs)
     expected = loss_and_grads(eager_siglip_loss, inputs)
     assert False in grouped_strips
-    for ours, theirs in zip(actual, expected, strict=True):
+    exact = loss_and_grads(eager_siglip_loss, inputs.to(torch.float64))
+    for ours, theirs, wide in zip(actual, expected, exact, strict=True):
         assert torch.equal(ours.isfinite(), theirs.isfinite())
         finite = theirs.isfinite()
-        torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-4, atol=1e-7)
+        if finite.any():  # a sum of 600 terms: a few roundings of the largest
+            few = 8 * torch.finfo(torch.float32).eps * wide[finite].abs().max()
+            assert (ours - wide)[finite].abs().max() <= few
 
 
 @pytest.mark.parametrize("frozen", ["none", "images", "texts"])
