@@ -29,8 +29,9 @@ from .selection.thresholds import (
     text_center_radius,
 )
 from .settled import Inputs, Settled, settle, without_autocast
+from .single_panel import single_panel
 from .spec import NO_GRADS, LossSpec
-from .sweep import GradBuffers, count_negatives, sweep
+from .sweep import GradBuffers, count_negatives, known_factor, sweep
 from .weighting import Weighting
 
 
@@ -47,6 +48,9 @@ def loss_and_grads(
     """
     with without_autocast(inputs.x.device.type):
         call = settle(inputs, spec)
+        outputs = single_panel(call, rows, spec)
+        if outputs is not None:
+            return outputs
         batch = _open(call, rows, spec, spec.reduction != "none")
         sums, grad_x, grad_y = batch.sweep()
         finish = panel_class(call.run.backend).finish
@@ -95,7 +99,7 @@ class _Batch:
             self.divisor = self.divisor / self.weighting.unit
         self.factor = 1.0
         if self.alone and self.x.is_cpu and self.run.backend == "torch":
-            self.factor = _known_factor(self.affine.scale, self.divisor)
+            self.factor = known_factor(self.affine.scale, self.divisor)
 
     def sweep(
         self,
@@ -196,10 +200,3 @@ class _Batch:
 
         self.exchange.for_each(visit)
         return counts
-
-
-def _known_factor(logit_scale: Tensor, divisor: float | Tensor) -> float:
-    """t / R, to go into the products where the host need not wait for it: then a backward from the
-    loss itself has nothing to multiply. 1 where products may over- or underflow."""
-    factor = logit_scale.item() / float(divisor)
-    return factor if 1e-9 < abs(factor) < 1e9 else 1.0

@@ -73,11 +73,18 @@ def _differentiable(
         y.requires_grad or asked.text,
         scale.requires_grad or bias.requires_grad or asked.scalars,
     )
+    return _apply(
+        SigLipFunction, *inputs, rows.image_weights, rows, spec.with_grads(grads), function
+    )
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Without what Function.apply adds for torch.func, which is dealt with by now."""
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    if not torch._C._are_functorch_transforms_active():
+        return apply(*arguments)
     with enable_single_level_autograd_function():
-        # without what Function adds for torch.func, which is dealt with by now
-        return super(torch.autograd.Function, SigLipFunction).apply(
-            *inputs, rows.image_weights, rows, spec.with_grads(grads), function
-        )
+        return apply(*arguments)
 
 
 def _fake_losses(inputs: Inputs, rows: RowData, spec: LossSpec) -> Tensor:  # (M,)
@@ -92,10 +99,7 @@ def _differentiable_losses(
     transforms.register_flops()
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
         return below_autograd(function, inputs, rows, spec)
-    with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, ImageLossesFunction).apply(
-            *inputs, rows, spec, function, _call_gradients
-        )
+    return _apply(ImageLossesFunction, *inputs, rows, spec, function, _call_gradients)
 
 
 def _call_gradients(inputs: Inputs, rows: RowData, spec: LossSpec) -> Outputs:

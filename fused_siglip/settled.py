@@ -30,11 +30,14 @@ class Settled(NamedTuple):
     run: Execution
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """The dtypes are settled: autocast must not round the products inside once more."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 def settle(inputs: Inputs, spec: LossSpec) -> Settled:

@@ -184,10 +184,9 @@ class _PanelGrid:
         self.pairs = Pairs(pairs.diagonal, ids, weights)
         self.copies = ids is not None or not (aligned(x, align) and aligned(y, align))
         self.plan = plan_panels(
-            PlanRequest(
-                x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device.type, run.backend, grads,
-                filters_negatives, weights is not None, image_losses, self.copies,
-                _multiprocessors(x.device), run.workspace_bytes,
+            plan_request(x, y, grads, run)._replace(
+                filters_negatives=filters_negatives, weighted=weights is not None,
+                image_losses=image_losses, copies_operands=self.copies,
             )
         )  # fmt: skip
 
@@ -251,13 +250,13 @@ class _ScaleGradient:
     def before_products(self, block: _Block) -> None:
         """What earlier sweeps have added to the gradient is not this sweep's."""
         if self.accumulate_x and self.grad_x is not None and block.cols.start == 0:
-            self.total -= _inner_product(block.x, self.grad_x[block.rows])
+            self.total -= inner_product(block.x, self.grad_x[block.rows])
 
     def after_products(self, block: _Block) -> None:
         if self.grad_y is not None and block.rows.stop == self.x.shape[0]:
-            self.total += _inner_product(block.y, self.grad_y[block.cols])
+            self.total += inner_product(block.y, self.grad_y[block.cols])
         if self.grad_x is not None and block.cols.stop == self.y.shape[0]:
-            self.total += _inner_product(block.x, self.grad_x[block.rows])
+            self.total += inner_product(block.x, self.grad_x[block.rows])
 
 
 def _rows(tensor: Tensor, rows: slice) -> Tensor:
@@ -271,7 +270,7 @@ def _without_padding(operand: Tensor, grad: Tensor) -> Tensor:
     return operand if operand.shape[1] == d else operand[:, :d]
 
 
-def _inner_product(features: Tensor, grad: Tensor) -> float:  # (m, D or more), (m, D), on a CPU
+def inner_product(features: Tensor, grad: Tensor) -> float:  # (m, D or more), (m, D), on a CPU
     """Summed pairwise, as torch.dot does not; a few rows at a time, which stay in the cache."""
     m, d = grad.shape
     rows = _PRODUCTS_AT_ONCE // max(d, 1) + 1
@@ -279,6 +278,21 @@ def _inner_product(features: Tensor, grad: Tensor) -> float:  # (m, D or more), 
         return (features[:, :d] * grad).sum().item()
     starts = range(0, m, rows)
     return sum((features[i : i + rows, :d] * grad[i : i + rows]).sum().item() for i in starts)
+
+
+def plan_request(x: Tensor, y: Tensor, grads: GradMask, run: Execution) -> PlanRequest:
+    """What to plan panels for, where all pairs are alike."""
+    return PlanRequest(
+        x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device.type, run.backend, grads,
+        False, False, False, False, _multiprocessors(x.device), run.workspace_bytes,
+    )  # fmt: skip
+
+
+def known_factor(logit_scale: Tensor, divisor: float | Tensor) -> float:
+    """t / R, to go into the products where the host need not wait for it: then a backward from the
+    loss itself has nothing to multiply. 1 where products may over- or underflow."""
+    factor = logit_scale.item() / float(divisor)
+    return factor if 1e-9 < abs(factor) < 1e9 else 1.0
 
 
 def _multiprocessors(device: torch.device) -> int | None:

@@ -145,14 +145,14 @@ class Panel(Protocol):
     """What a backend does with one panel: product, scale and bias, log-sigmoid, dlogits."""
 
     tile: tuple[int, int]  # panel sides are multiples of it (the last panel may be smaller)
-    # A call leaves the sum of dlogits * s at 0. The sweep takes it from dlogits Y or dlogits^T X,
+    # A call leaves the sum of dlogits * s at 0. The caller takes it from dlogits Y or dlogits^T X,
     # and puts it into totals[1] where there is one panel.
     dscale_from_products: bool
     # D and the row stride are multiples of it, the last dimension is contiguous, and addresses are
     # multiples of 16 bytes: see aligned and aligned_vector
     align: int
-    # With dscale_from_products: loss, 0 and sum of dlogits of the last call that was given None for
-    # ``sums``. The sweep fills in the second.
+    # The sums of the last call that was given None for ``sums``, as numbers; empty where the host
+    # would have to wait for them
     totals: list[float]
     count_bits: tuple[int, ...]  # bits of a float key that each step of count() tells apart
 
@@ -188,7 +188,8 @@ class Panel(Protocol):
 
     @staticmethod
     def finish(
-        partials: Tensor,  # (3 or 1, k) accumulation dtype: sums, as in a call, over parts of pairs
+        # Sums, as in a call: (3 or 1, k) accumulation dtype, over parts of pairs, or ``totals``
+        sums: Tensor | list[float],
         logit_scale: Tensor,  # () likewise
         divisor: float | Tensor,  # ()
         factor: float = 1.0,

@@ -54,6 +54,7 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
         self.strip_rows = self.workspace.strip_rows
         self._view = self.workspace.view
         self.on_cpu = device.type == "cpu"
+        self.totals: list[float] = []
         self.dscale_from_products = (
             spec.wide and spec.store_dlogits and spec.dtype == self.acc and self.on_cpu
         )
@@ -119,9 +120,9 @@ class TorchPanel(TorchTotals, TorchScores, TorchSelection):
             totals = [total.item() for total in parts[0]]
             for of_strip in parts[1:]:
                 totals = [a + b.item() for a, b in zip(totals, of_strip, strict=True)]
-            self.totals = totals
             if self.scalar_grads and self.dscale_from_products:
-                self.totals.insert(1, 0.0)
+                totals.insert(1, 0.0)
+            self.totals = totals
             if sums is not None:
                 sums.copy_(self.partials[:, 0])
             return

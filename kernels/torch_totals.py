@@ -20,19 +20,21 @@ class TorchTotals:
 
     @staticmethod
     def finish(
-        partials: Tensor,
+        sums: Tensor | list[float],
         logit_scale: Tensor,
         divisor: float | Tensor,
         factor: float = 1.0,
     ) -> tuple[Tensor, Tensor]:  # (), (3,)
         """See :meth:`fused_siglip.kernels.Panel.finish`."""
-        if partials.is_cpu:  # fewer torch calls, and additions in float64
-            total, *scalars = (sum(parts) for parts in partials.tolist())
-            scalars = [*(scalars or (0.0, 0.0)), logit_scale.item() / factor]
-            divisor = float(divisor)
-            factors = numbers([value / divisor for value in scalars], partials.dtype)
-            return torch.scalar_tensor(total / divisor, dtype=partials.dtype, device="cpu"), factors
-        loss, *sums = partials.sum(1).unbind()
-        if not sums:
-            sums = [torch.zeros_like(loss)] * 2
-        return loss / divisor, torch.stack((*sums, logit_scale / factor)).div_(divisor)
+        if isinstance(sums, Tensor) and sums.is_cpu:  # additions in float64
+            sums = [sum(parts) for parts in sums.tolist()]
+        if isinstance(sums, list):  # fewer torch calls
+            total, dscale, dbias = sums if len(sums) == 3 else (*sums, 0.0, 0.0)
+            dtype, divisor = logit_scale.dtype, float(divisor)
+            scale = logit_scale.item() / factor
+            factors = numbers([dscale / divisor, dbias / divisor, scale / divisor], dtype)
+            return torch.scalar_tensor(total / divisor, dtype=dtype, device="cpu"), factors
+        loss, *scalars = sums.sum(1).unbind()
+        if not scalars:
+            scalars = [torch.zeros_like(loss)] * 2
+        return loss / divisor, torch.stack((*scalars, logit_scale / factor)).div_(divisor)

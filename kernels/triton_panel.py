@@ -75,7 +75,6 @@ class TritonPanel(TritonTotals):
     hopper = hopper.HOPPER
     hopper_tiles = 2  # a program at least: with fewer there is nothing to overlap
     count_bits: tuple[int, ...] = COUNT_BITS
-    totals: list[float]  # never: dscale_from_products is False
 
     @classmethod
     def _tiles(cls, rows: int, cols: int) -> tuple[int, int]:
@@ -108,6 +107,7 @@ class TritonPanel(TritonTotals):
         else:
             self.target = torch.cuda.get_device_capability(device)
         tiles_m, tiles_n = self._tiles(spec.rows, spec.cols)
+        self.totals: list[float] = []  # none are known to the host
         self.sums = 3 if spec.scalar_grads else 1
         self.partials = torch.empty(
             self.sums, tiles_m * tiles_n, dtype=torch.float32, device=device

@@ -48,27 +48,28 @@ class TritonTotals:
 
     @staticmethod
     def finish(
-        partials: Tensor,
+        sums: Tensor | list[float],
         logit_scale: Tensor,
         divisor: float | Tensor,
         factor: float = 1.0,
     ) -> tuple[Tensor, Tensor]:  # (), (3,)
         """See :meth:`fused_siglip.kernels.Panel.finish`."""
-        loss, factors = partials.new_empty(()), partials.new_empty(3)
+        assert isinstance(sums, Tensor)  # a panel of this backend knows no totals
+        loss, factors = sums.new_empty(()), sums.new_empty(3)
         if factor != 1:
             logit_scale = logit_scale / factor
         known = not isinstance(divisor, Tensor)
-        with torch.cuda.device_of(partials):  # Triton launches on the current device
+        with torch.cuda.device_of(sums):  # Triton launches on the current device
             finish_kernel[(1,)](
-                partials,
+                sums,
                 logit_scale,
                 None if known else divisor,
                 float(divisor) if known else None,
                 loss,
                 factors,
-                partials.shape[1],
-                *partials.stride(),
-                SUMS=partials.shape[0],
+                sums.shape[1],
+                *sums.stride(),
+                SUMS=sums.shape[0],
                 BLOCK=BLOCK,
             )
         return loss, factors

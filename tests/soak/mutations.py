@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK = {
     "torch": [*(f"tests/core/test_{name}.py" for name in (
                   "weights", "weights_validation",
-                  "invariants", "loss", "autograd", "negatives", "totals", "torch_panel")),
+                  "invariants", "loss", "single_panel", "autograd", "negatives", "totals",
+                  "torch_panel")),
               "-m", "not interpreter and not exhaustive"],
     "triton": [*(f"tests/triton_backend/test_triton_{name}.py" for name in (
                    "panel", "math", "selection", "products", "weights")),
