@@ -39,16 +39,16 @@ def single_panel(
     factor = 1.0
     if x.is_cpu and run.backend == "torch":
         factor = known_factor(affine.scale, divisor)
-    alpha = factor / GRAD_SCALE.get(x.dtype, 1.0)
+    alpha, acc = factor / GRAD_SCALE.get(x.dtype, 1.0), plan.accumulate_dtype
 
     def gradient(features: Tensor, rhs: Tensor, transposed: bool) -> Tensor:
-        grad = features.new_empty(*features.shape, dtype=plan.accumulate_dtype)
+        grad = features.new_empty(*features.shape, dtype=acc)
         assert dlogits is not None  # a gradient is needed
         panel.add_product(grad, dlogits, rhs, alpha, False, transposed)
         return grad
 
-    grad_x = gradient(x, y, False) if grads.image else x.new_empty(0)
-    grad_y = gradient(y, x, True) if grads.text else x.new_empty(0)
+    grad_x = gradient(x, y, False) if grads.image else x.new_empty(0, dtype=acc)
+    grad_y = gradient(y, x, True) if grads.text else x.new_empty(0, dtype=acc)
     if grads.scalars and panel.dscale_from_products:
         operand, product = (x, grad_x) if grads.image else (y, grad_y)
         panel.totals[1] = inner_product(operand, product) / factor
