@@ -28,10 +28,10 @@ from .selection.thresholds import (
     search_thresholds,
     text_center_radius,
 )
-from .settled import Inputs, Settled, settle, without_autocast
+from .settled import Inputs, Settled, known_factor, settle, without_autocast
 from .single_panel import single_panel
 from .spec import NO_GRADS, LossSpec
-from .sweep import GradBuffers, count_negatives, known_factor, sweep
+from .sweep import GradBuffers, count_negatives, sweep
 from .weighting import Weighting
 
 
@@ -97,9 +97,7 @@ class _Batch:
         if is_weighted(rows, spec, exchange.all_ones):
             self.weighting = Weighting(self.x, rows, spec, self.affine.scale.dtype, exchange)
             self.divisor = self.divisor / self.weighting.unit
-        self.factor = 1.0
-        if self.alone and self.x.is_cpu and self.run.backend == "torch":
-            self.factor = known_factor(self.affine.scale, self.divisor)
+        self.factor = known_factor(call, self.divisor) if self.alone else 1.0
 
     def sweep(
         self,

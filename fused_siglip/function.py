@@ -60,7 +60,7 @@ class SigLipFunction(torch.autograd.Function):
         # logit_scale only so that a change of it since is noticed
         ctx.save_for_backward(*outputs[1:], logit_scale)
         ctx.grads = spec.grads
-        # compute.py may have put the factor into the products: see _known_factor there
+        # the products may have the factor already: see known_factor in settled.py
         ctx.factor_may_be_one = x.is_cpu and spec.backend != "triton" and spec.group_name is None
         ctx.dtypes = x.dtype, y.dtype
         ctx.scalars_like = (

@@ -78,5 +78,5 @@ def _multiplied(grad: Tensor, factor: Tensor) -> Tensor:
     """grad * factor, in the gradient's own memory where nothing else holds it."""
     if torch.is_grad_enabled() or not is_eager(grad, factor):
         return grad * factor
-    # on a CPU the factor may be in the products already: see _known_factor in compute.py
+    # on a CPU the factor may be in the products already: see known_factor in settled.py
     return grad if grad.is_cpu and factor.item() == 1 else grad.mul_(factor)

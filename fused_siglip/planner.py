@@ -14,6 +14,7 @@ from .kernels import (
     Panel,
     PanelSpec,
     accumulate_dtype,
+    ceil_div,
     multiplies_half_into_fp32,
     panel_class,
 )
@@ -59,10 +60,6 @@ class PanelPlan:
         return self.panel.dtype
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def waves(total: int, side: int, d: int, multiprocessors: int) -> int:
     """Waves that a product with outputs (side, d) takes for ``total`` rows, panel by panel.
 
@@ -70,18 +67,18 @@ def waves(total: int, side: int, d: int, multiprocessors: int) -> int:
     """
     tile_rows, tile_cols = LIBRARY_TILE
     whole, rest = divmod(total, side)
-    tiles = [_ceil_div(rows, tile_rows) * _ceil_div(d, tile_cols) for rows in (side, rest)]
-    return whole * _ceil_div(tiles[0], multiprocessors) + _ceil_div(tiles[1], multiprocessors)
+    tiles = [ceil_div(rows, tile_rows) * ceil_div(d, tile_cols) for rows in (side, rest)]
+    return whole * ceil_div(tiles[0], multiprocessors) + ceil_div(tiles[1], multiprocessors)
 
 
 def _side(total: int, most: int, tile: int, d: int, multiprocessors: int | None) -> int:
     """A panel's side for ``total`` rows, of at most ``most`` tiles."""
     if multiprocessors is None or most * tile >= total:
-        tiles = max(_ceil_div(total, tile), 1)  # a rank may have no rows
-        return _ceil_div(tiles, _ceil_div(tiles, most)) * tile
+        tiles = max(ceil_div(total, tile), 1)  # a rank may have no rows
+        return ceil_div(tiles, ceil_div(tiles, most)) * tile
 
     def cost(side: int) -> tuple[int, int, int]:
-        return waves(total, side, d, multiprocessors), _ceil_div(total, side), side
+        return waves(total, side, d, multiprocessors), ceil_div(total, side), side
 
     # fewer waves first, then fewer panels, then the smaller workspace; down to half of what fits
     return min((tiles * tile for tiles in range(max(most // 2, 1), most + 1)), key=cost)
@@ -133,7 +130,7 @@ def _plan(
     # can), a panel's rows and columns are converted when it is their turn.
     converts = request.backend != "triton" and not half_products
     operand_dtype = acc if converts else dtype
-    operand_dim = _ceil_div(d, panel.align) * panel.align
+    operand_dim = ceil_div(d, panel.align) * panel.align
     grads = request.grads
 
     def spec(rows: int, cols: int) -> PanelSpec:
@@ -173,7 +170,7 @@ def _panel_shape(
     side = math.isqrt(tiles)  # of a square of tiles: a backend may take less for many than for one
     while side < max(m, n) and workspace((side + 1) * tile_m, (side + 1) * tile_n) <= budget:
         side += 1
-    tiles_m, tiles_n = max(_ceil_div(m, tile_m), 1), max(_ceil_div(n, tile_n), 1)
+    tiles_m, tiles_n = max(ceil_div(m, tile_m), 1), max(ceil_div(n, tile_n), 1)
 
     def shape(tiles: int) -> tuple[int, int]:
         rows = min(tiles_m, max(math.isqrt(tiles), tiles // tiles_n))

@@ -12,9 +12,9 @@ from torch import Tensor
 from .kernels import GRAD_SCALE, Pairs, aligned, panel_class
 from .planner import plan_panels
 from .rows import RowData, is_weighted
-from .settled import Settled
+from .settled import Settled, known_factor
 from .spec import LossSpec
-from .sweep import inner_product, known_factor, plan_request
+from .sweep import inner_product, plan_request
 
 
 def single_panel(
@@ -36,9 +36,7 @@ def single_panel(
     panel = backend(plan.panel, x.device)
     dlogits = panel(x, y, affine, Pairs(None if spec.negative_only else 0), None)
     divisor = m if spec.reduction == "mean" else 1
-    factor = 1.0
-    if x.is_cpu and run.backend == "torch":
-        factor = known_factor(affine.scale, divisor)
+    factor = known_factor(call, divisor)
     alpha, acc = factor / GRAD_SCALE.get(x.dtype, 1.0), plan.accumulate_dtype
 
     def gradient(features: Tensor, rhs: Tensor, transposed: bool) -> Tensor:

@@ -19,6 +19,8 @@ from .kernels import (
     ScoreThreshold,
     aligned,
     aligned_vector,
+    ceil_div,
+    gpu,
     panel_class,
 )
 from .planner import PlanRequest, plan_panels
@@ -198,7 +200,7 @@ class _PanelGrid:
     def __len__(self) -> int:
         m, n = self.x.shape[0], self.y.shape[0]
         panel = self.plan.panel
-        return -(-m // panel.rows) * -(-n // panel.cols)
+        return ceil_div(m, panel.rows) * ceil_div(n, panel.cols)
 
     def __iter__(self) -> Iterator[_Block]:
         m, n, plan = self.x.shape[0], self.y.shape[0], self.plan.panel
@@ -281,21 +283,9 @@ def inner_product(features: Tensor, grad: Tensor) -> float:  # (m, D or more), (
 
 
 def plan_request(x: Tensor, y: Tensor, grads: GradMask, run: Execution) -> PlanRequest:
-    """What to plan panels for, where all pairs are alike."""
+    """What to plan panels for, but for weights, selections, losses of images and copies."""
     return PlanRequest(
         x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device.type, run.backend, grads,
-        False, False, False, False, _multiprocessors(x.device), run.workspace_bytes,
+        multiprocessors=gpu(x.device).multiprocessors if x.is_cuda else None,
+        workspace_bytes=run.workspace_bytes,
     )  # fmt: skip
-
-
-def known_factor(logit_scale: Tensor, divisor: float | Tensor) -> float:
-    """t / R, to go into the products where the host need not wait for it: then a backward from the
-    loss itself has nothing to multiply. 1 where products may over- or underflow."""
-    factor = logit_scale.item() / float(divisor)
-    return factor if 1e-9 < abs(factor) < 1e9 else 1.0
-
-
-def _multiprocessors(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    return torch.cuda.get_device_properties(device).multi_processor_count  # cached by torch

@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .interface import Affine
+from .interface import Affine, ceil_div
+from .registry import gpu
 
 if TYPE_CHECKING:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -36,7 +37,7 @@ class HopperConfig:
 
     def tiles(self, m: int, n: int) -> int:
         """The number of tiles of an (m, n) panel."""
-        return triton.cdiv(m, self.tile[0]) * triton.cdiv(n, self.tile[1])
+        return ceil_div(m, self.tile[0]) * ceil_div(n, self.tile[1])
 
 
 # The fastest of those that benchmarks/gpu/tune.py timed on an H100: docs/performance-log.md.
@@ -87,8 +88,8 @@ def launch_panel(
     from .hopper_kernel import hopper_panel_kernel
 
     (m, d), n = x.shape, y.shape[0]
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    hopper_panel_kernel[(min(programs, config.tiles(m, n)),)](
+    programs = min(gpu(x.device).multiprocessors, config.tiles(m, n))
+    hopper_panel_kernel[(programs,)](
         descriptor(x, config.tile[0], config.block_k),
         descriptor(y, config.tile[1], config.block_k),
         None if dlogits is None else descriptor(dlogits, config.tile[0], config.width),

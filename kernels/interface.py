@@ -190,7 +190,7 @@ class Panel(Protocol):
     def finish(
         # Sums, as in a call: (3 or 1, k) accumulation dtype, over parts of pairs, or ``totals``
         sums: Tensor | list[float],
-        logit_scale: Tensor,  # () likewise
+        logit_scale: Tensor,  # () accumulation dtype
         divisor: float | Tensor,  # ()
         factor: float = 1.0,
     ) -> tuple[Tensor, Tensor]:  # (), (3,) accumulation dtype
@@ -263,6 +263,11 @@ class Panel(Protocol):
         here and in best_positives, however many rows it has.
         """
         ...
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. triton.cdiv is made for kernels, and takes microseconds on the host."""
+    return -(-a // b)
 
 
 def aligned(features: Tensor, align: int) -> bool:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -71,9 +72,26 @@ def why_not_default(device: torch.device | str, dtype: torch.dtype) -> str | Non
 
 def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend for a caller who names none: Triton on a GPU where it can, else torch."""
-    if torch.device(device).type != "cuda":  # asked at every call: the short way for a CPU
+    if torch.device(device).type != "cuda":  # asked at every call: no more than this on a CPU
         return "torch"
     return "triton" if why_not_default(device, dtype) is None else "torch"
+
+
+class Gpu(NamedTuple):
+    """What a call asks about its GPU."""
+
+    capability: tuple[int, int]  # of CUDA
+    multiprocessors: int
+
+
+def gpu(device: torch.device) -> Gpu:
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache  # asked several times a call, and torch takes microseconds to answer
+def _gpu(index: int) -> Gpu:
+    found = torch.cuda.get_device_properties(index)
+    return Gpu((found.major, found.minor), found.multi_processor_count)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .interface import PanelSpec, accumulate_dtype
+from .interface import PanelSpec, accumulate_dtype, ceil_div
 
 # Pairs of a strip: 1 MiB in fp32.
 _STRIP = 1 << 18
@@ -28,11 +28,11 @@ def _layout(spec: PanelSpec) -> tuple[int, dict[str, tuple[int, torch.dtype]]]:
     if spec.weighted:
         strip |= {"alpha": acc, "beta": acc}
     # few strips, or what fits a core's cache
-    strip_rows = min(spec.rows, max(_STRIP // max(spec.cols, 1), -(-spec.rows // 16), 1))
+    strip_rows = min(spec.rows, max(_STRIP // max(spec.cols, 1), ceil_div(spec.rows, 16), 1))
     buffers = {name: (spec.rows, dtype) for name, dtype in whole.items()}
     buffers |= {name: (strip_rows, dtype) for name, dtype in strip.items()}
     if not spec.weighted:
-        buffers["groups"] = (-(-strip_rows // 2), acc)
+        buffers["groups"] = (ceil_div(strip_rows, 2), acc)
     return strip_rows, buffers
 
 

@@ -6,7 +6,6 @@ import math
 from typing import TypedDict
 
 import torch
-import triton
 from torch import Tensor
 
 from . import hopper
@@ -20,8 +19,9 @@ from .interface import (
     RowValues,
     ScoreNormalizer,
     ScoreThreshold,
+    ceil_div,
 )
-from .registry import float32_products, multiplies_half_into_fp32
+from .registry import float32_products, gpu, multiplies_half_into_fp32
 from .torch_products import add_product
 from .triton_arguments import diagonal_arg, ids_args, selection_args, weight_args
 from .triton_configs import TILE, PanelConfig, count_config, panel_config
@@ -78,7 +78,7 @@ class TritonPanel(TritonTotals):
 
     @classmethod
     def _tiles(cls, rows: int, cols: int) -> tuple[int, int]:
-        return triton.cdiv(rows, cls.tile[0]), triton.cdiv(cols, cls.tile[1])
+        return ceil_div(rows, cls.tile[0]), ceil_div(cols, cls.tile[1])
 
     @classmethod
     def workspace_bytes(cls, spec: PanelSpec) -> int:
@@ -105,9 +105,9 @@ class TritonPanel(TritonTotals):
         elif torch.version.hip:
             self.target = "hip"
         else:
-            self.target = torch.cuda.get_device_capability(device)
+            self.target = gpu(device).capability
         tiles_m, tiles_n = self._tiles(spec.rows, spec.cols)
-        self.totals: list[float] = []  # none are known to the host
+        self.totals: list[float] = []  # the host would have to wait for them
         self.sums = 3 if spec.scalar_grads else 1
         self.partials = torch.empty(
             self.sums, tiles_m * tiles_n, dtype=torch.float32, device=device
@@ -176,7 +176,12 @@ class TritonPanel(TritonTotals):
                     image_losses += losses.sum(0)
             if sums is not None:
                 torch.sum(self.partials, 1, out=sums[: self.sums])
-        return None if self.dlogits is None else self.dlogits[:m, :n].to(self.dtype)
+        dlogits = self.dlogits
+        if dlogits is None:
+            return None
+        if dlogits.shape != (m, n):
+            dlogits = dlogits[:m, :n]
+        return dlogits if dlogits.dtype == self.dtype else dlogits.to(self.dtype)
 
     def _launch(
         self,
@@ -224,8 +229,8 @@ class TritonPanel(TritonTotals):
         """Whether the warp-specialized kernel takes this panel."""
         if not hopper.suits(self.target, self.dtype) or not (hopper.reads(x) and hopper.reads(y)):
             return False
-        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-        return self.hopper.tiles(len(x), len(y)) >= self.hopper_tiles * programs
+        at_least = self.hopper_tiles * gpu(x.device).multiprocessors
+        return self.hopper.tiles(x.shape[0], y.shape[0]) >= at_least
 
     def add_product(
         self,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .interface import ceil_div
 from .triton_configs import PanelConfig
 from .triton_math import column_subtiles
 
@@ -183,7 +184,7 @@ def add_tiled_product(
 
     fp32 out of tensor cores, added to ``out`` once; the same bits every time.
     """
-    (m, d), lines = out.shape, triton.cdiv(out.shape[0], config.tile[0])
+    (m, d), lines = out.shape, ceil_div(out.shape[0], config.tile[0])
     stride_list = 0
     with torch.cuda.device_of(out):  # Triton launches on the current device
         if lists is not None:
@@ -193,7 +194,7 @@ def add_tiled_product(
             list_tiles_kernel[(lines,)](
                 lists.flags, lists.lists, tiles, *lists.flags.stride(), stride_list, BLOCK=LISTED
             )
-        product_kernel[(triton.cdiv(d, BLOCK_D), lines)](
+        product_kernel[(ceil_div(d, BLOCK_D), lines)](
             out,
             dlogits,
             rhs,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .float_keys import exact_keys, exact_values
-from .interface import Pairs, RowValues
+from .interface import Pairs, RowValues, ceil_div
 from .triton_arguments import ids_args
 from .triton_configs import PanelConfig
 from .triton_math import column_subtiles
@@ -167,7 +167,7 @@ def launch_best(
     (m, d), n = x.shape, y.shape[0]
     if pairs.ids is None and pairs.diagonal is None:
         return
-    tiles_m, tiles_n = triton.cdiv(m, config.tile[0]), triton.cdiv(n, config.tile[1])
+    tiles_m, tiles_n = ceil_div(m, config.tile[0]), ceil_div(n, config.tile[1])
     programs = 2 * tiles_m if pairs.ids is None else tiles_m * tiles_n
     diagonal = pairs.diagonal or 0  # ids win where both are given
     keys = RowValues(*(None if values is None else exact_keys(values) for values in best))
@@ -204,7 +204,7 @@ def launch_count(
 ) -> None:
     """Launch ``not_below_kernel``."""
     (m, d), n = x.shape, y.shape[0]
-    tiles_m, tiles_n = triton.cdiv(m, config.tile[0]), triton.cdiv(n, config.tile[1])
+    tiles_m, tiles_n = ceil_div(m, config.tile[0]), ceil_div(n, config.tile[1])
     sides = zip(best, counts, strict=True)
     wanted = [(b, c) if b is not None and c is not None else (None, None) for b, c in sides]
     with torch.cuda.device_of(x):  # Triton launches on the current device

@@ -17,7 +17,9 @@ from fused_siglip.kernels import (
     panel_class,
 )
 from fused_siglip.kernels.torch_products import add_product
-from fused_siglip.planner import PanelPlan, PlanRequest, plan_panels
+from fused_siglip.planner import PanelPlan, plan_panels
+from fused_siglip.spec import Execution, GradMask
+from fused_siglip.sweep import plan_request
 
 from .workloads import Inputs
 
@@ -31,22 +33,8 @@ def register(name: str, panel: type[Panel]) -> None:
 
 def plan_of(inputs: Inputs, backend: str, workspace_bytes: int | None = None) -> PanelPlan:
     """The panels that the sweep will use."""
-    x = inputs.x
-    multiprocessors = None
-    if x.is_cuda:
-        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return plan_panels(
-        PlanRequest(
-            len(x),
-            len(inputs.y),
-            x.shape[1],
-            x.dtype,
-            x.device.type,
-            backend,
-            multiprocessors=multiprocessors,
-            workspace_bytes=workspace_bytes,
-        )
-    )
+    run = Execution(backend, workspace_bytes)
+    return plan_panels(plan_request(inputs.x, inputs.y, GradMask(), run))
 
 
 def panel_call(

@@ -22,6 +22,7 @@ from fused_siglip.kernels import (
     Pairs,
     Panel,
     PanelSpec,
+    ceil_div,
     multiplies_half_into_fp32,
 )
 from fused_siglip.kernels.torch_products import add_product
@@ -105,7 +106,7 @@ class LibraryPanel(TritonTotals):
 
     @staticmethod
     def _shape(rows: int, cols: int) -> tuple[int, int]:
-        return tuple(triton.cdiv(k, side) * side for k, side in zip((rows, cols), BLOCK))  # noqa: B905
+        return tuple(ceil_div(k, side) * side for k, side in zip((rows, cols), BLOCK))  # noqa: B905
 
     @classmethod
     def workspace_bytes(cls, spec: PanelSpec) -> int:
@@ -127,7 +128,7 @@ class LibraryPanel(TritonTotals):
             self.dlogits = self.s if self.in_place else empty(shape, dtype=stored_dtype(dtype))
         self.all_partials = empty(3 * math.prod(shape) // math.prod(BLOCK), dtype=torch.float32)
         self.sums = 3 if spec.scalar_grads else 1
-        self.dtype = dtype
+        self.dtype, self.totals = dtype, []
 
     def __call__(
         self,
@@ -147,7 +148,7 @@ class LibraryPanel(TritonTotals):
             torch.mm(x, y.T, out_dtype=s.dtype, out=s)
         else:
             torch.mm(x.to(s.dtype), y.T.to(s.dtype), out=s)
-        blocks_m, blocks_n = (triton.cdiv(k, side) for k, side in zip((m, n), BLOCK, strict=True))
+        blocks_m, blocks_n = (ceil_div(k, side) for k, side in zip((m, n), BLOCK, strict=True))
         partials = self.all_partials[: 3 * blocks_m * blocks_n].view(3, -1)
         self.partials = partials[: self.sums]
         with torch.cuda.device_of(x):

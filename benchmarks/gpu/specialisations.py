@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from fused_siglip import settled
+from fused_siglip.kernels import registry
 from fused_siglip.kernels.triton_panel import INTERPRETED
 
 from ..common.baselines import BASELINES
@@ -178,7 +180,15 @@ def pretended_gpu() -> Iterator[None]:
             stack.enter_context(mock.patch(name, stand_in))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", IdleDriver()))
         stack.enter_context(MetaAsCuda())
+        _forget_the_gpu()
+        stack.callback(_forget_the_gpu)
         yield
+
+
+def _forget_the_gpu() -> None:
+    """What the package has been told about a GPU is not true of another."""
+    registry._gpu.cache_clear()
+    settled._default_on_gpu.cache_clear()
 
 
 @contextlib.contextmanager

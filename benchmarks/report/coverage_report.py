@@ -21,7 +21,8 @@ REASONS = {
     "fused_siglip/testing/environment.py _version": "triton not installed: its version line",
     "fused_siglip/distributed/agreement.py _exchange": "a group without gloo: NCCL exchanges",
     "kernels/torch_products.py add_product": f"{ON_CUDA}: half operands with a float32 sum",
-    "fused_siglip/sweep.py _multiprocessors": f"{ON_CUDA}: its multiprocessors",
+    "kernels/registry.py gpu": f"{ON_CUDA}: what it is",
+    "kernels/registry.py _gpu": f"{ON_CUDA}: what it is",
     "kernels/registry.py why_not_default": "Triton's interpreter: it could run, and is not chosen",
     "kernels/torch_panel.py TorchPanel.__call__": f"{ON_CUDA}: half operands that stay half",
 }

@@ -56,6 +56,12 @@ MUTATIONS = (
     Mutation("the sum divided by R on the short way", "torch", "single_panel", 'm if spec.reduction == "mean" else 1', "m"),
     Mutation("t / R stays in the gradient of t on the short way", "torch", "single_panel", "inner_product(operand, product) / factor", "inner_product(operand, product)"),
     Mutation("a positive for every image on the short way", "torch", "single_panel", "None if spec.negative_only else 0", "0"),
+    Mutation("more images than a panel holds on the short way", "torch", "single_panel", "0 < m <= plan.panel.rows", "0 < m"),
+    Mutation("more texts than a panel holds on the short way", "torch", "single_panel", "0 < n <= plan.panel.cols", "0 < n"),
+    Mutation("no images on the short way", "torch", "single_panel", "0 < m <= plan.panel.rows", "m <= plan.panel.rows"),
+    Mutation("features of another dtype on the short way", "torch", "single_panel", "plan.panel.dtype == x.dtype", "True"),
+    Mutation("features at an odd address on the short way", "triton", "single_panel", "aligned(x, backend.align) and aligned(y, backend.align)", "True"),
+    Mutation("a loss beyond float32 is an error", "torch", "finish", "torch.scalar_tensor(rounded, **ANY)", "torch.scalar_tensor(total / divisor, dtype=dtype)"),
     # precision
     Mutation("gradients accumulated in the features' dtype", "torch", "_Batch.sweep", "torch.empty(*x.shape, dtype=acc, device=x.device)", "torch.empty(*x.shape, dtype=x.dtype, device=x.device)"),
     Mutation("logits rounded to bfloat16", "torch", "TorchPanel._logits", "torch.add(bias, s, alpha=ANY1, out=z)", "torch.add(bias, s, alpha=ANY1, out=z).copy_(z.bfloat16())"),

@@ -36,7 +36,7 @@ QUICK = {
     "triton": [*(f"tests/triton_backend/test_triton_{name}.py" for name in (
                    "panel", "math", "selection", "products", "weights")),
                *(f"tests/core/test_{name}.py" for name in (
-                   "invariants", "loss", "negatives", "totals")),
+                   "invariants", "loss", "single_panel", "negatives", "totals")),
                "-m", "interpreter and not exhaustive"],
     "distributed": ["tests/distributed/test_distributed.py",
                     "tests/distributed/test_negatives_group.py",
