@@ -14,10 +14,10 @@ from .kernels import (
     Panel,
     PanelSpec,
     accumulate_dtype,
-    ceil_div,
     multiplies_half_into_fp32,
     panel_class,
 )
+from .kernels.interface import ceil_div
 from .spec import GradMask
 
 # Without a caller's bound. On a CPU: fp32 panels of 2048 x 2048, which stay in the last-level

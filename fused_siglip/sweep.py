@@ -19,10 +19,10 @@ from .kernels import (
     ScoreThreshold,
     aligned,
     aligned_vector,
-    ceil_div,
-    gpu,
     panel_class,
 )
+from .kernels.interface import ceil_div
+from .kernels.registry import gpu
 from .planner import PlanRequest, plan_panels
 from .spec import NO_GRADS, Execution, GradMask
 

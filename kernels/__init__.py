@@ -17,7 +17,6 @@ from .interface import (
     ScoreThreshold,
     accumulate_dtype,
     aligned,
-    ceil_div,
 )
 from .pair_weights import PairWeights, PositiveShares
 from .registry import (
@@ -25,7 +24,6 @@ from .registry import (
     check_backend,
     default_backend,
     float32_products,
-    gpu,
     multiplies_half_into_fp32,
     panel_class,
     why_not_default,
@@ -49,11 +47,9 @@ __all__ = [
     "accumulate_dtype",
     "aligned",
     "aligned_vector",
-    "ceil_div",
     "check_backend",
     "default_backend",
     "float32_products",
-    "gpu",
     "multiplies_half_into_fp32",
     "panel_class",
     "why_not_default",

@@ -22,9 +22,9 @@ from fused_siglip.kernels import (
     Pairs,
     Panel,
     PanelSpec,
-    ceil_div,
     multiplies_half_into_fp32,
 )
+from fused_siglip.kernels.interface import ceil_div
 from fused_siglip.kernels.torch_products import add_product
 from fused_siglip.kernels.triton_configs import TILE
 from fused_siglip.kernels.triton_kernels import epilogue
