@@ -109,8 +109,9 @@ def inspect_cuda(kernel, config: PanelConfig, target: str) -> Compiled:
 def _epilogues(sass: str) -> dict[str, float]:
     """Instructions a pair, from the basic blocks that hold exponentials: a part of a tile each.
 
-    "easy" has one special function a pair and selects nothing; "plain" has two, and selects once;
-    "masked" also tells pairs apart. What comes once a tile (its maximum, the last sums) is not in.
+    "saturated" has one special function a pair and selects nothing; "plain" has two, and selects
+    once; "masked" also tells pairs apart. What comes once a tile (its maximum, the last sums) is
+    not in.
     """
     found: dict[str, list[float]] = {}
     for block in basic_blocks(sass):
@@ -119,7 +120,7 @@ def _epilogues(sass: str) -> dict[str, float]:
         if special < 4:
             continue
         pairs = special / 2 if selects else special
-        form = "easy" if not selects else "plain" if selects <= pairs else "masked"
+        form = "saturated" if not selects else "plain" if selects <= pairs else "masked"
         found.setdefault(form, []).append(len(block) / pairs)
     return {form: statistics.median(costs) for form, costs in found.items()}
 

@@ -40,7 +40,7 @@ BLOCK = (32, 256)  # pairs a program of the elementwise kernel takes
 def elementwise_kernel(  # noqa: PLR0913, a kernel's pointers, sizes and strides
     s_ptr,  # (M, N) similarities, fp32 or the operands' dtype
     dlogits_ptr,  # (M, N) rounded up to whole blocks, may be s_ptr; or None
-    partials_ptr,  # (3, blocks) fp32: a block's sums of softplus(u), g*s, g
+    partials_ptr,  # (3, blocks) fp32: a block's sums of softplus(u), dlogits * s, dlogits
     logit_scale_ptr,  # () fp32
     logit_bias_ptr,  # () fp32
     image_ids_ptr,  # (M,) int64 or None
@@ -48,7 +48,7 @@ def elementwise_kernel(  # noqa: PLR0913, a kernel's pointers, sizes and strides
     M,
     N,
     diagonal,
-    stride,  # of s and g
+    stride,  # of s and dlogits
     GRAD_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,7 +92,7 @@ def elementwise_kernel(  # noqa: PLR0913, a kernel's pointers, sizes and strides
 class LibraryPanel(TritonTotals):
     """A :class:`fused_siglip.kernels.Panel`: library product, then one elementwise kernel.
 
-    Similarities stay fp32, in a buffer of their own beside g.
+    Similarities stay fp32, in a buffer of their own beside dlogits.
     """
 
     tile = TILE

@@ -84,7 +84,7 @@ def panel_errors(
     softplus = torch.nn.functional.softplus(u, threshold=700)
     logit = abs(t) * s.abs() + abs(BIAS)  # which tensor cores may cut off at 2^-20 of itself
     bound = exact.abs() * (2.0**-8 + 2.0**-20 * logit)
-    found = {"g": ((dlogits.double() - exact).abs() / bound).max().item()}
+    found = {"dlogits": ((dlogits.double() - exact).abs() / bound).max().item()}
     drift = 2.0**-20 * (exact.abs() * logit).sum()
     terms = {"loss": softplus, "dscale_sum": exact * s, "dbias_sum": exact}
     for (name, term), total in zip(terms.items(), sums.double(), strict=True):

@@ -36,11 +36,11 @@ def products(best: Sequence[str], device: str) -> Iterator[dict]:
     on_gpu = _on_gpu(device)
     dim, repeats = (768, 12) if on_gpu else (32, 1)
     for size in (8192, PANEL_SIDE, 16384) if on_gpu else (256,):
-        g = torch.rand(size, size, device=device).mul_(1e-3).to(torch.bfloat16)
+        dlogits = torch.rand(size, size, device=device).mul_(1e-3).to(torch.bfloat16)
         y = make_inputs(size, dim, "bfloat16", device).y
         half, full = torch.zeros_like(y), torch.zeros(size, dim, device=device)
         functions = {}
-        for what, a in (("g y", g), ("gT x", g.T)):
+        for what, a in (("dlogits Y", dlogits), ("dlogits^T X", dlogits.T)):
             functions[what, "bf16"] = functools.partial(torch.mm, a, y, out=half)
             for beta in (0, 1) if on_gpu else ():
                 functions[what, f"fp32, beta {beta}"] = functools.partial(

@@ -109,13 +109,13 @@ def _account(rows: list[dict]) -> str:
     hopper = {"kernel": "panel", "target": "sm_90", "positives": "diagonal", "shipped": True}
     (half,) = select(rows, dtype="bf16", **hopper)
     (tf32,) = select(rows, precision="tf32", **hopper)
-    easy, plain, masked = (half["epilogue"][form] for form in ("easy", "plain", "masked"))
+    saturated, plain, masked = (half["epilogue"][form] for form in ("saturated", "plain", "masked"))
     points = (
         f"**The elementwise pass** takes {plain:.1f} instructions a pair, stores and sums "
         f"included, and {masked:.1f} where a tile meets the diagonal or the edge. A tile whose "
-        f"largest logit is at most {half['easy_logit']:g} takes {easy:.1f}, one of them a special "
-        "function instead of two, and is as exact; to know the largest costs a maximum over the "
-        "tile.",
+        f"largest logit is at most {half['saturated_logit']:g} takes {saturated:.1f}, one of them "
+        "a special function instead of two, and is as exact; to know the largest costs a maximum "
+        "over the tile.",
         f"**Registers**: {half['registers']} a thread, {half['spills']} spills and "
         f"{half['shared_bytes'] / 1024:.0f} KiB of shared memory: {half['occupancy']} programs "
         "share a multiprocessor, so that one's elementwise pass can run under the other's product. "

@@ -254,17 +254,17 @@ def shipped() -> list[tuple[str, torch.dtype, str]]:
     return [row for row in everything if row[::2] != ("gfx942", "tf32")]
 
 
-# The kernels beside the one that writes g of all pairs, and how they are compiled.
+# The kernels beside the one that writes dlogits of all pairs, and how they are compiled.
 OTHERS = {
-    "no g": partial(compile_panel, store_dlogits=False),
+    "no dlogits": partial(compile_panel, store_dlogits=False),
     "negatives by hash": partial(compile_panel, kept="hash"),
     "negatives by logit": partial(compile_panel, kept="logit"),
     "weights of rows": partial(compile_panel, weights=("rows",)),
     "counting of logits": partial(compile_count, step=1),
     "best positives": partial(compile_score, kernel="best", ids=True),
     "negatives not below": partial(compile_score, kernel="not below"),
-    "g Y, tiles skipped": partial(compile_product, transposed=False),
-    "g^T X, tiles skipped": partial(compile_product, transposed=True),
+    "dlogits Y, tiles skipped": partial(compile_product, transposed=False),
+    "dlogits^T X, tiles skipped": partial(compile_product, transposed=True),
 }
 
 
@@ -301,7 +301,7 @@ def _row(
         "block_m": config["BLOCK_M"],
         "block_n": config["BLOCK_N"],
         "num_warps": config["num_warps"],
-        "easy_logit": SATURATED_LOGIT.value,
+        "saturated_logit": SATURATED_LOGIT.value,
         **found,
     }
 
@@ -312,7 +312,9 @@ def main() -> None:
     args = parser.parse_args()
     columns = ("target", "dtype", "precision", "positives", "registers", "stack_bytes", "spills")
     columns += ("shared_bytes", "tensor_core", "arithmetic", "special", "occupancy", "kernel")
-    print(f"triton {triton.__version__}, D = 768, g and all sums written\n{' '.join(columns)}")
+    print(
+        f"triton {triton.__version__}, D = 768, dlogits and all sums written\n{' '.join(columns)}"
+    )
     rows = []
     for row in compiled_rows():
         rows.append(row)

@@ -49,8 +49,8 @@ class Compiled:
 # have to meet before that. The compiler sees to it. What; who must not come before the others.
 UNTIL_ALL_WARPS = {
     "a stage is freed": (r"wgmma\.wait_group", r"mbarrier\.arrive"),
-    "a buffer of g is written": (r"cp\.async\.bulk\.wait_group", r"st\.shared|stmatrix"),
-    "g is copied": (r"fence\.proxy\.async", r"cp\.async\.bulk\.tensor\S*\.global\.shared"),
+    "a buffer of dlogits is written": (r"cp\.async\.bulk\.wait_group", r"st\.shared|stmatrix"),
+    "dlogits are copied": (r"fence\.proxy\.async", r"cp\.async\.bulk\.tensor\S*\.global\.shared"),
 }
 
 

@@ -48,8 +48,11 @@ def extended_reference(x: torch.Tensor, y: torch.Tensor, t: float, b: float) -> 
     u = -label * (t * s + b)
     e = np.exp(-np.abs(u))
     loss = (np.maximum(u, 0) + np.log1p(e)).sum()
-    g = -label * np.where(u >= 0, 1, e) / (1 + e)
-    return [v / size for v in (loss, t * (g @ y), t * (g.T @ x), (g * s).sum(), g.sum())]
+    dlogits = -label * np.where(u >= 0, 1, e) / (1 + e)
+    return [
+        v / size
+        for v in (loss, t * (dlogits @ y), t * (dlogits.T @ x), (dlogits * s).sum(), dlogits.sum())
+    ]
 
 
 def largest_errors(actual: Sequence[torch.Tensor], exact: Sequence) -> dict[str, float]:

@@ -23,7 +23,7 @@ TILES = (None, 1, 3)
 def pairs_kept(choice, m: int, n: int, backend: str, device: str, tiles=None, **options):
     """(m, n) bool: every pair in turn is seen by its own entry of dX, where texts are unit vectors.
 
-    t is small and b = 0: no g is near 0 that is not 0.
+    t is small and b = 0: no dlogits are near 0 that are not 0.
     """
     x = torch.randn(m, n, generator=torch.Generator().manual_seed(5)).to(device).requires_grad_()
     workspace = tiles and tiles * one_tile(backend, torch.float32, device, filters_negatives=True)
@@ -241,15 +241,15 @@ def test_nothing_kept_costs_no_product(monkeypatch):
 
 @pytest.mark.parametrize("nothing", [False, True])
 def test_a_sparse_product_does_not_read_what_memory_held(nothing):
-    g = torch.zeros(5, 7)
+    dlogits = torch.zeros(5, 7)
     if not nothing:
-        g[2, 3] = 2.0
+        dlogits[2, 3] = 2.0
     y = torch.randn(7, 4)
     out = torch.full((5, 4), torch.nan)
-    add_product(out, g.to_sparse(), y, 0.5, accumulate=False)
-    assert torch.equal(out, 0.5 * g @ y)
-    add_product(out, g.to_sparse(), y, 0.5, accumulate=True)
-    assert torch.equal(out, g @ y)
+    add_product(out, dlogits.to_sparse(), y, 0.5, accumulate=False)
+    assert torch.equal(out, 0.5 * dlogits @ y)
+    add_product(out, dlogits.to_sparse(), y, 0.5, accumulate=True)
+    assert torch.equal(out, dlogits @ y)
 
 
 def test_module(backend, device):

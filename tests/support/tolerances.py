@@ -65,13 +65,15 @@ def conditions(inputs: Inputs, exact: list[Tensor | None], **options) -> list[fl
     x, y, t, b = (tensor.detach().double() for tensor in inputs.tensors())
     z = (t * x @ y.T + b).requires_grad_()
     identity = torch.eye(y.shape[0], dtype=torch.float64, device=y.device)
-    (g,) = torch.autograd.grad(eager_siglip_loss(z, identity, 1.0, **inputs.ids, **options), z)
-    g = g.abs()
+    (dlogits,) = torch.autograd.grad(
+        eager_siglip_loss(z, identity, 1.0, **inputs.ids, **options), z
+    )
+    dlogits = dlogits.abs()
     absolute = [
-        t.abs() * g @ y.abs(),
-        t.abs() * g.T @ x.abs(),
-        (g * (x @ y.T).abs()).sum(),
-        g.sum(),
+        t.abs() * dlogits @ y.abs(),
+        t.abs() * dlogits.T @ x.abs(),
+        (dlogits * (x @ y.T).abs()).sum(),
+        dlogits.sum(),
     ]
     grown = [1.0]
     for terms, total in zip(absolute, exact[1:], strict=True):

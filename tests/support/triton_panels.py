@@ -38,16 +38,16 @@ def features(m, n, d, dtype, seed=0):
 
 
 def run(x, y, t=T, b=B, positives=Pairs(), store_dlogits=True, scalar_grads=True, kept=None):  # noqa: B008
-    """The sums and g (unscaled, float64) of one panel."""
+    """The sums and dlogits (unscaled, float64) of one panel."""
     m, n = x.shape[0], y.shape[0]
     spec = PanelSpec(m, n, x.dtype, store_dlogits, scalar_grads, kept is not None)
     panel = TritonPanel(spec, x.device)
     sums = torch.full((3,), 7.0, device=DEVICE)
-    g = panel(x, y, affine(t, b), positives, sums, kept)
-    if g is not None:
-        assert g.shape == (m, n) and g.dtype == x.dtype
-        g = g.double() / GRAD_SCALE.get(x.dtype, 1.0)
-    return sums, g
+    dlogits = panel(x, y, affine(t, b), positives, sums, kept)
+    if dlogits is not None:
+        assert dlogits.shape == (m, n) and dlogits.dtype == x.dtype
+        dlogits = dlogits.double() / GRAD_SCALE.get(x.dtype, 1.0)
+    return sums, dlogits
 
 
 def affine(t=T, b=B):
@@ -84,24 +84,24 @@ def hashes(kept):
 
 
 def formula(x, y, t, b, positives, dtype, kept=None):
-    """Element by element in plain torch: softplus(u), g*s and g; sums are the caller's."""
+    """Element by element in plain torch: softplus(u), dlogits * s, dlogits; the caller adds up."""
     s = x.to(dtype) @ y.to(dtype).T
     positive, valid = pair_masks(x, y, positives, kept)
     sign = torch.where(positive, -1.0, 1.0).to(dtype)  # -l
     u = sign * (s * t + b)
-    g = torch.where(valid, sign * torch.sigmoid(u), 0)
+    dlogits = torch.where(valid, sign * torch.sigmoid(u), 0)
     softplus = u.clamp(min=0) + torch.log1p(torch.exp(-u.abs()))
-    return torch.where(valid, softplus, 0), torch.where(valid, g * s, 0), g
+    return torch.where(valid, softplus, 0), torch.where(valid, dlogits * s, 0), dlogits
 
 
 def check(x, y, t=T, b=B, positives=Pairs(), kept=None):  # noqa: B008
     """Against float64. The logits are the source of error: eager fp32 has them rounded as we do.
 
-    g and each term of the sums may deviate by 4 times what eager fp32 deviates at most, plus the
-    roundings of fp32 in the functions and, for g, what storing it costs. A sum may deviate by
-    that for every term, all in one direction, plus the roundings of adding up.
+    dlogits and each term of the sums may deviate by 4 times what eager fp32 deviates at most, plus
+    the roundings of fp32 in the functions and, for dlogits, what storing them costs. A sum may
+    deviate by that for every term, all in one direction, plus the roundings of adding up.
     """
-    sums, g = run(x, y, t, b, positives, kept=kept)
+    sums, dlogits = run(x, y, t, b, positives, kept=kept)
     exact = formula(x, y, t, b, positives, torch.float64, kept)
     eager = formula(x, y, t, b, positives, torch.float32, kept)
     eps = UNIT_ROUNDOFF[torch.float32]
@@ -115,8 +115,8 @@ def check(x, y, t=T, b=B, positives=Pairs(), kept=None):  # noqa: B008
     tiny = torch.finfo(x.dtype).tiny
     slack = (4 * deviation + FUNCTIONS * eps + UNIT_ROUNDOFF[x.dtype]) * exact[2].abs()
     slack += tiny / GRAD_SCALE.get(x.dtype, 1)
-    assert ((g - exact[2]).abs() <= slack).all()
-    return g
+    assert ((dlogits - exact[2]).abs() <= slack).all()
+    return dlogits
 
 
 def agree(a, b, unit=UNIT_ROUNDOFF[torch.float32]):
@@ -190,7 +190,7 @@ def tiled_choice(x, y):
 
 
 def panel_of(x, y, positives, kept, rows=None, cols=None):
-    """A panel after its call, and g; its workspace held other numbers before."""
+    """A panel after its call, and dlogits; its workspace held other numbers before."""
     spec = PanelSpec(rows or len(x), cols or len(y), x.dtype, True, True, True)
     panel = TritonPanel(spec, x.device)
     panel.dlogits.fill_(torch.nan)

@@ -34,26 +34,26 @@ def exact_panel(t, diagonal):
     positive = torch.arange(50)[:, None] + diagonal == torch.arange(60)
     sign = torch.where(positive, -1, 1)
     u = sign * (t * s + BIAS)
-    g = sign * torch.sigmoid(u)
-    sums = torch.stack([torch.nn.functional.softplus(u).sum(), (g * s).sum(), g.sum()])
-    return x, y, g.to(torch.bfloat16), sums.float()
+    dlogits = sign * torch.sigmoid(u)
+    sums = torch.stack([torch.nn.functional.softplus(u).sum(), (dlogits * s).sum(), dlogits.sum()])
+    return x, y, dlogits.to(torch.bfloat16), sums.float()
 
 
 @pytest.mark.parametrize("t", SCALES)
 def test_a_wrong_panel_is_found(t):
-    x, y, g, sums = exact_panel(t, 3)
-    assert max(panel_errors(x, y, t, 3, g, sums).values()) <= 1
-    wrong = g.clone()
+    x, y, dlogits, sums = exact_panel(t, 3)
+    assert max(panel_errors(x, y, t, 3, dlogits, sums).values()) <= 1
+    wrong = dlogits.clone()
     wrong[7, 8] *= 1.02
-    assert panel_errors(x, y, t, 3, wrong, sums)["g"] > 1
+    assert panel_errors(x, y, t, 3, wrong, sums)["dlogits"] > 1
     wrong[7, 8] = torch.nan  # not written
-    assert panel_errors(x, y, t, 3, wrong, sums)["g"] == float("inf")
-    assert panel_errors(x, y, t, 2, g, sums)["g"] > 1  # another diagonal
+    assert panel_errors(x, y, t, 3, wrong, sums)["dlogits"] == float("inf")
+    assert panel_errors(x, y, t, 2, dlogits, sums)["dlogits"] > 1  # another diagonal
     for i, name in enumerate(("loss", "dscale_sum", "dbias_sum")):
         off = sums.clone()
         off[i] *= 1.01
-        found = panel_errors(x, y, t, 3, g, off)
-        assert found[name] > 1 and found["g"] <= 1
+        found = panel_errors(x, y, t, 3, dlogits, off)
+        assert found[name] > 1 and found["dlogits"] <= 1
 
 
 def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch):

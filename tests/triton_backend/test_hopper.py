@@ -82,24 +82,24 @@ def test_tiles_at_the_threshold(above):
 def test_nan_and_inf_propagate_as_in_torch(value, t):
     x, y = features(130, 256, 48, torch.bfloat16)
     x[3, 5] = value
-    sums, g = run(x, y, t=t, positives=Pairs(diagonal=0))
-    softplus, _, exact_g = formula(x, y, t, -10.0, Pairs(diagonal=0), torch.float64)
+    sums, dlogits = run(x, y, t=t, positives=Pairs(diagonal=0))
+    softplus, _, exact_dlogits = formula(x, y, t, -10.0, Pairs(diagonal=0), torch.float64)
     assert torch.equal(sums[0].isnan(), softplus.sum().isnan())
-    assert torch.equal(g.isnan(), exact_g.isnan())
+    assert torch.equal(dlogits.isnan(), exact_dlogits.isnan())
 
 
 def test_variants_agree_and_repeat_to_the_bit():
     x, y = features(900, 700, 48, torch.bfloat16)
     at = Pairs(diagonal=-20)
-    sums, g = run(x, y, positives=at)
+    sums, dlogits = run(x, y, positives=at)
     for _ in range(20):
         again = run(x, y, positives=at)
-        assert torch.equal(again[0], sums) and torch.equal(again[1], g)
+        assert torch.equal(again[0], sums) and torch.equal(again[1], dlogits)
     alone, none = run(x, y, positives=at, store_dlogits=False)
     assert none is None and torch.equal(alone, sums)
     loss, _ = run(x, y, positives=at, store_dlogits=False, scalar_grads=False)
     torch.testing.assert_close(loss[0], sums[0], rtol=1e-6, atol=0)
-    assert torch.equal(run(x, y, positives=at, scalar_grads=False)[1], g)
+    assert torch.equal(run(x, y, positives=at, scalar_grads=False)[1], dlogits)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -56,10 +56,10 @@ def test_log1p_relative_error():
 
 
 @triton.jit
-def _softplus_sigmoid_kernel(u_ptr, out_ptr, EASY: tl.constexpr, N: tl.constexpr):
+def _softplus_sigmoid_kernel(u_ptr, out_ptr, SATURATED: tl.constexpr, N: tl.constexpr):
     i = tl.arange(0, N)
     u = tl.load(u_ptr + i)
-    if EASY:
+    if SATURATED:
         softplus, sigmoid = saturated_softplus_sigmoid(u)
     else:
         softplus, sigmoid = softplus_sigmoid(u)
@@ -67,9 +67,9 @@ def _softplus_sigmoid_kernel(u_ptr, out_ptr, EASY: tl.constexpr, N: tl.constexpr
     tl.store(out_ptr + N + i, sigmoid)
 
 
-def softplus_and_sigmoid(u, easy):
+def softplus_and_sigmoid(u, saturated):
     out = torch.empty(2, len(u), device=DEVICE)
-    _softplus_sigmoid_kernel[(1,)](u, out, EASY=easy, N=len(u))
+    _softplus_sigmoid_kernel[(1,)](u, out, SATURATED=saturated, N=len(u))
     return out
 
 
@@ -82,18 +82,20 @@ def allowed(u):
     return (1.5 * u.double().abs() + after) * UNIT_ROUNDOFF[torch.float32]
 
 
-@pytest.mark.parametrize("easy", [False, True])
-def test_softplus_and_sigmoid(easy):
-    top = SATURATED_LOGIT.value if easy else 80.0
+@pytest.mark.parametrize("saturated", [False, True])
+def test_softplus_and_sigmoid(saturated):
+    top = SATURATED_LOGIT.value if saturated else 80.0
     u = torch.cat([torch.linspace(-80, top, 4096 - 3), torch.tensor([-1e30, -torch.inf, top])])
     u = u.to(DEVICE)
     exact = torch.stack([torch.logaddexp(u.double(), u.double() * 0), torch.sigmoid(u.double())])
     exact[:, u == -torch.inf] = 0
-    actual = softplus_and_sigmoid(u, easy)
+    actual = softplus_and_sigmoid(u, saturated)
     # below, exp2 may flush what is subnormal
     deviation = (actual - exact).abs() - 2.0**-125
     assert (deviation <= allowed(u.clamp(-128, 0)) * exact).all()
-    assert softplus_and_sigmoid(torch.full((16,), torch.nan, device=DEVICE), easy).isnan().all()
+    assert (
+        softplus_and_sigmoid(torch.full((16,), torch.nan, device=DEVICE), saturated).isnan().all()
+    )
 
 
 @triton.jit
@@ -177,20 +179,20 @@ def test_a_tile_at_the_threshold(steps):
         largest = torch.nextafter(largest, largest + steps)
     logits = torch.linspace(-80, SATURATED_LOGIT.value - 0.01, 128)
     logits[77] = largest
-    sums, g = run(*one_feature(logits, 128), t=1.0, b=0.0)
+    sums, dlogits = run(*one_feature(logits, 128), t=1.0, b=0.0)
     exact = logits.double().to(DEVICE)
     sigmoid = exact.sigmoid()[:, None]
-    assert ((g - sigmoid).abs() <= allowed(exact)[:, None] * sigmoid).all()
+    assert ((dlogits - sigmoid).abs() <= allowed(exact)[:, None] * sigmoid).all()
     terms = [torch.log1p(exact.exp()), exact.sigmoid() * exact, exact.sigmoid()]
     for actual, t in zip(sums.double(), terms, strict=True):
         assert (actual - 128 * t.sum()).abs() <= 128 * (allowed(exact) * t.abs()).sum()
     if INTERPRETED:  # which path it was: a device may fuse other operations in another kernel
-        _, expected = softplus_and_sigmoid(logits, easy=steps <= 0)
-        assert torch.equal(g[:, 5].float(), expected)
+        _, expected = softplus_and_sigmoid(logits, saturated=steps <= 0)
+        assert torch.equal(dlogits[:, 5].float(), expected)
 
 
 @pytest.mark.parametrize("t", [1.0, -1.0])
-def test_tiles_are_easy_by_their_largest_logit(t):
+def test_tiles_are_saturated_by_their_largest_logit(t):
     """A negative scale turns the order round; a single pair above the threshold counts."""
     for logits in (torch.linspace(-90, 3, 128), torch.linspace(-3, 90, 128)):
         check(*one_feature(logits, 256), t=t, b=0.0)
@@ -200,8 +202,8 @@ def test_tiles_are_easy_by_their_largest_logit(t):
 def test_nan_and_inf_in_an_easy_tile(value):
     logits = torch.full((128,), -20.0)
     logits[3] = value
-    sums, g = run(*one_feature(logits, 128), t=1.0, b=0.0)
-    assert torch.equal(g[3].isnan(), torch.full((128,), value != value, device=DEVICE))
-    assert value != value or not g[3].any()
-    assert not g[4:].isnan().any()
+    sums, dlogits = run(*one_feature(logits, 128), t=1.0, b=0.0)
+    assert torch.equal(dlogits[3].isnan(), torch.full((128,), value != value, device=DEVICE))
+    assert value != value or not dlogits[3].any()
+    assert not dlogits[4:].isnan().any()
     assert sums[0].isnan() == (value != value) and sums[1].isnan()  # 0 * inf, as in torch

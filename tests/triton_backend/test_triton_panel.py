@@ -80,8 +80,8 @@ def test_ids_with_repeats_and_padding(dtype):
     padded = run(x, y, positives=Pairs(None, Ids(*ids)))
     assert torch.equal(clean[0], padded[0]) and torch.equal(clean[1], padded[1])
     nothing = torch.full((m,), -1, device=DEVICE)
-    sums, g = run(x, y, positives=Pairs(None, Ids(nothing, ids[1])))
-    assert not sums.any() and not g.any()
+    sums, dlogits = run(x, y, positives=Pairs(None, Ids(nothing, ids[1])))
+    assert not sums.any() and not dlogits.any()
 
 
 @pytest.mark.covering(1)
@@ -94,10 +94,10 @@ def test_scales_and_biases(t, b, dtype):
 @pytest.mark.parametrize("t, b", [(1e4, 0.0), (-1e4, 1e4), (0.0, 1e30), (0.0, -1e30)])
 def test_extreme_logits_are_finite(t, b):
     x, y = features(20, 20, 16, torch.float32)
-    sums, g = run(x, y, t, b, Pairs(diagonal=0))
+    sums, dlogits = run(x, y, t, b, Pairs(diagonal=0))
     exact = formula(x, y, t, b, Pairs(diagonal=0), torch.float64)
     torch.testing.assert_close(sums[0].double(), exact[0].sum(), rtol=1e-4, atol=0)
-    assert g.abs().max() <= 1 and g.isfinite().all()
+    assert dlogits.abs().max() <= 1 and dlogits.isfinite().all()
 
 
 @pytest.mark.covering(1)
@@ -108,12 +108,12 @@ def test_nan_and_inf_propagate_as_in_torch(shape, value):
     x[3, 5] = value
     y[7, 5] = 0  # inf * 0
     positives = Pairs(diagonal=0)
-    sums, g = run(x, y, positives=positives)
+    sums, dlogits = run(x, y, positives=positives)
     exact = formula(x, y, T, B, positives, torch.float64)
     for actual, terms in zip(sums.double(), exact, strict=True):
         assert actual.isnan() == terms.sum().isnan() and actual.isinf() == terms.sum().isinf()
-    assert torch.equal(g.isnan(), exact[2].isnan())
-    torch.testing.assert_close(g[3], exact[2][3], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(dlogits.isnan(), exact[2].isnan())
+    torch.testing.assert_close(dlogits[3], exact[2][3], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("positives", [Pairs(diagonal=-20), "ids"])
@@ -122,15 +122,15 @@ def test_variants_agree_and_repeat_to_the_bit(positives):
     if positives == "ids":
         ids = torch.arange(150, device=DEVICE) % 50, torch.arange(260, device=DEVICE) % 70
         positives = Pairs(None, Ids(*ids))
-    sums, g = run(x, y, positives=positives)
+    sums, dlogits = run(x, y, positives=positives)
     again = run(x, y, positives=positives)
-    assert torch.equal(sums, again[0]) and torch.equal(g, again[1])
+    assert torch.equal(sums, again[0]) and torch.equal(dlogits, again[1])
     forward, none = run(x, y, positives=positives, store_dlogits=False, scalar_grads=False)
     assert none is None and agree(forward[:1], sums[:1]) and forward[1:].tolist() == [7.0, 7.0]
     scalars, none = run(x, y, positives=positives, store_dlogits=False)
     assert none is None and agree(scalars, sums)
-    loss, only_g = run(x, y, positives=positives, scalar_grads=False)
-    assert agree(loss, forward) and agree(only_g, g, UNIT_ROUNDOFF[x.dtype])
+    loss, only_dlogits = run(x, y, positives=positives, scalar_grads=False)
+    assert agree(loss, forward) and agree(only_dlogits, dlogits, UNIT_ROUNDOFF[x.dtype])
 
 
 class Spy:
@@ -196,9 +196,9 @@ def test_smaller_panels_reuse_the_workspace():
     panel = TritonPanel(PanelSpec(256, 384, x.dtype, True, True), x.device)
     for m, n in [(256, 384), (100, 384), (256, 130), (1, 1)]:
         sums = torch.empty(3, device=DEVICE)
-        g = panel(x[:m], y[:n], affine(), Pairs(diagonal=0), sums)
+        dlogits = panel(x[:m], y[:n], affine(), Pairs(diagonal=0), sums)
         fresh = run(x[:m], y[:n], positives=Pairs(diagonal=0))
-        assert torch.equal(sums, fresh[0]) and torch.equal(g.double(), fresh[1])
+        assert torch.equal(sums, fresh[0]) and torch.equal(dlogits.double(), fresh[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -51,22 +51,22 @@ def test_flags_tell_which_tiles_hold_what_is_kept(positives):
     assert torch.equal(panel.flags.view(3, 4), expected.int())
 
 
-def check_product(panel, g, other, transposed, alpha=0.5):
+def check_product(panel, dlogits, other, transposed, alpha=0.5):
     """Against float64; added to what is in out, or overwriting it."""
-    a = (g.T if transposed else g).double()
+    a = (dlogits.T if transposed else dlogits).double()
     out = torch.randn(len(a), other.shape[1], device=DEVICE)
     exact = alpha * a @ other.double()
     # a rounding for every term, none of the products of half operands; and for the last sum
     slack = alpha * (a.shape[1] + 4) * (a.abs() @ other.double().abs())
     added = out.clone()
-    panel.add_product(added, g, other, alpha, True, transposed)
+    panel.add_product(added, dlogits, other, alpha, True, transposed)
     eps = UNIT_ROUNDOFF[torch.float32]
     assert ((added - (out.double() + exact)).abs() <= eps * (slack + 2 * out.abs())).all()
     fresh = torch.full_like(out, torch.nan)
-    panel.add_product(fresh, g, other, alpha, False, transposed)
+    panel.add_product(fresh, dlogits, other, alpha, False, transposed)
     assert ((fresh - exact).abs() <= eps * slack).all()
     again = torch.full_like(out, torch.nan)
-    panel.add_product(again, g, other, alpha, False, transposed)
+    panel.add_product(again, dlogits, other, alpha, False, transposed)
     assert torch.equal(again, fresh)
     return fresh
 
@@ -77,12 +77,12 @@ def check_product(panel, g, other, transposed, alpha=0.5):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products(transposed, positives, dtype):
     x, y = features(*TILED, 48, dtype)
-    panel, g = panel_of(x, y, POSITIVES[positives](*TILED), tiled_choice(x, y))
+    panel, dlogits = panel_of(x, y, POSITIVES[positives](*TILED), tiled_choice(x, y))
     assert panel.skips
     other = x if transposed else y
     wide = torch.cat([other, torch.full_like(other[:, :8], torch.nan)], 1)
-    check_product(panel, g, wide[:, :48], transposed)  # rows further apart than they are long
-    check_product(panel, g, other.T.contiguous().T, transposed)
+    check_product(panel, dlogits, wide[:, :48], transposed)  # rows further apart than they are long
+    check_product(panel, dlogits, other.T.contiguous().T, transposed)
 
 
 @pytest.mark.covering(2)
@@ -96,8 +96,8 @@ def test_products_where_the_library_has_none(transposed, positives, dtype):
     panel = TritonPanel(PanelSpec(256, 384, dtype, True, True), x.device)
     panel.library = False
     panel.dlogits.fill_(torch.nan)
-    g = panel(x, y, affine(), POSITIVES[positives](m, n), torch.empty(3, device=DEVICE))
-    check_product(panel, g, x if transposed else y, transposed)
+    dlogits = panel(x, y, affine(), POSITIVES[positives](m, n), torch.empty(3, device=DEVICE))
+    check_product(panel, dlogits, x if transposed else y, transposed)
 
 
 @pytest.mark.covering(1)
@@ -105,9 +105,9 @@ def test_products_where_the_library_has_none(transposed, positives, dtype):
 @pytest.mark.parametrize("m, n, d", [(1, 1, 1), (130, 257, 200), (257, 1, 16), (128, 128, 128)])
 def test_products_of_smaller_panels_in_the_same_workspace(m, n, d, transposed):
     x, y = features(m, n, d, torch.float32)
-    panel, g = panel_of(x, y, labels(m, n), by_hash(m, n, 5e-4), rows=384, cols=512)
+    panel, dlogits = panel_of(x, y, labels(m, n), by_hash(m, n, 5e-4), rows=384, cols=512)
     assert panel.skips
-    check_product(panel, g, x if transposed else y, transposed)
+    check_product(panel, dlogits, x if transposed else y, transposed)
 
 
 @pytest.mark.covering(1)
@@ -116,20 +116,20 @@ def test_products_of_smaller_panels_in_the_same_workspace(m, n, d, transposed):
 def test_a_tile_in_which_nothing_is_kept_is_not_read(transposed, dtype):
     x, y = features(*TILED, 48, dtype)
     kept = tiled_choice(x, y)
-    panel, g = panel_of(x, y, Pairs(diagonal=0), kept)
+    panel, dlogits = panel_of(x, y, Pairs(diagonal=0), kept)
     flags = tiles_kept(x, y, Pairs(diagonal=0), kept)
     assert flags.tolist() == [[True] * 4, [False, True, False, False], [True] * 4]
     other = x if transposed else y
-    clean = check_product(panel, g, other, transposed)
+    clean = check_product(panel, dlogits, other, transposed)
     whole = panel.dlogits.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))  # a view
     whole[1, :, 0] = whole[1, :, 2:] = torch.nan
     planted = torch.full_like(clean, torch.nan)
-    panel.add_product(planted, g, other, 0.5, False, transposed)
+    panel.add_product(planted, dlogits, other, 0.5, False, transposed)
     assert torch.equal(planted, clean)
     if transposed:  # images of the second row of tiles meet texts of the second column alone
         other = other.clone()
         other[128:256] = torch.nan
-        panel.add_product(planted, g, other, 0.5, False, transposed)
+        panel.add_product(planted, dlogits, other, 0.5, False, transposed)
         assert torch.equal(
             planted.isnan().all(1).nonzero()[:, 0], torch.arange(128, 256).to(DEVICE)
         )
@@ -140,20 +140,20 @@ def test_a_tile_in_which_nothing_is_kept_is_not_read(transposed, dtype):
 def test_no_tile_is_looked_for_among_many_random_pairs(transposed):
     """The product is then the library's, which does not take lists."""
     x, y = features(*TILED, 48, torch.float32)
-    panel, g = panel_of(x, y, Pairs(diagonal=0), by_hash(*TILED, 2e-3), rows=384, cols=512)
+    panel, dlogits = panel_of(x, y, Pairs(diagonal=0), by_hash(*TILED, 2e-3), rows=384, cols=512)
     assert not panel.skips and panel.flags.view(-1)[:12].all()
-    check_product(panel, g, x if transposed else y, transposed)
+    check_product(panel, dlogits, x if transposed else y, transposed)
     assert (panel.lists == -1).all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_product_of_nothing(transposed):
     x, y = features(*TILED, 48, torch.float32)
-    panel, g = panel_of(x, y, Pairs(), by_hash(*TILED)._replace(hash_cutoff=-(2**31)))
-    assert not panel.flags.any() and not g.any()
+    panel, dlogits = panel_of(x, y, Pairs(), by_hash(*TILED)._replace(hash_cutoff=-(2**31)))
+    assert not panel.flags.any() and not dlogits.any()
     out = torch.full((TILED[transposed], 48), 3.0, device=DEVICE)
     other = torch.full((TILED[not transposed], 48), torch.nan, device=DEVICE)
-    panel.add_product(out, g, other, 1.0, accumulate=True, transposed=transposed)
+    panel.add_product(out, dlogits, other, 1.0, accumulate=True, transposed=transposed)
     assert (out == 3).all()
-    panel.add_product(out, g, other, 1.0, accumulate=False, transposed=transposed)
+    panel.add_product(out, dlogits, other, 1.0, accumulate=False, transposed=transposed)
     assert (out == 0).all()

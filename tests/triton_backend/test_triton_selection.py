@@ -42,9 +42,9 @@ def test_chosen_negatives(b, choice, positives, dtype):
     x, y = features(150, 300, 48, dtype)
     positives = POSITIVES[positives](150, 300)
     kept = by_hash(150, 300) if choice == "hash" else by_logit(x, y)
-    g = check(x, y, b=b, positives=positives, kept=kept)
+    dlogits = check(x, y, b=b, positives=positives, kept=kept)
     _, valid = pair_masks(x, y, positives, kept)
-    assert torch.equal(g != 0, valid) and 0.2 < valid.double().mean() < 0.4
+    assert torch.equal(dlogits != 0, valid) and 0.2 < valid.double().mean() < 0.4
 
 
 @pytest.mark.covering(1)
@@ -60,8 +60,8 @@ def test_sizes_of_chosen_negatives(m, n, d, keep):
 def test_the_least_and_the_most_that_a_hash_keeps(cutoff):
     x, y = features(130, 130, 16, torch.float32)
     kept = by_hash(130, 130)._replace(hash_cutoff=cutoff)
-    g = check(x, y, positives=Pairs(diagonal=0), kept=kept)
-    assert (g != 0).sum() == (130 if cutoff < 0 else 130**2)
+    dlogits = check(x, y, positives=Pairs(diagonal=0), kept=kept)
+    assert (dlogits != 0).sum() == (130 if cutoff < 0 else 130**2)
 
 
 @pytest.mark.covering(1)
@@ -71,9 +71,9 @@ def test_variants_of_a_choice_agree_and_repeat_to_the_bit(positives, choice):
     x, y = features(150, 260, 48, torch.bfloat16)
     positives = POSITIVES[positives](150, 260)
     kept = by_hash(150, 260) if choice == "hash" else by_logit(x, y)
-    sums, g = run(x, y, positives=positives, kept=kept)
+    sums, dlogits = run(x, y, positives=positives, kept=kept)
     again = run(x, y, positives=positives, kept=kept)
-    assert torch.equal(sums, again[0]) and torch.equal(g, again[1])
+    assert torch.equal(sums, again[0]) and torch.equal(dlogits, again[1])
     scalars, none = run(x, y, positives=positives, store_dlogits=False, kept=kept)
     assert none is None and agree(scalars, sums)
     forward, _ = run(x, y, positives=positives, store_dlogits=False, scalar_grads=False, kept=kept)
@@ -84,13 +84,16 @@ def test_nan_is_dropped_by_a_hash_and_kept_by_a_logit():
     x, y = features(130, 140, 16, torch.float32)
     kept = by_hash(130, 140), by_logit(x, y)
     x[3] = torch.nan
-    (sums, g), (_, by_value) = (run(x, y, kept=k) for k in kept)
-    assert torch.equal(g[3].isnan(), hashes(kept[0])[3] < kept[0].hash_cutoff) and sums[0].isnan()
+    (sums, dlogits), (_, by_value) = (run(x, y, kept=k) for k in kept)
+    assert (
+        torch.equal(dlogits[3].isnan(), hashes(kept[0])[3] < kept[0].hash_cutoff)
+        and sums[0].isnan()
+    )
     assert by_value[3].isnan().all()
-    assert not g[4:].isnan().any() and not by_value[4:].isnan().any()
+    assert not dlogits[4:].isnan().any() and not by_value[4:].isnan().any()
     none_of_it = kept[0]._replace(hash_cutoff=-(2**31))  # keeps nothing
-    sums, g = run(x, y, kept=none_of_it)
-    assert sums.tolist() == [0, 0, 0] and not g.any()
+    sums, dlogits = run(x, y, kept=none_of_it)
+    assert sums.tolist() == [0, 0, 0] and not dlogits.any()
 
 
 def counting_panel(m, n, dtype):
@@ -160,8 +163,8 @@ def test_a_threshold_keeps_what_was_counted(dtype):
     for first in (0, 15, 16, 30):
         key = torch.full_like(threshold, first * 2**KEY_BITS // 32, dtype=torch.int64)
         kept = ScoreThreshold(units, key_to_float(key, torch.float32))
-        _, g = run(x, y, t=1.0, b=0.0, positives=Pairs(diagonal=0), kept=kept)
-        assert torch.equal((g != 0).sum(1), 1 + counts[:, first:].sum(1))
+        _, dlogits = run(x, y, t=1.0, b=0.0, positives=Pairs(diagonal=0), kept=kept)
+        assert torch.equal((dlogits != 0).sum(1), 1 + counts[:, first:].sum(1))
 
 
 def test_nan_counts_as_the_largest():

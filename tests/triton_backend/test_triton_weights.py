@@ -89,10 +89,10 @@ def call(x, y, pairs, b=-10.0, kept=None, image_losses=None, store_dlogits=True)
     if panel.row_losses is not None:
         panel.row_losses.fill_(torch.nan)
     sums = torch.full((3,), 7.0, device=DEVICE)
-    g = panel(x, y, affine(T, b), pairs, sums, kept, image_losses)
-    if g is not None:
-        g = g.double() / GRAD_SCALE.get(x.dtype, 1.0)
-    return sums, g
+    dlogits = panel(x, y, affine(T, b), pairs, sums, kept, image_losses)
+    if dlogits is not None:
+        dlogits = dlogits.double() / GRAD_SCALE.get(x.dtype, 1.0)
+    return sums, dlogits
 
 
 def formula(x, y, pairs, dtype, b=-10.0, kept=None):
@@ -122,14 +122,14 @@ def formula(x, y, pairs, dtype, b=-10.0, kept=None):
     softplus = u.clamp(min=0) + torch.log1p(torch.exp(-u.abs()))
     parts = [w * alpha * softplus, w * rest * u, w * alpha * torch.sigmoid(u), w * rest]
     parts = [torch.where(valid, part, 0) for part in parts]
-    loss, g = parts[0] - parts[1], sign * (parts[2] - parts[3])
+    loss, dlogits = parts[0] - parts[1], sign * (parts[2] - parts[3])
     sizes = parts[0].abs() + parts[1].abs(), parts[2].abs() + parts[3].abs()
-    return loss, torch.where(valid, g * s, 0), g, *sizes
+    return loss, torch.where(valid, dlogits * s, 0), dlogits, *sizes
 
 
 def check(x, y, pairs, b=-10.0, kept=None):
     """As in support/triton_panels.py; where parts of a term cancel, they count with their size."""
-    sums, g = call(x, y, pairs, b, kept)
+    sums, dlogits = call(x, y, pairs, b, kept)
     exact = formula(x, y, pairs, torch.float64, b, kept)
     eager = formula(x, y, pairs, torch.float32, b, kept)
     eps = UNIT_ROUNDOFF[torch.float32]
@@ -141,8 +141,8 @@ def check(x, y, pairs, b=-10.0, kept=None):
     deviation = ((eager[2].double() - exact[2]).abs() / exact[4].clamp(min=1e-300)).max()
     slack = (4 * deviation + FUNCTIONS * eps) * exact[4] + UNIT_ROUNDOFF[x.dtype] * exact[2].abs()
     slack += torch.finfo(x.dtype).tiny / GRAD_SCALE.get(x.dtype, 1)
-    assert ((g - exact[2]).abs() <= slack).all()
-    assert not g[exact[4] == 0].any()
+    assert ((dlogits - exact[2]).abs() <= slack).all()
+    assert not dlogits[exact[4] == 0].any()
 
 
 def check_image_losses(x, y, pairs, b=-10.0, kept=None):
@@ -219,8 +219,8 @@ def test_padding_and_what_is_past_the_edge_reach_nothing(dtype, selection, kind)
         longer.append(torch.full((len(of_rows) + 200,), torch.nan, device=DEVICE))
         longer[-1][: len(of_rows)] = torch.where(padded, torch.nan, of_rows)
     moved = pairs._replace(weights=weights._replace(images=longer[0][:m], texts=longer[1][:n]))
-    sums, g = call(x, y, moved, kept=kept)
-    assert torch.equal(sums, clean[0]) and torch.equal(g, clean[1])
+    sums, dlogits = call(x, y, moved, kept=kept)
+    assert torch.equal(sums, clean[0]) and torch.equal(dlogits, clean[1])
     again = torch.zeros(m, device=DEVICE)
     call(x, y, moved, kept=kept, image_losses=again)
     assert torch.equal(again, losses) and not again[ids.images < 0].any()
@@ -233,8 +233,8 @@ def test_infinite_logits_of_positives_make_no_nan():
     y[:, 0] = 1
     weights = PairWeights(torch.full((4,), 0.5, device=DEVICE), shares=shares(4, 4).shares)
     same = Ids(*torch.zeros(2, 4, dtype=torch.int64, device=DEVICE))
-    sums, g = call(x, y, Pairs(ids=same, weights=weights))  # 10 * 3e38
-    assert sums[0] == 0 and not g.any()
+    sums, dlogits = call(x, y, Pairs(ids=same, weights=weights))  # 10 * 3e38
+    assert sums[0] == 0 and not dlogits.any()
 
 
 @pytest.mark.parametrize("targets", [None, (0, 1, 0, 0.5, 0.25)])
@@ -254,9 +254,9 @@ def test_flags_say_where_dlogits_are(targets):
     panel.flags.fill_(-1)
     kept = by_hash(m, n, keep=1e-9)._replace(hash_cutoff=2**31 - 1)  # all that there are
     kept = kept if targets is None else tiled_choice(x, y)
-    g = panel(x, y, affine(), Pairs(weights=weights), torch.empty(3, device=DEVICE), kept)
+    dlogits = panel(x, y, affine(), Pairs(weights=weights), torch.empty(3, device=DEVICE), kept)
     whole = torch.zeros(384, 512, device=DEVICE)
-    whole[:m, :n] = g
+    whole[:m, :n] = dlogits
     there = whole.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).ne(0).any(3).any(1)
     assert torch.equal(panel.flags[: there.numel()].view_as(there).bool(), there)
     assert there.any() and not there[:, 3].any()

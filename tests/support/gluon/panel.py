@@ -40,10 +40,10 @@ class Case:
     grad_scale: float = 1.0
     block: tuple[int, int, int] = (32, 64, 16)
     warps: int = 4  # a consumer
-    buffers: int = 2  # a consumer, from which g is copied
+    buffers: int = 2  # a consumer, from which dlogits are copied
     dtype: DType = bfloat16
-    store_g: bool = True
-    padded: bool = False  # g has room for whole tiles
+    store_dlogits: bool = True
+    padded: bool = False  # dlogits have room for whole tiles
     scalar_grads: bool = True
     odd: tuple[tuple[int, int, int, float], ...] = ()  # 0: x, 1: y; row; column; what is there
 
@@ -104,7 +104,7 @@ def random_case(seed: int) -> Case:
         stages=draw.randint(2, 5),
         width=draw.choice([16, 32]),
         grad_scale=draw.choice([1.0, 0.25]),
-        store_g=draw.random() < 0.9,
+        store_dlogits=draw.random() < 0.9,
         scalar_grads=draw.random() < 0.9,
         odd=draw.choice([(), (), (), (), ((0, m // 2, 0, np.nan),), ((1, n // 2, 0, np.nan),)]),
     )
@@ -115,7 +115,7 @@ def random_case(seed: int) -> Case:
 
 
 class Outcome(NamedTuple):
-    g: float  # largest error over what rounding may cause
+    dlogits: float  # largest error over what rounding may cause
     sums: float
     forms: Counter  # of the epilogue: how often each ran
 
@@ -137,40 +137,42 @@ def features(case: Case, seed: int) -> tuple[Descriptor, Descriptor]:
 
 
 def formula(x, y, case: Case, dtype) -> list[np.ndarray]:
-    """Element by element in plain NumPy: softplus(u), g*s and g."""
+    """Element by element in plain NumPy: softplus(u), dlogits * s and dlogits."""
     with np.errstate(invalid="ignore"):
         s = x.astype(dtype) @ y.astype(dtype).T
     positive = np.arange(case.m)[:, None] + case.diagonal == np.arange(case.n)
     sign = np.where(positive, -1, 1).astype(dtype)
     u = sign * (s * dtype(case.t) + dtype(case.b))
     with np.errstate(over="ignore", invalid="ignore"):
-        g = sign / (1 + np.exp(-u))
-        return [np.maximum(u, 0) + np.log1p(np.exp(-np.abs(u))), g * s, g]
+        dlogits = sign / (1 + np.exp(-u))
+        return [np.maximum(u, 0) + np.log1p(np.exp(-np.abs(u))), dlogits * s, dlogits]
 
 
-def check(case: Case, x: Descriptor, y: Descriptor, sums, g) -> tuple[float, float]:
-    """Errors of g and of the sums over what rounding may cause: as for the other panels, 4 times
-    what float32 deviates element by element, and the roundings of the functions and of g. NaN has
+def check(case: Case, x: Descriptor, y: Descriptor, sums, dlogits) -> tuple[float, float]:
+    """Errors of dlogits and of the sums over what rounding may cause: as for the other panels, 4
+    times what float32 deviates element by element, and the roundings of the functions and of
+    dlogits. NaN has
     to be where it is in float64."""
     exact = formula(x.array, y.array, case, np.float64)
     eager = formula(x.array, y.array, case, np.float32)
     some = ~np.isnan(exact[2])  # other pairs have no NaN to be compared
-    of_g = 0.0
-    if case.store_g:
-        if (np.isnan(g) == some).any():
-            raise AssertionError(f"{(np.isnan(g) == some).sum()} of g are NaN or are not, wrongly")
+    of_dlogits = 0.0
+    if case.store_dlogits:
+        if (np.isnan(dlogits) == some).any():
+            wrong = (np.isnan(dlogits) == some).sum()
+            raise AssertionError(f"{wrong} of dlogits are NaN or are not, wrongly")
         size = np.abs(exact[2][some])
         deviation = np.abs(eager[2][some] - exact[2][some]) / np.maximum(size, 1e-300)
         slack = (4 * deviation.max(initial=0) + 8 * EPS + UNIT_ROUNDOFF[case.dtype]) * size
         slack += TINY[case.dtype] / case.grad_scale
-        of_g = (np.abs(g[some] - exact[2][some]) / slack).max(initial=0)
+        of_dlogits = (np.abs(dlogits[some] - exact[2][some]) / slack).max(initial=0)
     of_sums = [
         abs(total - e.sum()) / (4 * np.abs(f - e).sum() + 32 * EPS * np.abs(e).sum())
         if some.all()
         else (0.0 if np.isnan(total) else np.inf)
         for total, e, f in zip(sums, exact, eager, strict=case.scalar_grads)
     ]
-    return of_g, max(of_sums)
+    return of_dlogits, max(of_sums)
 
 
 def run(module: ModuleType, case: Case, seed: int) -> Outcome:
@@ -179,7 +181,7 @@ def run(module: ModuleType, case: Case, seed: int) -> Outcome:
     tiles_m, tiles_n = -(-case.m // block_m), -(-case.n // block_n)
     x, y = features(case, seed)
     padded = (tiles_m * block_m, tiles_n * block_n)
-    g = Buffer(padded if case.padded else (case.m, case.n), case.dtype)
+    dlogits = Buffer(padded if case.padded else (case.m, case.n), case.dtype)
     partials = Buffer((3 if case.scalar_grads else 1, tiles_m * tiles_n), float32)
     forms: Counter = Counter()
     for name in FORMS:
@@ -187,7 +189,7 @@ def run(module: ModuleType, case: Case, seed: int) -> Outcome:
     arguments = {
         "x_desc": x,
         "y_desc": y,
-        "out_desc": Descriptor(g, (block_m, case.width)) if case.store_g else None,
+        "out_desc": Descriptor(dlogits, (block_m, case.width)) if case.store_dlogits else None,
         "partials_ptr": Pointer(partials),
         "scale_ptr": Pointer(Buffer((1, 1), float32, case.t)),
         "bias_ptr": Pointer(Buffer((1, 1), float32, case.b)),
@@ -205,14 +207,15 @@ def run(module: ModuleType, case: Case, seed: int) -> Outcome:
         "num_warps": case.warps,
     }
     launch(module.hopper_panel_kernel, case.grid, arguments, RandomOrder(seed))
-    if not (g.writes == case.store_g).all() or not (partials.writes == 1).all():
-        raise Fault("g or the partial sums are not written throughout")
-    if case.store_g and (g.data[case.m :].any() or g.data[:, case.n :].any()):
-        raise Fault("g past the last row or column is not 0")
+    if not (dlogits.writes == case.store_dlogits).all() or not (partials.writes == 1).all():
+        raise Fault("dlogits or the partial sums are not written throughout")
+    if case.store_dlogits and (dlogits.data[case.m :].any() or dlogits.data[:, case.n :].any()):
+        raise Fault("dlogits past the last row or column are not 0")
     sums = partials.data.astype(np.float64).sum(1)
-    errors = check(case, x, y, sums, g.data[: case.m, : case.n] / case.grad_scale)
+    errors = check(case, x, y, sums, dlogits.data[: case.m, : case.n] / case.grad_scale)
     if not max(errors) <= 1:
-        raise AssertionError(f"g {errors[0]:.3g}, sums {errors[1]:.3g} times what rounding causes")
+        of_dlogits, of_sums = (f"{error:.3g}" for error in errors)
+        raise AssertionError(f"dlogits {of_dlogits}, sums {of_sums} times what rounding causes")
     return Outcome(*errors, forms)
 
 
