@@ -65,7 +65,7 @@ def panel_source(  # noqa: PLR0913, all that a launch is compiled for
     precision: str,
     *,
     ids: bool = False,
-    kept: str | None = None,
+    selection: str | None = None,
     weights: tuple[str, ...] = (),
     store_dlogits: bool = True,
     scalar_grads: bool = True,
@@ -73,8 +73,8 @@ def panel_source(  # noqa: PLR0913, all that a launch is compiled for
 ) -> Source:
     """The panel kernel as a launch on contiguous (.., d) features compiles it.
 
-    kept: how negatives are chosen, by "hash" or by "logit"; None: all are kept. weights: names of
-    WEIGHTS.
+    selection: how negatives are chosen, by "hash" or by "logit"; None: all take part. weights:
+    names of WEIGHTS.
     """
     weighted = bool(weights)
     config = panel_config(_capability(target), dtype, precision, store_dlogits, weighted)
@@ -89,10 +89,10 @@ def panel_source(  # noqa: PLR0913, all that a launch is compiled for
         **config.constants(),
     }
     absent = [] if ids else ["image_ids_ptr", "text_ids_ptr"]
-    absent += [] if kept == "hash" else ["image_keys_ptr", "text_keys_ptr", "hash_cutoff"]
-    absent += [] if kept == "logit" else ["center_ptr", "inv_radius_ptr", "threshold_ptr"]
+    absent += [] if selection == "hash" else ["image_keys_ptr", "text_keys_ptr", "hash_cutoff"]
+    absent += [] if selection == "logit" else ["center_ptr", "inv_radius_ptr", "threshold_ptr"]
     absent += [] if store_dlogits else ["dlogits_ptr"]
-    absent += [] if kept and store_dlogits else ["flags_ptr"]
+    absent += [] if selection and store_dlogits else ["flags_ptr"]
     absent += [name for kind in WEIGHTS if kind not in weights for name in WEIGHTS[kind]]
     return Source(_ast(panel_kernel, dtype, constants, absent), config)
 
@@ -176,7 +176,7 @@ def compile_panel(target: str, dtype: torch.dtype, precision: str, **options: ob
     """Compile a :func:`panel_source`."""
     compiled = _compile(panel_source(target, dtype, precision, **options), target)
     # every form of a choice selects, and weights add selections: the forms cannot be told apart
-    selects = options.get("kept") or options.get("weights")
+    selects = options.get("selection") or options.get("weights")
     return replace(compiled, epilogue={}) if selects else compiled
 
 
@@ -257,8 +257,8 @@ def shipped() -> list[tuple[str, torch.dtype, str]]:
 # The kernels beside the one that writes dlogits of all pairs, and how they are compiled.
 OTHERS = {
     "no dlogits": partial(compile_panel, store_dlogits=False),
-    "negatives by hash": partial(compile_panel, kept="hash"),
-    "negatives by logit": partial(compile_panel, kept="logit"),
+    "negatives by hash": partial(compile_panel, selection="hash"),
+    "negatives by logit": partial(compile_panel, selection="logit"),
     "weights of rows": partial(compile_panel, weights=("rows",)),
     "counting of logits": partial(compile_count, step=1),
     "best positives": partial(compile_score, kernel="best", ids=True),

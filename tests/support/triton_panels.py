@@ -37,13 +37,13 @@ def features(m, n, d, dtype, seed=0):
     return x.to(DEVICE, dtype), y.to(DEVICE, dtype)
 
 
-def run(x, y, t=T, b=B, positives=Pairs(), store_dlogits=True, scalar_grads=True, kept=None):  # noqa: B008
+def run(x, y, t=T, b=B, positives=Pairs(), store_dlogits=True, scalar_grads=True, selection=None):  # noqa: B008
     """The sums and dlogits (unscaled, float64) of one panel."""
     m, n = x.shape[0], y.shape[0]
-    spec = PanelSpec(m, n, x.dtype, store_dlogits, scalar_grads, kept is not None)
+    spec = PanelSpec(m, n, x.dtype, store_dlogits, scalar_grads, selection is not None)
     panel = TritonPanel(spec, x.device)
     sums = torch.full((3,), 7.0, device=DEVICE)
-    dlogits = panel(x, y, affine(t, b), positives, sums, kept)
+    dlogits = panel(x, y, affine(t, b), positives, sums, selection)
     if dlogits is not None:
         assert dlogits.shape == (m, n) and dlogits.dtype == x.dtype
         dlogits = dlogits.double() / GRAD_SCALE.get(x.dtype, 1.0)
@@ -54,7 +54,7 @@ def affine(t=T, b=B):
     return Affine(*(torch.tensor(v, dtype=torch.float32, device=DEVICE) for v in (t, b)))
 
 
-def pair_masks(x, y, positives, kept=None):
+def pair_masks(x, y, positives, selection=None):
     """(m, n) bool: which pairs are positive, and which take part."""
     i = torch.arange(x.shape[0], device=x.device)[:, None]
     j = torch.arange(y.shape[0], device=x.device)
@@ -66,27 +66,27 @@ def pair_masks(x, y, positives, kept=None):
         valid = (image_ids >= 0)[:, None] & (text_ids >= 0)
     elif positives.diagonal is not None:
         positive = j == i + positives.diagonal
-    if isinstance(kept, ScoreThreshold):
-        value = normalized_scores(x, y, *(v.double() for v in kept.normalizer))
-        valid = valid & (positive | ~(value < kept.threshold[:, None]))
-    elif kept is not None:
-        valid = valid & (positive | (hashes(kept) < kept.hash_cutoff))
+    if isinstance(selection, ScoreThreshold):
+        value = normalized_scores(x, y, *(v.double() for v in selection.normalizer))
+        valid = valid & (positive | ~(value < selection.threshold[:, None]))
+    elif selection is not None:
+        valid = valid & (positive | (hashes(selection) < selection.hash_cutoff))
     return positive, valid
 
 
-def hashes(kept):
+def hashes(selection):
     """(m, n) int64: the hash of every pair, in 64 bits, where no product overflows."""
-    images, texts = (k.cpu().numpy().view(np.uint32).astype(np.uint64) for k in kept[:2])
+    images, texts = (k.cpu().numpy().view(np.uint32).astype(np.uint64) for k in selection[:2])
     h = images[:, None] ^ texts
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h = ((h ^ (h >> np.uint64(shift))) * np.uint64(factor)) % np.uint64(2**32)
     return torch.from_numpy(h.astype(np.int64) - (h >= 2**31) * 2**32).to(DEVICE)
 
 
-def formula(x, y, t, b, positives, dtype, kept=None):
+def formula(x, y, t, b, positives, dtype, selection=None):
     """Element by element in plain torch: softplus(u), dlogits * s, dlogits; the caller adds up."""
     s = x.to(dtype) @ y.to(dtype).T
-    positive, valid = pair_masks(x, y, positives, kept)
+    positive, valid = pair_masks(x, y, positives, selection)
     sign = torch.where(positive, -1.0, 1.0).to(dtype)  # -l
     u = sign * (s * t + b)
     dlogits = torch.where(valid, sign * torch.sigmoid(u), 0)
@@ -94,16 +94,16 @@ def formula(x, y, t, b, positives, dtype, kept=None):
     return torch.where(valid, softplus, 0), torch.where(valid, dlogits * s, 0), dlogits
 
 
-def check(x, y, t=T, b=B, positives=Pairs(), kept=None):  # noqa: B008
+def check(x, y, t=T, b=B, positives=Pairs(), selection=None):  # noqa: B008
     """Against float64. The logits are the source of error: eager fp32 has them rounded as we do.
 
     dlogits and each term of the sums may deviate by 4 times what eager fp32 deviates at most, plus
     the roundings of fp32 in the functions and, for dlogits, what storing them costs. A sum may
     deviate by that for every term, all in one direction, plus the roundings of adding up.
     """
-    sums, dlogits = run(x, y, t, b, positives, kept=kept)
-    exact = formula(x, y, t, b, positives, torch.float64, kept)
-    eager = formula(x, y, t, b, positives, torch.float32, kept)
+    sums, dlogits = run(x, y, t, b, positives, selection=selection)
+    exact = formula(x, y, t, b, positives, torch.float64, selection)
+    eager = formula(x, y, t, b, positives, torch.float32, selection)
     eps = UNIT_ROUNDOFF[torch.float32]
     for actual, e, f in zip(sums.double(), exact, eager, strict=True):
         deviation = (f.double() - e).abs().sum()
@@ -184,23 +184,23 @@ TILED = 300, 420  # 3 x 4 tiles
 
 
 def tiled_choice(x, y):
-    kept = by_logit(x, y)
-    kept.threshold[128:256] = 2.0**20
-    return kept
+    selection = by_logit(x, y)
+    selection.threshold[128:256] = 2.0**20
+    return selection
 
 
-def panel_of(x, y, positives, kept, rows=None, cols=None):
+def panel_of(x, y, positives, selection, rows=None, cols=None):
     """A panel after its call, and dlogits; its workspace held other numbers before."""
     spec = PanelSpec(rows or len(x), cols or len(y), x.dtype, True, True, True)
     panel = TritonPanel(spec, x.device)
     panel.dlogits.fill_(torch.nan)
     panel.flags.fill_(-1)
     panel.lists.fill_(-1)
-    return panel, panel(x, y, affine(), positives, torch.empty(3, device=DEVICE), kept)
+    return panel, panel(x, y, affine(), positives, torch.empty(3, device=DEVICE), selection)
 
 
-def tiles_kept(x, y, positives, kept):  # (tile rows, tile columns) bool
-    _, valid = pair_masks(x, y, positives, kept)
+def tiles_kept(x, y, positives, selection):  # (tile rows, tile columns) bool
+    _, valid = pair_masks(x, y, positives, selection)
     m, n = valid.shape
     whole = torch.zeros(-(-m // 128) * 128, -(-n // 128) * 128, dtype=torch.bool, device=x.device)
     whole[:m, :n] = valid

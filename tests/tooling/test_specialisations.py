@@ -124,10 +124,10 @@ SOURCES = {
         panel_source, {"store_dlogits": False, "scalar_grads": False}, {"inputs": (False, False)},
     ),
     "frozen scalars": (panel_source, {"scalar_grads": False}, {"inputs": (True, False)}),
-    "by hash": (panel_source, {"kept": "hash"}, {"negatives": HASH}),
-    "by logit": (panel_source, {"kept": "logit"}, {"negatives": LOGIT}),
+    "by hash": (panel_source, {"selection": "hash"}, {"negatives": HASH}),
+    "by logit": (panel_source, {"selection": "logit"}, {"negatives": LOGIT}),
     "by logit, ids": (
-        panel_source, {"kept": "logit", "ids": True}, {"negatives": LOGIT, "ids": True},
+        panel_source, {"selection": "logit", "ids": True}, {"negatives": LOGIT, "ids": True},
     ),
     "weights": (panel_source, {"weights": ("rows",)}, {"weights": True}),
     "weights, shares, targets, ids": (

@@ -136,9 +136,9 @@ def chosen() -> list:
     ]
 
 
-@pytest.mark.parametrize("target, dtype, precision, kept, ids", chosen())
-def test_no_spills_where_negatives_are_chosen(target, dtype, precision, kept, ids):
-    compiled = compile_panel(target, dtype, precision, kept=kept, ids=ids)
+@pytest.mark.parametrize("target, dtype, precision, selection, ids", chosen())
+def test_no_spills_where_negatives_are_chosen(target, dtype, precision, selection, ids):
+    compiled = compile_panel(target, dtype, precision, selection=selection, ids=ids)
     check(compiled, target)
     if target.startswith("sm") and dtype != torch.float32:
         assert compiled.occupancy == 2
@@ -148,9 +148,9 @@ ALL_WEIGHTS = ("rows", "shares", "aligned", "targets")
 NOTHING_STORED = {"store_dlogits": False, "scalar_grads": False}
 WEIGHTED = {
     "rows": {"weights": ("rows",)},
-    "rows, by logit": {"weights": ("rows",), "kept": "logit"},
+    "rows, by logit": {"weights": ("rows",), "selection": "logit"},
     "all, ids": {"weights": ALL_WEIGHTS, "ids": True},
-    "all, ids, by hash": {"weights": ALL_WEIGHTS, "ids": True, "kept": "hash"},
+    "all, ids, by hash": {"weights": ALL_WEIGHTS, "ids": True, "selection": "hash"},
     "sums": {"weights": ("rows", "shares", "targets"), "store_dlogits": False},
     "image losses": {"weights": (*ALL_WEIGHTS, "image losses"), "ids": True, **NOTHING_STORED},
 }

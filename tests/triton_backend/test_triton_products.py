@@ -38,13 +38,13 @@ def test_flags_tell_which_tiles_hold_what_is_kept(positives):
         image_ids, text_ids = positives.ids
         image_ids[128:256] += 20 * (text_ids[128:].max() >= 0)
         text_ids[256:384] = -1
-    kept = tiled_choice(x, y)
-    panel, _ = panel_of(x, y, positives, kept)
-    expected = tiles_kept(x, y, positives, kept)
+    selection = tiled_choice(x, y)
+    panel, _ = panel_of(x, y, positives, selection)
+    expected = tiles_kept(x, y, positives, selection)
     assert expected.any() and not expected.all()
     assert torch.equal(panel.flags.view(3, 4), expected.int())
     x[140] = torch.nan
-    panel, _ = panel_of(x, y, positives, kept)
+    panel, _ = panel_of(x, y, positives, selection)
     expected[1] = True
     if positives.ids is not None:
         expected[:, 2] = False
@@ -115,9 +115,9 @@ def test_products_of_smaller_panels_in_the_same_workspace(m, n, d, transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_tile_in_which_nothing_is_kept_is_not_read(transposed, dtype):
     x, y = features(*TILED, 48, dtype)
-    kept = tiled_choice(x, y)
-    panel, dlogits = panel_of(x, y, Pairs(diagonal=0), kept)
-    flags = tiles_kept(x, y, Pairs(diagonal=0), kept)
+    selection = tiled_choice(x, y)
+    panel, dlogits = panel_of(x, y, Pairs(diagonal=0), selection)
+    flags = tiles_kept(x, y, Pairs(diagonal=0), selection)
     assert flags.tolist() == [[True] * 4, [False, True, False, False], [True] * 4]
     other = x if transposed else y
     clean = check_product(panel, dlogits, other, transposed)

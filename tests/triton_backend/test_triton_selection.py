@@ -41,9 +41,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_chosen_negatives(b, choice, positives, dtype):
     x, y = features(150, 300, 48, dtype)
     positives = POSITIVES[positives](150, 300)
-    kept = by_hash(150, 300) if choice == "hash" else by_logit(x, y)
-    dlogits = check(x, y, b=b, positives=positives, kept=kept)
-    _, valid = pair_masks(x, y, positives, kept)
+    selection = by_hash(150, 300) if choice == "hash" else by_logit(x, y)
+    dlogits = check(x, y, b=b, positives=positives, selection=selection)
+    _, valid = pair_masks(x, y, positives, selection)
     assert torch.equal(dlogits != 0, valid) and 0.2 < valid.double().mean() < 0.4
 
 
@@ -52,15 +52,15 @@ def test_chosen_negatives(b, choice, positives, dtype):
 @pytest.mark.parametrize("keep", [0.01, 0.99])
 def test_sizes_of_chosen_negatives(m, n, d, keep):
     x, y = features(m, n, d, torch.float32)
-    for kept in (by_hash(m, n, keep), by_logit(x, y, keep)):
-        check(x, y, positives=Pairs(diagonal=0), kept=kept)
+    for selection in (by_hash(m, n, keep), by_logit(x, y, keep)):
+        check(x, y, positives=Pairs(diagonal=0), selection=selection)
 
 
 @pytest.mark.parametrize("cutoff", [1 - 2**31, 2**31 - 1])
 def test_the_least_and_the_most_that_a_hash_keeps(cutoff):
     x, y = features(130, 130, 16, torch.float32)
-    kept = by_hash(130, 130)._replace(hash_cutoff=cutoff)
-    dlogits = check(x, y, positives=Pairs(diagonal=0), kept=kept)
+    selection = by_hash(130, 130)._replace(hash_cutoff=cutoff)
+    dlogits = check(x, y, positives=Pairs(diagonal=0), selection=selection)
     assert (dlogits != 0).sum() == (130 if cutoff < 0 else 130**2)
 
 
@@ -70,29 +70,31 @@ def test_the_least_and_the_most_that_a_hash_keeps(cutoff):
 def test_variants_of_a_choice_agree_and_repeat_to_the_bit(positives, choice):
     x, y = features(150, 260, 48, torch.bfloat16)
     positives = POSITIVES[positives](150, 260)
-    kept = by_hash(150, 260) if choice == "hash" else by_logit(x, y)
-    sums, dlogits = run(x, y, positives=positives, kept=kept)
-    again = run(x, y, positives=positives, kept=kept)
+    selection = by_hash(150, 260) if choice == "hash" else by_logit(x, y)
+    sums, dlogits = run(x, y, positives=positives, selection=selection)
+    again = run(x, y, positives=positives, selection=selection)
     assert torch.equal(sums, again[0]) and torch.equal(dlogits, again[1])
-    scalars, none = run(x, y, positives=positives, store_dlogits=False, kept=kept)
+    scalars, none = run(x, y, positives=positives, store_dlogits=False, selection=selection)
     assert none is None and agree(scalars, sums)
-    forward, _ = run(x, y, positives=positives, store_dlogits=False, scalar_grads=False, kept=kept)
+    forward, _ = run(
+        x, y, positives=positives, store_dlogits=False, scalar_grads=False, selection=selection
+    )
     assert agree(forward[:1], sums[:1]) and forward[1:].tolist() == [7.0, 7.0]
 
 
 def test_nan_is_dropped_by_a_hash_and_kept_by_a_logit():
     x, y = features(130, 140, 16, torch.float32)
-    kept = by_hash(130, 140), by_logit(x, y)
+    selection = by_hash(130, 140), by_logit(x, y)
     x[3] = torch.nan
-    (sums, dlogits), (_, by_value) = (run(x, y, kept=k) for k in kept)
+    (sums, dlogits), (_, by_value) = (run(x, y, selection=k) for k in selection)
     assert (
-        torch.equal(dlogits[3].isnan(), hashes(kept[0])[3] < kept[0].hash_cutoff)
+        torch.equal(dlogits[3].isnan(), hashes(selection[0])[3] < selection[0].hash_cutoff)
         and sums[0].isnan()
     )
     assert by_value[3].isnan().all()
     assert not dlogits[4:].isnan().any() and not by_value[4:].isnan().any()
-    none_of_it = kept[0]._replace(hash_cutoff=-(2**31))  # keeps nothing
-    sums, dlogits = run(x, y, kept=none_of_it)
+    none_of_it = selection[0]._replace(hash_cutoff=-(2**31))  # keeps nothing
+    sums, dlogits = run(x, y, selection=none_of_it)
     assert sums.tolist() == [0, 0, 0] and not dlogits.any()
 
 
@@ -162,8 +164,8 @@ def test_a_threshold_keeps_what_was_counted(dtype):
     assert (counts.sum(1) == 199).all()
     for first in (0, 15, 16, 30):
         key = torch.full_like(threshold, first * 2**KEY_BITS // 32, dtype=torch.int64)
-        kept = ScoreThreshold(units, key_to_float(key, torch.float32))
-        _, dlogits = run(x, y, t=1.0, b=0.0, positives=Pairs(diagonal=0), kept=kept)
+        selection = ScoreThreshold(units, key_to_float(key, torch.float32))
+        _, dlogits = run(x, y, t=1.0, b=0.0, positives=Pairs(diagonal=0), selection=selection)
         assert torch.equal((dlogits != 0).sum(1), 1 + counts[:, first:].sum(1))
 
 

@@ -78,27 +78,27 @@ KINDS = {
 }
 
 
-def call(x, y, pairs, b=-10.0, kept=None, image_losses=None, store_dlogits=True):
+def call(x, y, pairs, b=-10.0, selection=None, image_losses=None, store_dlogits=True):
     """The sums of one panel and its dlogits (unscaled, float64)."""
     wants = image_losses is not None
     spec = PanelSpec(
-        len(x), len(y), x.dtype, store_dlogits and not wants, not wants, kept is not None,
+        len(x), len(y), x.dtype, store_dlogits and not wants, not wants, selection is not None,
         weighted=True, image_losses=wants,
     )  # fmt: skip
     panel = TritonPanel(spec, x.device)
     if panel.row_losses is not None:
         panel.row_losses.fill_(torch.nan)
     sums = torch.full((3,), 7.0, device=DEVICE)
-    dlogits = panel(x, y, affine(T, b), pairs, sums, kept, image_losses)
+    dlogits = panel(x, y, affine(T, b), pairs, sums, selection, image_losses)
     if dlogits is not None:
         dlogits = dlogits.double() / GRAD_SCALE.get(x.dtype, 1.0)
     return sums, dlogits
 
 
-def formula(x, y, pairs, dtype, b=-10.0, kept=None):
+def formula(x, y, pairs, dtype, b=-10.0, selection=None):
     """By pair: the loss, dlogits * s, dlogits, and what the loss and dlogits are made of."""
     s = x.to(dtype) @ y.to(dtype).T
-    positive, valid = pair_masks(x, y, pairs, kept)
+    positive, valid = pair_masks(x, y, pairs, selection)
     weights, one = pairs.weights, torch.ones((), dtype=dtype, device=x.device)
     p = one.expand(s.shape)
     if weights.shares is not None:
@@ -127,11 +127,11 @@ def formula(x, y, pairs, dtype, b=-10.0, kept=None):
     return loss, torch.where(valid, dlogits * s, 0), dlogits, *sizes
 
 
-def check(x, y, pairs, b=-10.0, kept=None):
+def check(x, y, pairs, b=-10.0, selection=None):
     """As in support/triton_panels.py; where parts of a term cancel, they count with their size."""
-    sums, dlogits = call(x, y, pairs, b, kept)
-    exact = formula(x, y, pairs, torch.float64, b, kept)
-    eager = formula(x, y, pairs, torch.float32, b, kept)
+    sums, dlogits = call(x, y, pairs, b, selection)
+    exact = formula(x, y, pairs, torch.float64, b, selection)
+    eager = formula(x, y, pairs, torch.float32, b, selection)
     eps = UNIT_ROUNDOFF[torch.float32]
     s = (x.double() @ y.double().T).abs()
     sizes = exact[3], torch.where(exact[4] > 0, exact[4] * s, 0), exact[4]
@@ -145,11 +145,11 @@ def check(x, y, pairs, b=-10.0, kept=None):
     assert not dlogits[exact[4] == 0].any()
 
 
-def check_image_losses(x, y, pairs, b=-10.0, kept=None):
+def check_image_losses(x, y, pairs, b=-10.0, selection=None):
     losses = torch.full((len(x),), 3.0, device=DEVICE)
-    sums, _ = call(x, y, pairs, b, kept, losses)
-    exact = formula(x, y, pairs, torch.float64, b, kept)
-    eager = formula(x, y, pairs, torch.float32, b, kept)
+    sums, _ = call(x, y, pairs, b, selection, losses)
+    exact = formula(x, y, pairs, torch.float64, b, selection)
+    eager = formula(x, y, pairs, torch.float32, b, selection)
     eps = UNIT_ROUNDOFF[torch.float32]
     slack = 4 * (eager[0].double() - exact[0]).abs().sum(1)
     slack += (FUNCTIONS + 24) * eps * (exact[3].sum(1) + 3)
@@ -166,9 +166,9 @@ def check_image_losses(x, y, pairs, b=-10.0, kept=None):
 def test_weights(b, kind, selection, positives, dtype):
     x, y = features(150, 300, 48, dtype)
     pairs = POSITIVES[positives](150, 300)._replace(weights=KINDS[kind](150, 300))
-    kept = SELECTIONS[selection](x, y)
-    check(x, y, pairs, b, kept)
-    check_image_losses(x, y, pairs, b, kept)
+    selection = SELECTIONS[selection](x, y)
+    check(x, y, pairs, b, selection)
+    check_image_losses(x, y, pairs, b, selection)
 
 
 @pytest.mark.parametrize(
@@ -188,15 +188,15 @@ def test_sizes(m, n, d):
 def test_weights_of_one_give_the_bits_of_none(b, positives, selection):
     m, n = 150, 300
     x, y = features(m, n, 48, torch.float32)
-    pairs, kept = POSITIVES[positives](m, n), SELECTIONS[selection](x, y)
+    pairs, selection = POSITIVES[positives](m, n), SELECTIONS[selection](x, y)
     halves = (torch.full((k,), 0.5, device=DEVICE) for k in (m, n))
     ones = PairWeights(
         *(torch.ones(k, device=DEVICE) for k in (m, n)), PositiveShares(*halves, (3, 1.0))
     )
-    plain, weighted = (call(x, y, p, b, kept) for p in (pairs, pairs._replace(weights=ones)))
+    plain, weighted = (call(x, y, p, b, selection) for p in (pairs, pairs._replace(weights=ones)))
     assert all(agree(a, e) for a, e in zip(weighted, plain, strict=True))
     losses = torch.zeros(m, device=DEVICE)
-    sums, _ = call(x, y, pairs._replace(weights=PairWeights()), b, kept, losses)
+    sums, _ = call(x, y, pairs._replace(weights=PairWeights()), b, selection, losses)
     torch.testing.assert_close(losses.sum(), plain[0][0], rtol=1e-6, atol=0)
     torch.testing.assert_close(sums[0], plain[0][0], rtol=1e-6, atol=0)
 
@@ -209,9 +209,9 @@ def test_padding_and_what_is_past_the_edge_reach_nothing(dtype, selection, kind)
     m, n = 140, 200
     x, y = features(m, n, 48, dtype)
     pairs = POSITIVES["ids"](m, n)._replace(weights=KINDS[kind](m, n))
-    kept = SELECTIONS[selection](x, y)
-    clean, losses = call(x, y, pairs, kept=kept), torch.zeros(m, device=DEVICE)
-    call(x, y, pairs, kept=kept, image_losses=losses)
+    selection = SELECTIONS[selection](x, y)
+    clean, losses = call(x, y, pairs, selection=selection), torch.zeros(m, device=DEVICE)
+    call(x, y, pairs, selection=selection, image_losses=losses)
     ids, weights = pairs.ids, pairs.weights
     x[ids.images < 0], y[ids.texts < 0] = torch.nan, torch.inf
     longer = []
@@ -219,10 +219,10 @@ def test_padding_and_what_is_past_the_edge_reach_nothing(dtype, selection, kind)
         longer.append(torch.full((len(of_rows) + 200,), torch.nan, device=DEVICE))
         longer[-1][: len(of_rows)] = torch.where(padded, torch.nan, of_rows)
     moved = pairs._replace(weights=weights._replace(images=longer[0][:m], texts=longer[1][:n]))
-    sums, dlogits = call(x, y, moved, kept=kept)
+    sums, dlogits = call(x, y, moved, selection=selection)
     assert torch.equal(sums, clean[0]) and torch.equal(dlogits, clean[1])
     again = torch.zeros(m, device=DEVICE)
-    call(x, y, moved, kept=kept, image_losses=again)
+    call(x, y, moved, selection=selection, image_losses=again)
     assert torch.equal(again, losses) and not again[ids.images < 0].any()
 
 
@@ -252,9 +252,11 @@ def test_flags_say_where_dlogits_are(targets):
     spec = PanelSpec(m, n, x.dtype, True, True, True, weighted=True)
     panel = TritonPanel(spec, x.device)
     panel.flags.fill_(-1)
-    kept = by_hash(m, n, keep=1e-9)._replace(hash_cutoff=2**31 - 1)  # all that there are
-    kept = kept if targets is None else tiled_choice(x, y)
-    dlogits = panel(x, y, affine(), Pairs(weights=weights), torch.empty(3, device=DEVICE), kept)
+    selection = by_hash(m, n, keep=1e-9)._replace(hash_cutoff=2**31 - 1)  # all that there are
+    selection = selection if targets is None else tiled_choice(x, y)
+    dlogits = panel(
+        x, y, affine(), Pairs(weights=weights), torch.empty(3, device=DEVICE), selection
+    )
     whole = torch.zeros(384, 512, device=DEVICE)
     whole[:m, :n] = dlogits
     there = whole.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).ne(0).any(3).any(1)
