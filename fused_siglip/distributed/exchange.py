@@ -126,7 +126,6 @@ class Local:
         self.images, self.y, self.ids = x.shape[0], y, rows.ids
         self.workspace_bytes = spec.workspace_bytes
         self.text_grad, self.all_ones = spec.grads.text, all_ones(rows)
-        self._divisor: float | Tensor | None = None
 
     def for_each(
         self,
@@ -149,14 +148,11 @@ class Local:
         pass
 
     def divisor(self, reduction: str) -> float | Tensor:
-        if self._divisor is None:
-            if reduction != "mean":
-                self._divisor = 1
-            elif self.ids is None:
-                self._divisor = max(self.images, 1)
-            else:
-                self._divisor = (self.ids.images >= 0).sum().clamp(min=1)
-        return self._divisor
+        if reduction != "mean":
+            return 1
+        if self.ids is None:
+            return max(self.images, 1)
+        return (self.ids.images >= 0).sum().clamp(min=1)
 
     def real_texts(self) -> float | Tensor:
         if self.ids is None:

@@ -161,3 +161,8 @@ def overriding_ranks(rank, world_size):
 def test_what_several_ranks_do_not_call_is_refused():
     a, b = returned(launch(overriding_ranks, 2))
     assert a == pytest.approx(b)
+
+
+def test_logits_without_a_bias():
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    assert torch.equal(SigLipLoss().get_logits(x, y, 10.0), 10.0 * x @ y.T)

@@ -326,6 +326,16 @@ def test_statistics_are_those_of_all_pairs():
     holds()
 
 
+def test_statistics_in_more_parts_than_a_table_holds(monkeypatch):
+    inputs = make_inputs(1300, 1300, 8, ids=True)
+    expected = logit_statistics(*inputs.tensors(), **inputs.ids)
+    monkeypatch.setattr(moments, "_PARTS", 2)  # of nine
+    for actual, value in zip(
+        logit_statistics(*inputs.tensors(), **inputs.ids), expected, strict=True
+    ):
+        torch.testing.assert_close(actual, value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("m", [40, 3000])
 @pytest.mark.parametrize("ids", [False, True])

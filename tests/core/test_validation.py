@@ -229,6 +229,8 @@ def test_devices_that_differ():
         siglip_loss(X, X, torch.ones(()).as_subclass(Elsewhere))
     with pytest.raises(ValueError, match="text_ids is on cuda:1: expected cpu"):
         siglip_loss(X, X, 1.0, image_ids=IDS, text_ids=IDS.as_subclass(Elsewhere))
+    with pytest.raises(ValueError, match="text_weights is on cuda:1: expected cpu"):
+        siglip_loss(X, X, 1.0, text_weights=torch.ones(len(X)).as_subclass(Elsewhere))
 
 
 def test_triton_asked_for_on_a_cpu(monkeypatch):

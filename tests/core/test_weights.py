@@ -418,6 +418,23 @@ def test_losses_of_images_without_gradients():
         losses.backward()
 
 
+def test_losses_of_images_that_get_no_gradient():
+    """What comes after them passes none on."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, losses):
+            return losses.sum()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None
+
+    inputs = make_inputs(30, 30, 8)
+    Stop.apply(siglip_loss(*inputs.tensors(), reduction="none")).backward()
+    assert all(tensor.grad is None for tensor in inputs.tensors())
+
+
 def test_what_changes_in_place_before_backward_is_noticed():
     inputs = make_inputs(8, 8, 4)
     weights = torch.rand(8)
