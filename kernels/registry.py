@@ -85,6 +85,7 @@ class Gpu(NamedTuple):
 
 
 def gpu(device: torch.device) -> Gpu:
+    """The facts of a GPU; without an index, of the current one."""
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 

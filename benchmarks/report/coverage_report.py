@@ -15,7 +15,6 @@ from ..common.results import environment, write_results
 
 ON_CUDA = "a CUDA device"
 NOT_FREE = f"{ON_CUDA}: where the host would wait for a number"
-IN_RANKS = "a rank that ends with an error: the tests run it in a process of its own"
 STACKS = "the tests of the stacks run it (make test-integrations)"
 INTERPRETED = "the Triton backend: its tests in the interpreter run it"
 # By file and function.
@@ -35,7 +34,6 @@ REASONS = {
     "fused_siglip/distributed/exchange.py GroupExchange.divisor": NOT_FREE,
     "fused_siglip/distributed/exchange.py GroupExchange.real_texts": NOT_FREE,
     "fused_siglip/distributed/groups.py _Omitted.__repr__": "what help() shows of a default",
-    "fused_siglip/distributed/groups.py look_up": IN_RANKS,
     "fused_siglip/modules.py LearnableSigLipLoss._is_hf_initialized": STACKS,
     "fused_siglip/scalars.py keeping_scalars": "a subclass without one of the scalars",
     "fused_siglip/scalars.py keeping_scalars.apply": "a subclass with more than the scalars",

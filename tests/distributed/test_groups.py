@@ -173,6 +173,12 @@ def copied(rank: int, world_size: int) -> list:
     return [state, pickle.dumps(SigLipLoss(group=dist.group.WORLD))]
 
 
+def test_a_group_that_outlived_all_process_groups():
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"group is a process group that was destroyed"):
+        siglip_loss(x, x, 1.0, group=dist.ProcessGroup(0, 1))
+
+
 def test_copies_share_the_group_and_pickles_keep_its_name(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     (of_sub, of_world), _ = returned(launch(copied, 2))
