@@ -38,7 +38,6 @@ REASONS = {
     "fused_siglip/scalars.py keeping_scalars": "a subclass without one of the scalars",
     "fused_siglip/scalars.py keeping_scalars.apply": "a subclass with more than the scalars",
     "fused_siglip/scalars.py fill": STACKS,
-    "fused_siglip/planner.py _panel_shape": INTERPRETED,
     "fused_siglip/score_operators.py call": "torch.compile, whose traces are not counted",
     "fused_siglip/score_sweep.py ScoreSweep._operand": INTERPRETED,
     "fused_siglip/score_sweep.py restore_infinity": "a side that is left out: not today",

@@ -172,6 +172,16 @@ def test_operands_are_padded_where_the_backend_asks(monkeypatch, layout, ids):
     assert in_place == (layout == "as it comes" and not ids)
 
 
+def test_few_images_keep_the_budget_too():
+    """A row of tiles as many as a square holds would take more than the square."""
+    pytest.importorskip("triton")
+    budget = 455_033
+    plan = plan_of(
+        61, 8089, 64, torch.bfloat16, "cpu", "triton", image_losses=True, workspace_bytes=budget
+    )
+    assert plan.workspace_bytes <= budget
+
+
 def test_padded_operands_are_in_the_planned_peak():
     pytest.importorskip("triton")
     plans = {d: plan_of(4096, 4096, d, torch.bfloat16, "cuda", "triton") for d in (1000, 1008)}
